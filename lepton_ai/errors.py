@@ -1,0 +1,165 @@
+"""Every error that Lepton raises, and its form on the wire.
+
+LeptonError                     anything of ours
+├── InvalidSettings             a LEPTON_* variable is unknown or out of range
+├── InvalidRequest              the caller's mistake; the same request will fail again
+│   ├── Malformed               bytes that are not what they claim to be
+│   ├── InvalidArguments        arguments that do not fit the kernel's signature
+│   ├── InvalidKernel           a kernel's own declaration is wrong
+│   ├── OptionNotSupported      a header option that this release does not honour
+│   ├── UnknownKernel           no live device announces the kernel
+│   ├── UnknownJob              no job of that id is known (or its result has expired)
+│   └── TooLarge                a body above the limit
+├── JobFailed                   the job itself ended without a result
+│   ├── KernelFailed            its kernel raised
+│   └── JobCancelled            it was revoked before it finished
+├── Unavailable                 try again later
+│   ├── BrokerUnavailable       Redis cannot be reached or refuses writes
+│   └── NoBroker                no broker is configured and none can be started
+├── ResultTimeout               the wait ended before the job did; the job goes on
+└── Fenced                      somebody else owns what this process still holds
+
+The `code` of a class is what crosses the wire; `from_wire` raises the same class on the other side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "BrokerUnavailable",
+    "Fenced",
+    "InvalidArguments",
+    "InvalidKernel",
+    "InvalidRequest",
+    "InvalidSettings",
+    "JobCancelled",
+    "JobFailed",
+    "KernelFailed",
+    "LeptonError",
+    "Malformed",
+    "NoBroker",
+    "OptionNotSupported",
+    "ResultTimeout",
+    "TooLarge",
+    "Unavailable",
+    "UnknownJob",
+    "UnknownKernel",
+    "from_wire",
+]
+
+
+class LeptonError(Exception):
+    """Anything that Lepton raises. `field` names the offending argument or option, where there is one."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str = "", field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+    def to_wire(self) -> dict[str, Any]:
+        """The error as plain values, as results, events and problem+json carry it."""
+        wire: dict[str, Any] = {"code": self.code, "message": self.message}
+        if self.field is not None:
+            wire["field"] = self.field
+        return wire
+
+
+class InvalidSettings(LeptonError):
+    code = "invalid_settings"
+
+
+class InvalidRequest(LeptonError):
+    code = "invalid_request"
+    status = 400
+
+
+class Malformed(InvalidRequest):
+    code = "malformed"
+
+
+class InvalidArguments(InvalidRequest):
+    code = "invalid_arguments"
+    status = 422
+
+
+class InvalidKernel(InvalidRequest):
+    code = "invalid_kernel"
+
+
+class OptionNotSupported(InvalidRequest):
+    code = "option_not_supported"
+    status = 422
+
+
+class UnknownKernel(InvalidRequest):
+    code = "unknown_kernel"
+    status = 404
+
+
+class UnknownJob(InvalidRequest):
+    code = "unknown_job"
+    status = 404
+
+
+class TooLarge(InvalidRequest):
+    code = "too_large"
+    status = 413
+
+
+class JobFailed(LeptonError):
+    code = "job_failed"
+
+
+class KernelFailed(JobFailed):
+    code = "kernel_failed"
+
+
+class JobCancelled(JobFailed):
+    code = "cancelled"
+    status = 409
+
+
+class Unavailable(LeptonError):
+    code = "unavailable"
+    status = 503
+
+
+class BrokerUnavailable(Unavailable):
+    code = "broker_unavailable"
+
+
+class NoBroker(Unavailable):
+    code = "no_broker"
+
+
+class ResultTimeout(LeptonError, TimeoutError):
+    code = "result_timeout"
+    status = 504
+
+
+class Fenced(LeptonError):
+    code = "fenced"
+    status = 409
+
+
+def _tree(root: type[LeptonError]) -> dict[str, type[LeptonError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+_BY_CODE = _tree(LeptonError)
+
+
+def from_wire(wire: Any) -> LeptonError:
+    """The error that `to_wire` described; an unknown code becomes a JobFailed that keeps the message."""
+    if not isinstance(wire, dict):
+        return JobFailed(str(wire))
+    cls = _BY_CODE.get(str(wire.get("code")), JobFailed)
+    field = wire.get("field")
+    return cls(str(wire.get("message", "")), None if field is None else str(field))

@@ -1,0 +1,120 @@
+"""A Job and what becomes of it: options, estimate, placement, cost, result. Frozen values, the same in every process."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from lepton_ai.errors import OptionNotSupported
+from lepton_ai.topology import DEFAULT_PRIORITY
+
+__all__ = ["FINAL_STATES", "Candidate", "Cost", "Estimate", "Meta", "Options", "Placement", "Record", "state_of"]
+
+#: Celery's states that end a job, and ours.
+FINAL_STATES: Final = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "cancelled"}
+
+
+class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The header `lepton` of a message. An option that this release does not honour is refused, never ignored."""
+
+    priority: int | None = None
+    #: The only device, or kind of device, that may run the job.
+    device: str | None = None
+    #: The reply list of the client that waits (`lepton:reply:<client>`).
+    reply_to: str | None = None
+    #: Sizes of each array argument and the value of each scalar, so that nobody has to open the body.
+    shapes: dict[str, Any] | None = None
+    #: The encoding of the result: json or msgpack.
+    result: str | None = None
+
+    def checked(self) -> Options:
+        """These options; OptionNotSupported names the first that is out of range."""
+        if self.priority is not None and not 1 <= self.priority <= 9:
+            raise OptionNotSupported(f"priority is 1 (low) to 9 (high), not {self.priority}", "priority")
+        if self.result not in (None, "json", "msgpack"):
+            raise OptionNotSupported(f"result is json or msgpack, not {self.result!r}", "result")
+        return self
+
+    @property
+    def urgency(self) -> int:
+        return DEFAULT_PRIORITY if self.priority is None else self.priority
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """What a device was predicted to need for a job, in seconds."""
+
+    wait_s: float
+    transfer_s: float
+    run_s: float
+    #: Standard deviation of log(real / predicted run time); 0 before anything was measured.
+    spread: float = 0.0
+
+    @property
+    def finish_s(self) -> float:
+        return self.wait_s + self.transfer_s + self.run_s
+
+
+class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A device that was looked at: its estimate, or why it could not be."""
+
+    device: str
+    estimate: Estimate | None = None
+    excluded: str | None = None
+
+
+class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a job went and why: P5, in one value."""
+
+    job: str
+    kernel: str
+    state: str
+    """`placed` on a device queue, or `parked` because no live device can run it."""
+    reason: str
+    placed_at: float
+    """Seconds since the epoch, by the router's clock."""
+    router: str
+    device: str | None = None
+    estimate: Estimate | None = None
+    candidates: tuple[Candidate, ...] = ()
+    policy: str = ""
+
+
+class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a job really cost. Times are of its batch divided by the batch's jobs, compilation not counted."""
+
+    worker: str
+    device: str
+    wait_s: float
+    """From the placement until a slot took it."""
+    transfer_s: float
+    run_s: float
+    batch: int
+    """Jobs that ran in the same launch."""
+
+
+class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What Lepton keeps beside a result."""
+
+    placement: Placement | None = None
+    cost: Cost | None = None
+    error: dict[str, Any] | None = None
+
+
+class Meta(msgspec.Struct, frozen=True):
+    """Celery's own result record, as its Redis backend reads and writes it, and our Record beside it."""
+
+    status: str
+    result: Any = None
+    traceback: str | None = None
+    children: list[Any] = []
+    date_done: str | None = None
+    task_id: str = ""
+    lepton: Record | None = None
+
+
+def state_of(meta: Meta | None, placement: Placement | None) -> str:
+    """A job's state in our words: waiting, placed, parked, succeeded, failed or cancelled."""
+    if meta is not None and meta.status in FINAL_STATES:
+        return FINAL_STATES[meta.status]
+    return placement.state if placement is not None else "waiting"

@@ -1,0 +1,231 @@
+"""A kernel's signature as data: `float32[m,k]`, `int64 = 20`, and the check of arguments against it.
+
+The same check runs at the HTTP door, in the worker and in tests. It turns what the wire brought (tensor maps,
+nested lists, numbers) into what a kernel gets: C-contiguous arrays of exactly the declared dtype, plain numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_ai import tensor
+from lepton_ai.errors import InvalidArguments, InvalidKernel
+from lepton_ai.formula import Formula
+
+__all__ = ["Argument", "Signature", "describe", "shapes_of"]
+
+Dims = dict[str, float]
+_PATTERN = re.compile(
+    r"(?P<dtype>[a-z]+[0-9]*)\s*(?P<dims>\[[^\[\]]*\])?\s*(=\s*(?P<default>-?[0-9.eE+-]+|true|false))?", re.ASCII
+)
+_DIM = re.compile(r"[a-z][a-z0-9_]*|[0-9]+", re.ASCII)
+
+
+class Argument(msgspec.Struct, frozen=True):
+    """One input or output: an array with `dims` (symbols or sizes), or a scalar (dims None), perhaps with a default."""
+
+    name: str
+    dtype: str
+    dims: tuple[str | int, ...] | None = None
+    default: float | int | bool | None = None
+
+    def __str__(self) -> str:
+        dims = "" if self.dims is None else f"[{','.join(map(str, self.dims))}]"
+        default = "" if self.default is None else f" = {self.default}"
+        return f"{self.dtype}{dims}{default}"
+
+
+def parse(name: str, text: str) -> Argument:
+    """The Argument that a signature string describes; InvalidKernel names the string where it does not parse."""
+    match = _PATTERN.fullmatch(text.strip())
+    if match is None or match["dtype"] not in tensor.DTYPES:
+        raise InvalidKernel(f"{name}: {text!r} is not a signature such as float32[m,k] or int64 = 20", name)
+    dims: tuple[str | int, ...] | None = None
+    if match["dims"] is not None:
+        parts = [part.strip() for part in match["dims"][1:-1].split(",")]
+        if not all(_DIM.fullmatch(part) for part in parts):
+            raise InvalidKernel(f"{name}: the dims of {text!r} must be lower-case names or sizes", name)
+        dims = tuple(int(part) if part.isdigit() else part for part in parts)
+    if match["default"] is None:
+        return Argument(name, match["dtype"], dims)
+    if dims is not None:
+        raise InvalidKernel(f"{name}: only a scalar can have a default, {text!r} is an array", name)
+    argument = Argument(name, match["dtype"])
+    default = _scalar(argument, msgspec.json.decode(match["default"]))
+    return Argument(name, match["dtype"], None, default)
+
+
+class Signature:
+    """The parsed inputs, outputs and limits of a kernel.
+
+    `limits` maps an input to a condition on dims and scalars (`{"k": "1 <= k <= n"}`); an input that breaks its own
+    is refused by name.
+    """
+
+    def __init__(self, inputs: Mapping[str, str], outputs: Mapping[str, str], limits: Mapping[str, str]) -> None:
+        self.inputs = {name: parse(name, text) for name, text in inputs.items()}
+        self.outputs = {name: parse(name, text) for name, text in outputs.items()}
+        self.limits = {name: Formula(text) for name, text in limits.items()}
+        known = self.names
+        for name, limit in self.limits.items():
+            if name not in self.inputs:
+                raise InvalidKernel(f"a limit is set on {name!r}, which is not an input", name)
+            if limit.names - known:
+                raise InvalidKernel(f"the limit of {name!r} uses unknown {sorted(limit.names - known)}", name)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The dims and scalars that formulas over this signature may use."""
+        found: set[str] = set()
+        for argument in self.inputs.values():
+            if argument.dims is None:
+                found.add(argument.name)
+            else:
+                found.update(dim for dim in argument.dims if isinstance(dim, str))
+        return frozenset(found)
+
+    def bind(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Dims]:
+        """The kernel's inputs (arrays and numbers, defaults filled in) and the dims that they fix.
+
+        Raises InvalidArguments naming the argument that is missing, extra, or of the wrong dtype, shape or range.
+        """
+        self._check_names(arguments)
+        inputs: dict[str, Any] = {}
+        dims: Dims = {}
+        for name, argument in self.inputs.items():
+            value = arguments.get(name, argument.default)
+            if argument.dims is None:
+                inputs[name] = dims[name] = _scalar(argument, value)
+            else:
+                array = inputs[name] = _array(argument, value)
+                _bind_shape(argument, array.shape, dims)
+        self._check_limits(dims)
+        return inputs, dims
+
+    def dims(self, shapes: Mapping[str, Any]) -> Dims:
+        """The dims by declared shapes alone: a list of sizes for an array, the value for a scalar."""
+        self._check_names(shapes)
+        dims: Dims = {}
+        for name, argument in self.inputs.items():
+            value = shapes.get(name, argument.default)
+            if argument.dims is None:
+                dims[name] = _scalar(argument, value)
+            elif isinstance(value, list | tuple):
+                _bind_shape(argument, tuple(value), dims)
+            else:
+                raise InvalidArguments(f"the shape of {name!r} must be a list of sizes, not {value!r}", name)
+        self._check_limits(dims)
+        return dims
+
+    def _check_names(self, arguments: Mapping[str, Any]) -> None:
+        for name in arguments:
+            if name not in self.inputs:
+                raise InvalidArguments(f"unknown argument {name!r}; the kernel takes {', '.join(self.inputs)}", name)
+        for name, argument in self.inputs.items():
+            if name not in arguments and argument.default is None:
+                raise InvalidArguments(f"argument {name!r} is missing; it is {argument}", name)
+
+    def _check_limits(self, dims: Dims) -> None:
+        for name, limit in self.limits.items():
+            if not limit(dims):
+                values = ", ".join(f"{key} = {dims[key]:g}" for key in sorted(limit.names))
+                raise InvalidArguments(f"argument {name!r} must satisfy {limit.text}; here {values}", name)
+
+
+def shapes_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the header `shapes` says of arguments: a list of sizes for an array, the value itself for a number."""
+    return {
+        name: value if isinstance(value, bool | int | float) else list(tensor.shape_of(value, name))
+        for name, value in arguments.items()
+    }
+
+
+def describe(arguments: Mapping[str, Any]) -> str:
+    """The arguments for people and Flower: shapes and types, never the data."""
+    parts = []
+    for name, value in arguments.items():
+        if isinstance(value, bool | int | float):
+            parts.append(f"{name}={value!r}")
+        else:
+            sizes = ",".join(map(str, tensor.shape_of(value, name)))
+            parts.append(f"{name}=[{sizes}]")
+    return f"{{{', '.join(parts)}}}"
+
+
+def _bind_shape(argument: Argument, shape: tuple[int, ...], dims: Dims) -> None:
+    assert argument.dims is not None
+    if len(shape) != len(argument.dims):
+        raise InvalidArguments(
+            f"argument {argument.name!r} must be {argument}, not of {len(shape)} dimensions {list(shape)}", argument.name
+        )
+    for dim, size in zip(argument.dims, shape, strict=True):
+        if type(size) is not int or size < 0:
+            raise InvalidArguments(f"the shape of {argument.name!r} must hold sizes, not {size!r}", argument.name)
+        expected = dim if isinstance(dim, int) else dims.setdefault(dim, size)
+        if size != expected:
+            raise InvalidArguments(
+                f"argument {argument.name!r} must be {argument}: {dim} is {expected:g}, here {size}", argument.name
+            )
+
+
+def _array(argument: Argument, value: Any) -> NDArray[Any]:
+    name, wanted = argument.name, np.dtype(argument.dtype)
+    if isinstance(value, tensor.TensorMap):
+        value = tensor.from_wire(value, name)
+    if isinstance(value, np.ndarray):
+        if value.dtype != wanted:
+            raise InvalidArguments(
+                f"argument {name!r} must be {argument}, not {value.dtype.name}; convert it with .astype({argument.dtype!r})",
+                name,
+            )
+        return np.ascontiguousarray(value).reshape(value.shape)
+    if not isinstance(value, list | tuple):
+        raise InvalidArguments(f"argument {name!r} must be {argument}, not {type(value).__name__}", name)
+    try:
+        array = np.array(value)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise InvalidArguments(f"argument {name!r} must be {argument}: {error}", name) from None
+    return _cast(argument, array)
+
+
+def _cast(argument: Argument, array: NDArray[Any]) -> NDArray[Any]:
+    """Numbers from nested lists in the declared dtype, refused where a value would change its meaning."""
+    wanted, found = np.dtype(argument.dtype), array.dtype.kind
+    allowed = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[wanted.kind]
+    if array.size and found not in allowed:
+        raise InvalidArguments(
+            f"argument {argument.name!r} must be {argument}; its values are {array.dtype.name}", argument.name
+        )
+    if array.size and wanted.kind in "iu":
+        limits = np.iinfo(wanted)
+        if array.min() < limits.min or array.max() > limits.max:
+            raise InvalidArguments(f"argument {argument.name!r} holds values that do not fit {wanted}", argument.name)
+    with np.errstate(over="ignore"):
+        return array.astype(wanted)
+
+
+def _scalar(argument: Argument, value: Any) -> bool | int | float:
+    name, wanted = argument.name, np.dtype(argument.dtype)
+    if isinstance(value, tensor.TensorMap):
+        value = tensor.from_wire(value, name)
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    if wanted.kind == "b" and isinstance(value, bool):
+        return value
+    if wanted.kind in "iu" and type(value) is int:
+        limits = np.iinfo(wanted)
+        if limits.min <= value <= limits.max:
+            return value
+        raise InvalidArguments(f"argument {name!r} must fit {wanted}, not {value}", name)
+    if wanted.kind == "f" and type(value) in (int, float):
+        try:
+            return float(value)
+        except OverflowError:
+            raise InvalidArguments(f"argument {name!r} must fit {wanted}, not {value}", name) from None
+    raise InvalidArguments(f"argument {name!r} must be {argument}, not {value!r:.80}", name)

@@ -1,0 +1,97 @@
+"""Arrays on the wire: `{"dtype": "<f4", "shape": [..], "data": bytes}`, so that every language reads them.
+
+In msgpack `data` is bytes and both directions are zero-copy; in JSON it is base64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_ai.errors import InvalidArguments
+
+__all__ = ["DTYPES", "TensorMap", "from_wire", "shape_of", "to_wire"]
+
+#: The dtypes that a signature may name, and their little-endian wire form.
+DTYPES = {
+    name: np.dtype(name).newbyteorder("<")
+    for name in (
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float16",
+        "float32",
+        "float64",
+    )
+}
+_BY_WIRE = {dtype.str: dtype for dtype in DTYPES.values()} | DTYPES
+_MAX_DIMS = 32
+
+
+class TensorMap(msgspec.Struct, forbid_unknown_fields=True):
+    """An array as it crosses the wire."""
+
+    dtype: str
+    shape: list[int]
+    data: memoryview
+
+
+def to_wire(array: NDArray[Any]) -> TensorMap:
+    """The tensor map of an array: a view of its memory, a copy only where it is not C-contiguous and little-endian."""
+    array = np.asarray(array)
+    wire_dtype = DTYPES.get(array.dtype.name)
+    if wire_dtype is None:
+        raise InvalidArguments(f"dtype {array.dtype} cannot be sent; use one of {', '.join(DTYPES)}")
+    data = np.ascontiguousarray(array, dtype=wire_dtype)
+    raw = memoryview(data.reshape(-1).view(np.uint8)) if data.size else memoryview(b"")
+    return TensorMap(wire_dtype.str, list(array.shape), raw)
+
+
+def from_wire(value: TensorMap, field: str | None = None) -> NDArray[Any]:
+    """The array of a tensor map, read-only and sharing its bytes.
+
+    Raises InvalidArguments, naming `field`, where dtype, shape and data do not agree.
+    """
+    dtype = _BY_WIRE.get(value.dtype)
+    if dtype is None:
+        raise InvalidArguments(f"unknown dtype {value.dtype!r}; use one of {', '.join(DTYPES)}", field)
+    _check_shape(value.shape, field)
+    expected = math.prod(value.shape) * dtype.itemsize
+    if value.data.nbytes != expected:
+        raise InvalidArguments(
+            f"shape {value.shape} of {dtype.name} takes {expected} bytes, data has {value.data.nbytes}", field
+        )
+    array = np.frombuffer(value.data, dtype).reshape(value.shape)
+    array.flags.writeable = False
+    return array
+
+
+def shape_of(value: Any, field: str | None = None) -> tuple[int, ...]:
+    """The shape of a tensor map, an array or nested lists, without making an array of it."""
+    if isinstance(value, np.ndarray):
+        return value.shape
+    if isinstance(value, TensorMap):
+        _check_shape(value.shape, field)
+        return tuple(value.shape)
+    shape: list[int] = []
+    while isinstance(value, list | tuple):
+        shape.append(len(value))
+        if not value or len(shape) > _MAX_DIMS:
+            break
+        value = value[0]
+    return tuple(shape)
+
+
+def _check_shape(shape: list[int], field: str | None) -> None:
+    if len(shape) > _MAX_DIMS or any(size < 0 for size in shape):
+        raise InvalidArguments(f"shape must be at most {_MAX_DIMS} sizes of 0 or more, not {shape}", field)

@@ -1,0 +1,297 @@
+"""The envelope: what kombu 5.7 and Celery's task protocol 2 put on a Redis list, written and read directly.
+
+`tests/test_wire.py` pins both directions to kombu and Celery themselves. Source: docs.celeryq.dev, "Message Protocol",
+version 2; kombu's virtual transport.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import socket
+import uuid
+import zlib
+from collections.abc import Mapping
+from typing import Any, Final, Union
+
+import msgspec
+import numpy as np
+
+from lepton_ai import tensor
+from lepton_ai.errors import InvalidArguments, Malformed, OptionNotSupported, TooLarge
+from lepton_ai.job import Meta, Options
+from lepton_ai.signature import describe, shapes_of
+from lepton_ai.topology import LANE
+
+__all__ = [
+    "Envelope",
+    "Headers",
+    "Value",
+    "decode_arguments",
+    "decode_value",
+    "encode_arguments",
+    "encode_meta",
+    "envelope",
+    "read_body",
+    "read_envelope",
+    "read_meta",
+    "read_options",
+]
+
+MSGPACK: Final = "application/x-msgpack"
+JSON: Final = "application/json"
+_GZIP: Final = "application/x-gzip"
+_NO_CALLBACKS: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+
+#: An argument or output on the wire: a number, a tensor map, or nested lists of numbers up to six deep.
+Number = bool | int | float
+_L1 = list[Number]
+_L2 = list[Union[Number, _L1]]
+_L3 = list[Union[Number, _L2]]
+_L4 = list[Union[Number, _L3]]
+_L5 = list[Union[Number, _L4]]
+_L6 = list[Union[Number, _L5]]
+Value = Union[Number, tensor.TensorMap, _L6]
+
+
+class Headers(msgspec.Struct):
+    """The headers that we act on; the rest travels untouched. `lepton` is decoded by `read_options`."""
+
+    id: str
+    task: str
+    lepton: msgspec.Raw = msgspec.Raw()
+    eta: str | None = None
+    expires: str | float | None = None
+    retries: int | None = 0
+    timelimit: list[float | None] | None = None
+    ignore_result: bool | None = None
+    compression: str | None = None
+
+
+class Envelope(msgspec.Struct):
+    """One message. `body` is still in its transport encoding (base64 unless `properties` says otherwise)."""
+
+    body: str
+    headers: Headers
+    properties: Properties
+    content_type: str = msgspec.field(name="content-type", default=JSON)
+    content_encoding: str | None = msgspec.field(name="content-encoding", default=None)
+
+
+class Properties(msgspec.Struct):
+    body_encoding: str | None = None
+    priority: int | None = 0
+
+
+class _Body(msgspec.Struct, array_like=True):
+    args: list[Any]
+    kwargs: dict[str, Value]
+    embed: Any = None
+
+
+_ENVELOPE = msgspec.json.Decoder(Envelope)
+_OPTIONS = msgspec.json.Decoder(Options | None)
+_BODY_MSGPACK = msgspec.msgpack.Decoder(_Body)
+_BODY_JSON = msgspec.json.Decoder(_Body)
+_ARGUMENTS_MSGPACK = msgspec.msgpack.Decoder(dict[str, Value])
+_ARGUMENTS_JSON = msgspec.json.Decoder(dict[str, Value])
+_META_MSGPACK = msgspec.msgpack.Decoder(Meta)
+_META_JSON = msgspec.json.Decoder(Meta)
+_JSON = msgspec.json.Encoder()
+_MSGPACK = msgspec.msgpack.Encoder()
+_ORIGIN = f"lepton-{os.getpid()}@{socket.gethostname()}"
+
+
+def to_value(value: Any) -> Any:
+    """A caller's argument as it crosses the wire: arrays as tensor maps, NumPy numbers as numbers, the rest as it is."""
+    if isinstance(value, np.ndarray):
+        return tensor.to_wire(value) if value.ndim else value.item()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def decode_value(value: Any) -> Any:
+    """A wire value for a caller: tensor maps as arrays, everything else as it is."""
+    return tensor.from_wire(value) if isinstance(value, tensor.TensorMap) else value
+
+
+def encode_arguments(arguments: Mapping[str, Any]) -> bytes:
+    """The arguments as one msgpack map of wire values; InvalidArguments where one cannot be sent."""
+    try:
+        return _MSGPACK.encode({name: to_value(value) for name, value in arguments.items()})
+    except (TypeError, OverflowError, ValueError) as error:
+        raise InvalidArguments(f"an argument cannot be sent: {error}") from None
+
+
+def decode_arguments(data: bytes, content_type: str) -> dict[str, Any]:
+    """Arguments as a client sent them over HTTP."""
+    decoder: Any = _ARGUMENTS_MSGPACK if content_type == MSGPACK else _ARGUMENTS_JSON
+    return _typed(decoder, data)  # type: ignore[no-any-return]
+
+
+def envelope(job_id: str, kernel: str, arguments: Mapping[str, Any], options: Options, *, lane: str = LANE) -> bytes:
+    """The message of a job, ready for LPUSH. Shapes are filled into the options where they are missing."""
+    wire = {name: to_value(value) for name, value in arguments.items()}
+    if options.shapes is None:
+        options = msgspec.structs.replace(options, shapes=shapes_of(wire))
+    try:
+        body = _MSGPACK.encode(((), wire, _NO_CALLBACKS))
+    except (TypeError, OverflowError, ValueError) as error:
+        raise InvalidArguments(f"an argument of {kernel} cannot be sent: {error}") from None
+    return _JSON.encode(
+        {
+            "body": base64.b64encode(body).decode(),
+            "content-encoding": "binary",
+            "content-type": MSGPACK,
+            "headers": {
+                "lang": "py",
+                "task": kernel,
+                "id": job_id,
+                "shadow": None,
+                "eta": None,
+                "expires": None,
+                "group": None,
+                "group_index": None,
+                "retries": 0,
+                "timelimit": (None, None),
+                "root_id": job_id,
+                "parent_id": None,
+                "argsrepr": "()",
+                "kwargsrepr": describe(wire),
+                "origin": _ORIGIN,
+                # null and not false: an explicit value would override the task's own setting (Celery >= 5.6.3).
+                "ignore_result": None,
+                "replaced_task_nesting": 0,
+                "stamped_headers": None,
+                "stamps": {},
+                "lepton": options,
+            },
+            "properties": {
+                "correlation_id": job_id,
+                "reply_to": "",
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": lane},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid.uuid4()),
+            },
+        }
+    )
+
+
+def read_envelope(raw: bytes) -> Envelope:
+    """The envelope of a message; Malformed where it is not a Celery protocol 2 message."""
+    return _typed(_ENVELOPE, raw)  # type: ignore[no-any-return]
+
+
+def read_options(headers: Headers) -> Options:
+    """The options of a job; OptionNotSupported names one that is unknown or out of range."""
+    raw = bytes(headers.lepton)
+    if not raw:
+        return Options()
+    try:
+        options: Options | None = _OPTIONS.decode(raw)
+    except msgspec.ValidationError as error:
+        raise OptionNotSupported(f"header lepton: {error}") from None
+    return (options or Options()).checked()
+
+
+def read_body(envelope: Envelope, *, limit_bytes: int) -> tuple[dict[str, Any], bool]:
+    """The arguments of a message, and whether it carries callbacks (link, chain, chord).
+
+    Raises TooLarge where the body unpacks to more than `limit_bytes`, InvalidArguments where positional arguments or
+    values that are no arguments stand in it, Malformed where it is not what its headers say.
+    """
+    body = _TypedBody(envelope, limit_bytes)
+    if body.args:
+        raise InvalidArguments("arguments are given by name (kwargs); positional ones are not understood", "args")
+    callbacks = body.embed if isinstance(body.embed, dict) else {"embed": body.embed}
+    return body.kwargs, any(value is not None for value in callbacks.values())
+
+
+def _TypedBody(envelope: Envelope, limit_bytes: int) -> _Body:
+    data: bytes
+    if envelope.properties.body_encoding == "base64":
+        try:
+            data = binascii.a2b_base64(envelope.body)
+        except (binascii.Error, ValueError) as error:
+            raise Malformed(f"the body is not base64: {error}") from None
+    else:
+        data = envelope.body.encode()
+    if envelope.headers.compression == _GZIP:
+        data = _inflate(data, limit_bytes)
+    elif envelope.headers.compression is not None:
+        raise Malformed(f"compression {envelope.headers.compression!r} is not understood; use gzip or none")
+    if len(data) > limit_bytes:
+        raise TooLarge(f"the body has {len(data)} bytes, the limit is {limit_bytes}")
+    if envelope.content_type == MSGPACK:
+        return _typed(_BODY_MSGPACK, data)  # type: ignore[no-any-return]
+    if envelope.content_type == JSON:
+        return _typed(_BODY_JSON, data)  # type: ignore[no-any-return]
+    raise Malformed(f"content type {envelope.content_type!r} is refused; use {MSGPACK} or {JSON}")
+
+
+def _inflate(data: bytes, limit_bytes: int) -> bytes:
+    inflater = zlib.decompressobj()
+    try:
+        found = inflater.decompress(data, limit_bytes + 1)
+    except zlib.error as error:
+        raise Malformed(f"the body is not zlib data: {error}") from None
+    if len(found) > limit_bytes:
+        raise TooLarge(f"the body inflates to more than {limit_bytes} bytes")
+    return found
+
+
+def _typed(decoder: Any, data: bytes) -> Any:
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError as error:
+        raise InvalidArguments(f"not a valid value: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if isinstance(decoder, msgspec.json.Decoder) and (b"NaN" in data or b"Infinity" in data):
+            return _python_json(decoder, data)
+        raise Malformed(f"cannot be decoded: {error or type(error).__name__}") from None
+
+
+def _python_json(decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
+    """JSON with Python's NaN and Infinity, which Celery's own JSON serializer writes and msgspec refuses."""
+    try:
+        return msgspec.convert(json.loads(data), decoder.type)
+    except msgspec.ValidationError as error:
+        raise InvalidArguments(f"not a valid value: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"cannot be decoded: {error}") from None
+
+
+def encode_meta(meta: Meta, encoding: str) -> bytes:
+    """A result record as Celery's backend stores it, in `json` or `msgpack`. The status comes first (the commit
+    function looks for it), and non-finite floats in JSON are Python's NaN and Infinity, as Celery writes them."""
+    if encoding == "msgpack":
+        return _MSGPACK.encode(meta)
+    if not _has_non_finite(meta.result):
+        return _JSON.encode(meta)
+    return json.dumps(msgspec.to_builtins(meta)).encode()
+
+
+def _has_non_finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return value != value or value in (float("inf"), float("-inf"))
+    if isinstance(value, dict):
+        return any(map(_has_non_finite, value.values()))
+    return isinstance(value, list) and any(map(_has_non_finite, value))
+
+
+def read_meta(data: bytes) -> Meta:
+    """A result record in whichever of the two encodings it was stored; array outputs come back as NumPy arrays."""
+    meta: Meta = _typed(_META_JSON if data[:1] == b"{" else _META_MSGPACK, data)
+    if meta.status != "SUCCESS" or not isinstance(meta.result, dict):
+        return meta
+    outputs = {name: _output(value) for name, value in meta.result.items()}
+    return msgspec.structs.replace(meta, result=outputs)
+
+
+def _output(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"dtype", "shape", "data"}:
+        return tensor.from_wire(msgspec.convert(value, tensor.TensorMap))
+    return value
