@@ -36,11 +36,11 @@ class Formula:
         self._code, self.names = _parse(text)
 
     def __call__(self, values: Mapping[str, float]) -> float:
-        """The value for these dims; NaN where it is not defined (a division by nought, a log of nought)."""
+        """The value for these dims; NaN where it is not defined (a division by nought, a root of less than nought)."""
         scope = {name: float(values[name]) for name in self.names}
         try:
             return float(eval(self._code, _GLOBALS, scope))
-        except (ArithmeticError, ValueError):
+        except (ArithmeticError, ValueError, TypeError):
             return math.nan
 
     def __repr__(self) -> str:
@@ -74,12 +74,18 @@ def _check(node: ast.AST, text: str, names: set[str]) -> None:
         names.add(node.id)
         return
     if isinstance(node, ast.Constant):
-        if type(node.value) not in (int, float):
+        if not isinstance(node.value, int | float) or isinstance(node.value, bool):
             raise InvalidKernel(f"{node.value!r} is not a number in the formula {text!r}")
+        try:
+            # Whole numbers would grow without bound in a tower of powers; floats overflow.
+            node.value = float(node.value)
+        except OverflowError:
+            raise InvalidKernel(f"a number in the formula {text!r} is too large") from None
         return
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         power = node.right
-        if not (isinstance(power, ast.Constant) and type(power.value) in (int, float) and 0 <= power.value <= _MAX_EXPONENT):
+        value = power.value if isinstance(power, ast.Constant) else None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not (0 <= value <= _MAX_EXPONENT):
             raise InvalidKernel(f"** takes a constant of at most {_MAX_EXPONENT} in a formula: {text!r}")
         _check(node.left, text, names)
         return

@@ -24,7 +24,7 @@ Dims = dict[str, float]
 _PATTERN = re.compile(
     r"(?P<dtype>[a-z]+[0-9]*)\s*(?P<dims>\[[^\[\]]*\])?\s*(=\s*(?P<default>-?[0-9.eE+-]+|true|false))?", re.ASCII
 )
-_DIM = re.compile(r"[a-z][a-z0-9_]*|[0-9]+", re.ASCII)
+_DIM = re.compile(r"[a-z][a-z0-9_]*|[0-9]{1,18}", re.ASCII)
 
 
 class Argument(msgspec.Struct, frozen=True):
@@ -57,7 +57,10 @@ def parse(name: str, text: str) -> Argument:
     if dims is not None:
         raise InvalidKernel(f"{name}: only a scalar can have a default, {text!r} is an array", name)
     argument = Argument(name, match["dtype"])
-    default = _scalar(argument, msgspec.json.decode(match["default"]))
+    try:
+        default = _scalar(argument, msgspec.json.decode(match["default"]))
+    except (msgspec.DecodeError, InvalidArguments) as error:
+        raise InvalidKernel(f"{name}: {match['default']!r} is not a default for {argument.dtype} ({error})", name) from None
     return Argument(name, match["dtype"], None, default)
 
 
@@ -133,7 +136,7 @@ class Signature:
 
     def _check_limits(self, dims: Dims) -> None:
         for name, limit in self.limits.items():
-            if not limit(dims):
+            if limit(dims) != 1:  # 0, or NaN where the condition is not even defined
                 values = ", ".join(f"{key} = {dims[key]:g}" for key in sorted(limit.names))
                 raise InvalidArguments(f"argument {name!r} must satisfy {limit.text}; here {values}", name)
 

@@ -71,7 +71,10 @@ def from_wire(value: TensorMap, field: str | None = None) -> NDArray[Any]:
         raise InvalidArguments(
             f"shape {value.shape} of {dtype.name} takes {expected} bytes, data has {value.data.nbytes}", field
         )
-    array = np.frombuffer(value.data, dtype).reshape(value.shape)
+    try:
+        array = np.frombuffer(value.data, dtype).reshape(value.shape)
+    except (ValueError, OverflowError) as error:  # a size of 0 can hide others beyond any memory
+        raise InvalidArguments(f"shape {value.shape} is too large: {error}", field) from None
     array.flags.writeable = False
     return array
 

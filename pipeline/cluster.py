@@ -1,0 +1,111 @@
+"""The router's live picture of the fleet: who is alive, what they can run, what they still have to do."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable
+
+import msgspec
+
+from lepton_ai.device import Announcement, Peaks
+from lepton_ai.errors import InvalidKernel
+from lepton_ai.kernel import KernelSpec
+from lepton_ai.signature import Signature
+
+__all__ = ["Cluster", "ServedDevice"]
+
+#: Work of a device whose queue is empty is forgotten so long after it was dispatched: its event has been missed.
+_FORGET_S = 30.0
+
+
+class ServedDevice(msgspec.Struct, frozen=True):
+    """A device with the live workers that serve it taken together."""
+
+    name: str
+    kind: str
+    slots: int
+    peaks: Peaks
+    kernels: frozenset[str]
+
+    def matches(self, wanted: str | None) -> bool:
+        """Whether a job pinned to `wanted` (a device, a kind, or nothing) may run here."""
+        return wanted is None or wanted in (self.name, self.kind)
+
+
+class _Outstanding(msgspec.Struct, frozen=True):
+    device: str
+    seconds: float
+    since: float
+
+
+class Cluster:
+    """Devices in the order of their names, and the work that each was given and has not reported done."""
+
+    def __init__(self) -> None:
+        self.devices: tuple[ServedDevice, ...] = ()
+        self._workers: dict[str, Announcement] = {}
+        self._specs: dict[str, tuple[KernelSpec, Signature]] = {}
+        self._outstanding: dict[str, _Outstanding] = {}
+        self._seconds: dict[str, float] = {}
+        self._jobs: dict[str, int] = {}
+
+    def refresh(self, announcements: Iterable[Announcement]) -> bool:
+        """Takes over who is alive now; True where that changed what can run."""
+        workers = {each.incarnation: each for each in announcements}
+        if workers.keys() == self._workers.keys():
+            return False
+        self._workers = workers
+        self._specs = {}
+        for spec in itertools.chain.from_iterable(each.kernels for each in workers.values()):
+            if spec.name not in self._specs:
+                try:
+                    self._specs[spec.name] = spec, spec.signature()
+                except InvalidKernel:
+                    continue  # a worker of another release: its kernel cannot be priced here, so it is not offered
+        by_device = sorted(workers.values(), key=lambda each: each.device)
+        self.devices = tuple(
+            self._served(name, list(group)) for name, group in itertools.groupby(by_device, lambda each: each.device)
+        )
+        return True
+
+    def spec(self, kernel: str) -> tuple[KernelSpec, Signature] | None:
+        """What is known of a kernel, or None where no live worker announces it."""
+        return self._specs.get(kernel)
+
+    def device(self, name: str) -> ServedDevice | None:
+        return next((device for device in self.devices if device.name == name), None)
+
+    def dispatched(self, job: str, device: str, seconds: float) -> None:
+        """A job was given to a device, and was predicted to take so long there."""
+        self.finished(job)
+        self._outstanding[job] = _Outstanding(device, seconds, time.monotonic())
+        self._seconds[device] = self._seconds.get(device, 0.0) + seconds
+        self._jobs[device] = self._jobs.get(device, 0) + 1
+
+    def finished(self, job: str) -> None:
+        """A job has ended; unknown ones are other routers'."""
+        if (known := self._outstanding.pop(job, None)) is not None:
+            self._jobs[known.device] -= 1
+            # Exactly nought when nothing is left, so that rounding never adds up.
+            left = self._seconds[known.device] - known.seconds
+            self._seconds[known.device] = left if self._jobs[known.device] else 0.0
+
+    def outstanding_s(self, device: str) -> float:
+        """Predicted seconds of work that a device has still to do, for one slot."""
+        return self._seconds.get(device, 0.0)
+
+    def outstanding_jobs(self, device: str) -> int:
+        return self._jobs.get(device, 0)
+
+    def reconcile(self, device: str, depth: int) -> None:
+        """Forgets old work of a device whose queue is empty: the event that ended it was missed."""
+        if depth == 0:
+            before = time.monotonic() - _FORGET_S
+            for job in [j for j, o in self._outstanding.items() if o.device == device and o.since < before]:
+                self.finished(job)
+
+    def _served(self, name: str, workers: list[Announcement]) -> ServedDevice:
+        kernels = frozenset(spec.name for each in workers for spec in each.kernels if spec.name in self._specs)
+        slots = sum(each.slots for each in workers)
+        return ServedDevice(name, workers[0].kind, slots, workers[0].peaks, kernels)

@@ -1,0 +1,222 @@
+"""Accepting over the broker: specs to check against, jobs onto the lane, replies to those who wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import redis.asyncio as redis
+import structlog
+
+from lepton_ai import topology, wire
+from lepton_ai.device import Announcement
+from lepton_ai.errors import BrokerUnavailable, LeptonError, UnknownJob, UnknownKernel
+from lepton_ai.identity import minute_of, new_id, new_ids
+from lepton_ai.job import FINAL_STATES, Meta, Options, Placement, Record, state_of
+from lepton_ai.kernel import KernelSpec
+from lepton_ai.remote import JobRequest, JobView
+from lepton_ai.settings import Settings
+from lepton_ai.signature import Signature, shapes_of
+
+__all__ = ["Door"]
+
+_REFRESH_S = 1.0
+_POP_AT_ONCE = 256
+_POP_S = 5.0
+_PLACEMENT = msgspec.msgpack.Decoder(Placement)
+_ANNOUNCEMENT = msgspec.msgpack.Decoder(Announcement)
+
+log = structlog.get_logger()
+
+
+class Door:
+    """One ingest's connection to the broker. Every method raises BrokerUnavailable while it is out of reach."""
+
+    def __init__(self, settings: Settings, url: str) -> None:
+        self._ttl_s = max(1, round(settings.result_ttl_s))
+        self._redis: Any = redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=2)
+        self._reply_to = topology.reply(f"ingest-{new_id()}")
+        self._kernels: dict[str, tuple[KernelSpec, Signature]] = {}
+        """Every kernel ever seen: one whose workers are just restarting is still accepted, and parked."""
+        self._waiters: dict[str, asyncio.Future[Meta]] = {}
+
+    @asynccontextmanager
+    async def open(self, _: object = None) -> AsyncIterator[None]:
+        """Refreshes what is announced and hands out replies until it is closed."""
+        tasks = [asyncio.create_task(self._refresh_always()), asyncio.create_task(self._pump())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._redis.aclose()
+
+    async def accept(self, requests: list[JobRequest], wait_s: float) -> list[JobView]:
+        """Checks every job, then publishes all of them; a list is accepted whole or not at all.
+
+        Waits up to `wait_s` seconds for the results. Raises what is wrong with the first job that does not fit.
+        """
+        options = [await self._check(request, index, len(requests)) for index, request in enumerate(requests)]
+        ids = new_ids(len(requests))
+        waiters = {job_id: asyncio.get_running_loop().create_future() for job_id in ids} if wait_s > 0 else {}
+        self._waiters.update(waiters)
+        try:
+            await self._publish(ids, requests, options)
+            if waiters:
+                await asyncio.wait(waiters.values(), timeout=wait_s)
+        finally:
+            for job_id in waiters:
+                self._waiters.pop(job_id, None)
+        done = {job_id: future.result() for job_id, future in waiters.items() if future.done()}
+        return [
+            _view(job_id, request.kernel, done.get(job_id), None) for job_id, request in zip(ids, requests, strict=True)
+        ]
+
+    async def look(self, job_id: str, wait_s: float) -> JobView:
+        """One job as it stands, at the latest after `wait_s` seconds; UnknownJob where nothing is known of it."""
+        deadline = asyncio.get_running_loop().time() + wait_s
+        pause_s = 0.002
+        while True:
+            meta, placement = await self._find(job_id)
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0 or (meta is not None and meta.status in FINAL_STATES):
+                break
+            await asyncio.sleep(min(pause_s, left))
+            pause_s = min(pause_s * 2, 0.05)
+        if meta is None and placement is None:
+            raise UnknownJob(f"no job {job_id!r}: the id is wrong, or its result has expired", "id")
+        if placement is None and meta is not None and meta.lepton is not None:
+            placement = meta.lepton.placement
+        return _view(job_id, placement.kernel if placement else "", meta, placement)
+
+    async def announcements(self) -> list[Announcement]:
+        """Every worker that is alive."""
+        async with _broker_errors():
+            names = await self._redis.smembers(topology.HOLDERS)
+            leases = await self._redis.mget([topology.lease(name.decode()) for name in names]) if names else []
+        found = [_ANNOUNCEMENT.decode(lease) for lease in leases if lease]
+        return sorted(found, key=lambda each: (each.device, each.worker))
+
+    async def kernels(self) -> list[KernelSpec]:
+        """Every kernel that has been announced, by name."""
+        await self._refresh()
+        return [self._kernels[name][0] for name in sorted(self._kernels)]
+
+    async def ping(self) -> None:
+        """Returns where the broker answers."""
+        async with _broker_errors():
+            await self._redis.ping()
+
+    # -- accept -------------------------------------------------------------------------------------------------
+
+    async def _check(self, request: JobRequest, index: int, count: int) -> Options:
+        try:
+            options = Options(
+                priority=request.priority,
+                device=request.device,
+                reply_to=self._reply_to,
+                shapes=shapes_of(request.arguments),
+                result="msgpack",
+            ).checked()
+            _, signature = await self._spec(request.kernel)
+            signature.bind(request.arguments)
+        except LeptonError as error:
+            if count > 1:
+                error.index = index  # type: ignore[attr-defined]
+            raise
+        return options
+
+    async def _spec(self, kernel: str) -> tuple[KernelSpec, Signature]:
+        if kernel not in self._kernels:
+            await self._refresh()
+        if (known := self._kernels.get(kernel)) is None:
+            names = ", ".join(sorted(self._kernels)) or "no worker is online"
+            raise UnknownKernel(f"no live worker announces {kernel!r}; known: {names}", "kernel")
+        return known
+
+    async def _publish(self, ids: list[str], requests: list[JobRequest], options: list[Options]) -> None:
+        async with _broker_errors(), self._redis.pipeline(transaction=False) as pipeline:
+            waiting: dict[int, dict[str, bytes]] = {}
+            for job_id, request, each in zip(ids, requests, options, strict=True):
+                message = wire.envelope(job_id, request.kernel, request.arguments, each)
+                pipeline.lpush(topology.lane_list(each.urgency), message)
+                note = Placement(job_id, request.kernel, "waiting", "waits in its lane for a router", 0.0, "")
+                waiting.setdefault(minute_of(job_id) or 0, {})[job_id] = msgspec.msgpack.encode(note)
+            for minute, notes in waiting.items():
+                for job_id, note_bytes in notes.items():
+                    # A router may have placed the job by now: its placement must stand.
+                    pipeline.hsetnx(topology.jobs(minute), job_id, note_bytes)
+                pipeline.expire(topology.jobs(minute), self._ttl_s)
+            await pipeline.execute()
+
+    async def _find(self, job_id: str) -> tuple[Meta | None, Placement | None]:
+        minute = minute_of(job_id)
+        async with _broker_errors(), self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.get(topology.result(job_id))
+            pipeline.hget(topology.jobs(minute or 0), job_id)
+            found, placed = await pipeline.execute()
+        return (wire.read_meta(found) if found else None), (_PLACEMENT.decode(placed) if placed else None)
+
+    # -- in the background --------------------------------------------------------------------------------------
+
+    async def _refresh(self) -> None:
+        for each in await self.announcements():
+            for spec in each.kernels:
+                if spec.name not in self._kernels or self._kernels[spec.name][0] != spec:
+                    with contextlib.suppress(LeptonError):  # of another release: it cannot be checked here
+                        self._kernels[spec.name] = spec, spec.signature()
+
+    async def _refresh_always(self) -> None:
+        while True:
+            try:
+                await self._refresh()
+            except BrokerUnavailable as error:
+                log.warning("broker_unavailable", reason=error.message)
+            await asyncio.sleep(_REFRESH_S)
+
+    async def _pump(self) -> None:
+        """Hands each reply to the request that waits for it; the others are read from their keys when asked for."""
+        while True:
+            try:
+                async with _broker_errors():
+                    popped = await self._redis.blmpop(_POP_S, 1, self._reply_to, direction="LEFT", count=_POP_AT_ONCE)
+            except BrokerUnavailable:
+                await asyncio.sleep(_REFRESH_S)
+                continue
+            for raw in popped[1] if popped else ():
+                meta = wire.read_meta(raw)
+                future = self._waiters.pop(meta.task_id, None)
+                if future is not None and not future.done():
+                    future.set_result(meta)
+
+
+@contextlib.asynccontextmanager
+async def _broker_errors() -> AsyncIterator[None]:
+    try:
+        yield
+    except redis.RedisError as error:
+        raise BrokerUnavailable(f"the broker cannot be reached or refuses: {error}") from error
+
+
+def _view(job_id: str, kernel: str, meta: Meta | None, placement: Placement | None) -> JobView:
+    record = meta.lepton if meta is not None else None
+    if record is not None and record.placement is not None:
+        placement = record.placement
+    if placement is not None and record is None and placement.state != "waiting":
+        record = Record(placement)
+    view = JobView(job_id, kernel or (placement.kernel if placement else ""), state_of(meta, placement), record=record)
+    if meta is None or meta.status not in FINAL_STATES:
+        return view
+    if meta.status == "SUCCESS":
+        return msgspec.structs.replace(view, result=_outputs(meta.result))
+    return msgspec.structs.replace(view, error=record.error if record is not None else None)
+
+
+def _outputs(result: Mapping[str, Any] | Any) -> dict[str, Any]:
+    return {name: wire.to_value(value) for name, value in result.items()}
+

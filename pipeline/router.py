@@ -1,0 +1,350 @@
+"""The router: claim, place, dispatch, learn. One thread, one incarnation, woken by pushes and never by polling.
+
+It wakes on a message on a lane, on an event (a commit gives a device room and teaches the cost model), and once a
+heartbeat to renew its lease. The thinking is in `pricing` and in the policy; this file only moves.
+"""
+
+from __future__ import annotations
+
+import secrets
+import select
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import structlog
+
+from lepton_ai import event, topology, wire
+from lepton_ai.device import Announcement
+from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError, OptionNotSupported
+from lepton_ai.event import Event
+from lepton_ai.identity import minute_of
+from lepton_ai.job import Candidate, Placement
+from lepton_ai.placement.costs import CostModel
+from lepton_ai.placement.policies.earliest_finish import EarliestFinish
+from lepton_ai.placement.problem import UNPLACED, Policy
+from lepton_ai.settings import Settings
+from pipeline.cluster import Cluster, ServedDevice
+from pipeline.pricing import price
+from pipeline.telemetry import learn
+from pipeline.window import Claim, ClaimedJob, Window
+from queues.broker import Broker, Dispatch, Outcome
+from queues.connection import Connection
+from queues.event_stream import EventStream
+
+__all__ = ["Router"]
+
+#: Jobs that are priced and placed in one step; the rest of a deep window waits for the next.
+_STEP = 512
+_RETRY_S = (0.05, 2.0)
+_MESSAGE = msgspec.msgpack.Encoder()
+_ANNOUNCEMENT = msgspec.msgpack.Decoder(Announcement)
+
+log = structlog.get_logger()
+
+
+class Router:
+    """Runs until `stop` is set. A session ends when the broker is lost or its claims are; the next one starts afresh."""
+
+    def __init__(self, settings: Settings, url: str, policy: Policy | None = None) -> None:
+        self._settings = settings
+        self._url = url
+        self._policy = policy or EarliestFinish()
+        self._model = CostModel()
+
+    def run(self, stop: threading.Event) -> None:
+        """Serves session after session until `stop` is set."""
+        pause_s = _RETRY_S[0]
+        while not stop.is_set():
+            try:
+                session = _Session(self._settings, self._url, self._policy, self._model)
+                pause_s = _RETRY_S[0]
+                session.serve(stop)
+            except Fenced as error:
+                log.warning("router_fenced", reason=error.message)
+            except BrokerUnavailable as error:
+                log.warning("broker_unavailable", reason=error.message, retry_s=pause_s)
+                stop.wait(pause_s)
+                pause_s = min(pause_s * 2, _RETRY_S[1])
+            except Exception:  # a defect of ours must not stop the fleet: what was claimed is given back, and on we go
+                log.exception("router_failed")
+                stop.wait(_RETRY_S[1])
+
+
+class _Session:
+    def __init__(self, settings: Settings, url: str, policy: Policy, model: CostModel) -> None:
+        self._settings = settings
+        self._policy = policy
+        self._model = model
+        self._incarnation = f"router-{secrets.token_hex(8)}"
+        self._main = Connection(url, self._incarnation)
+        self._wake = Connection(url, f"{self._incarnation}-wake")
+        self._events = EventStream(Connection(url, f"{self._incarnation}-events"))
+        self._broker = Broker(self._main, self._incarnation, settings)
+        self._cluster = Cluster()
+        self._window = Window(self._incarnation, settings.window)
+        self._waking = False
+        self._more = True
+        """Something may be waiting in a lane that no push will tell of."""
+        self._full = False
+        """The window was full when we last claimed, so more may be waiting."""
+
+    def serve(self, stop: threading.Event) -> None:
+        self._broker.announce(b"")
+        # What is pushed to the other lists of the lane is announced to us; the default list wakes us by itself.
+        prefixes = ("PREFIX", topology.LANE + topology.PRIORITY_SEPARATOR, "PREFIX", topology.AGAIN)
+        self._main.call("CLIENT", "TRACKING", "ON", "BCAST", "NOLOOP", *prefixes)
+        if snapshot := self._main.call("GET", topology.MODEL):
+            self._model.restore(snapshot)
+        self._broker.emit(event.encode(Event("router.online", self._incarnation)))
+        log.info("router_online", router=self._incarnation, policy=self._policy.name)
+        try:
+            self._loop(stop)
+        finally:
+            self._leave()
+
+    def _loop(self, stop: threading.Event) -> None:
+        tick_at = 0.0
+        while not stop.is_set():
+            now = time.monotonic()
+            if now >= tick_at:
+                self._tick()
+                tick_at = now + self._settings.heartbeat_s
+            self._ask()
+            if self._more:
+                self._claim(woken=False)
+                self._place()
+                continue
+            readable, _, _ = select.select(
+                [self._wake, self._main, self._events.connection], [], [], max(0.0, tick_at - time.monotonic())
+            )
+            if self._wake in readable:
+                self._wake.receive(1)
+                self._waking = False
+                self._claim(woken=True)
+            if self._main in readable or self._main.pushes:
+                self._more |= bool(self._main.drain_pushes())
+            if self._events.connection in readable:
+                self._fold(self._events.answer())
+            if readable:
+                self._place()
+
+    def _leave(self) -> None:
+        """Gives back what is still in the window, if the broker lets us; else our lease lapses and others do it."""
+        self._wake.close()
+        self._events.connection.close()
+        try:
+            self._main.call("DEL", topology.lease(self._incarnation))
+            self._broker.recover()
+            self._broker.emit(event.encode(Event("router.offline", self._incarnation)))
+            log.info("router_offline", router=self._incarnation)
+        except LeptonError as error:
+            log.warning("router_left_claims", router=self._incarnation, reason=error.message)
+        self._main.close()
+
+    # -- claim --------------------------------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        self._events.ask()
+        if not self._waking and self._window.room > 0:
+            self._broker.ask_wake(self._wake)
+            self._waking = True
+
+    def _claim(self, *, woken: bool) -> None:
+        """Claims what waits, up to the window."""
+        self._more = self._full = False
+        while woken or self._window.room > 0:
+            claim = self._window.open_claim()
+            limit = max(1, min(claim.room, self._window.room))
+            messages = self._broker.claim(claim.number, len(claim.messages), limit, woken=woken)
+            woken = False
+            self._read(claim, messages)
+            if len(messages) < limit:
+                return
+        self._full = True
+
+    def _read(self, claim: Claim, messages: Sequence[bytes]) -> None:
+        """Bytes become jobs; what nobody could run is refused at once."""
+        claim.messages.extend(messages)
+        refused: list[tuple[Claim, bytes]] = []
+        step = Dispatch({}, {})
+        for message in messages:
+            try:
+                envelope = wire.read_envelope(message)
+            except LeptonError as error:
+                step.dead.append((error.message, message))
+                refused.append((claim, message))
+                continue
+            try:
+                options = wire.read_options(envelope.headers)
+                _check_headers(envelope.headers)
+            except LeptonError as error:
+                step.rejected.append(_rejection(envelope, error))
+                refused.append((claim, message))
+                continue
+            self._window.add(envelope.headers.id, envelope.headers.task, options, message, claim)
+        if refused:
+            self._refuse(step, claim, refused)
+            self._window.forget(refused)
+
+    def _refuse(self, step: Dispatch, claim: Claim, refused: Sequence[tuple[Claim, bytes]]) -> None:
+        gone = {id(message) for _, message in refused}
+        step.claims[claim.key] = len(claim.messages)
+        step.rests[claim.key] = [message for message in claim.messages if id(message) not in gone]
+        step.counts = {"dead": len(step.dead), "failed": len(step.rejected)}
+        ids = tuple(outcome.job for outcome in step.rejected)
+        step.event = event.encode(Event("job.rejected", self._incarnation, jobs=ids, data={"dead": len(step.dead)}))
+        self._broker.dispatch(step)
+        log.warning("messages_refused", dead=len(step.dead), rejected=len(step.rejected))
+
+    # -- place and dispatch -------------------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Places jobs, most urgent first, until no device has room for more."""
+        while len(self._window) and (not self._cluster.devices or any(map(self._has_room, self._cluster.devices))):
+            jobs = self._window.first(_STEP)
+            left = self._dispatch(jobs)
+            self._window.left(left)
+            if len(left) < len(jobs):
+                break
+        self._more |= self._full and self._window.room > 0
+
+    def _dispatch(self, jobs: Sequence[ClaimedJob]) -> list[ClaimedJob]:
+        pricing = price(jobs, self._cluster, self._model)
+        plan = self._policy.place(pricing.problem)
+        step = Dispatch({}, {}, queued={}, parked={}, placements={}, counts={})
+        left: list[ClaimedJob] = []
+        seconds: dict[str, float] = {}
+        now = time.time()
+        for at, job in enumerate(jobs):
+            chosen = int(plan.device[at])
+            if chosen == UNPLACED:
+                placement = self._park(job, pricing.candidates[at], now)
+                step.parked.setdefault(job.kernel, []).append(job.message)
+            else:
+                device = self._cluster.devices[chosen]
+                if not self._has_room(device):
+                    continue
+                candidates = _waited(pricing.candidates[at], pricing.problem.ready.tolist())
+                placement = self._placement(job, candidates, chosen, float(plan.wait[at]), now)
+                step.queued.setdefault(device.name, []).append(job.message)
+                seconds[job.id] = float(pricing.problem.seconds[at, chosen])
+                self._cluster.dispatched(job.id, device.name, seconds[job.id])
+            minute = minute_of(job.id) or int(now) // 60
+            step.placements.setdefault(minute, {})[job.id] = _MESSAGE.encode(placement)
+            left.append(job)
+        if left:
+            self._send(step, left, seconds)
+        return left
+
+    def _send(self, step: Dispatch, left: Sequence[ClaimedJob], seconds: dict[str, float]) -> None:
+        gone = {id(job.message) for job in left}
+        for job in left:
+            step.claims[job.claim.key] = len(job.claim.messages)
+            if job.claim.key not in step.rests:
+                step.rests[job.claim.key] = [each for each in job.claim.messages if id(each) not in gone]
+        placed = [job for job in left if job.id in seconds]
+        parked = [job for job in left if job.id not in seconds]
+        step.queued = {device: _by_kernel(messages, placed) for device, messages in step.queued.items()}
+        step.counts = {"placed": len(placed), "parked": len(parked)}
+        events = []
+        if placed:
+            data = {"seconds": list(seconds.values()), "devices": {d: len(m) for d, m in step.queued.items()}}
+            events.append(Event("job.placed", self._incarnation, jobs=tuple(seconds), data=data))
+        if parked:
+            events.append(Event("job.parked", self._incarnation, jobs=tuple(job.id for job in parked)))
+            log.warning("jobs_parked", jobs=len(parked), kernels=sorted(step.parked))
+        step.event = event.encode(*events)
+        self._broker.dispatch(step)
+
+    def _has_room(self, device: ServedDevice) -> bool:
+        """A device may have `credit_s` of predicted work a slot, but always two batches."""
+        waiting_s = self._cluster.outstanding_s(device.name)
+        jobs = self._cluster.outstanding_jobs(device.name)
+        if jobs < 2 * device.slots:
+            return True
+        return waiting_s < self._settings.credit_s * device.slots and jobs < 2 * self._settings.batch_jobs * device.slots
+
+    def _placement(
+        self, job: ClaimedJob, candidates: tuple[Candidate, ...], chosen: int, wait_s: float, now: float
+    ) -> Placement:
+        best = candidates[chosen]
+        assert best.estimate is not None
+        estimate = msgspec.structs.replace(best.estimate, wait_s=wait_s)
+        able = sum(candidate.estimate is not None for candidate in candidates)
+        reason = f"finishes first of {able} able devices" if able > 1 else "the only device that can run it"
+        return Placement(
+            job.id, job.kernel, "placed", reason, now, self._incarnation,
+            best.device, estimate, candidates, self._policy.name,
+        )
+
+    def _park(self, job: ClaimedJob, candidates: tuple[Candidate, ...], now: float) -> Placement:
+        pinned = f" on {job.options.device}" if job.options.device else ""
+        reason = f"no live device can run {job.kernel}{pinned}; it waits for one that announces it"
+        return Placement(job.id, job.kernel, "parked", reason, now, self._incarnation, candidates=candidates)
+
+    # -- learn --------------------------------------------------------------------------------------------------
+
+    def _fold(self, seen: Iterable[tuple[str, Event]]) -> None:
+        changed = False
+        for _, each in seen:
+            learn(each, self._cluster, self._model)
+            changed |= each.type in ("device.online", "device.offline")
+        if changed:
+            self._refresh()
+
+    def _tick(self) -> None:
+        if not self._broker.renew():
+            raise Fenced(f"the lease of {self._incarnation} has lapsed")
+        if moved := self._broker.recover():
+            log.warning("messages_recovered", count=moved)
+        self._refresh()
+        names = [device.name for device in self._cluster.devices]
+        for name, depth in zip(names, self._broker.depths(names), strict=True):
+            self._cluster.reconcile(name, depth)
+        self._more = True
+
+    def _refresh(self) -> None:
+        """Looks who is alive, and takes jobs out of the parking that can run now."""
+        holders = [name.decode() for name in self._main.call("SMEMBERS", topology.HOLDERS)]
+        leases = self._main.call("MGET", *map(topology.lease, holders)) if holders else []
+        if not self._cluster.refresh(_ANNOUNCEMENT.decode(lease) for lease in leases if lease):
+            return
+        log.info("fleet_changed", devices={device.name: device.slots for device in self._cluster.devices})
+        for kernel in self._broker.parked_kernels():
+            if self._cluster.spec(kernel) is not None:
+                log.info("jobs_unparked", kernel=kernel, jobs=self._broker.unpark(kernel))
+                self._more = True
+
+
+def _check_headers(headers: wire.Headers) -> None:
+    """What Celery's clients may ask for and this release does not do is refused, never ignored."""
+    if headers.eta is not None:
+        raise OptionNotSupported("eta and countdown are not supported yet", "eta")
+    if headers.timelimit is not None and any(limit is not None for limit in headers.timelimit):
+        raise OptionNotSupported("time limits are not supported yet", "timelimit")
+
+
+def _rejection(envelope: wire.Envelope, error: LeptonError) -> Outcome:
+    record = wire.encode_meta(wire.failure(envelope.headers.id, error), "json")
+    return Outcome(envelope.headers.id, "failed", record)
+
+
+def _waited(candidates: tuple[Candidate, ...], ready: Sequence[float]) -> tuple[Candidate, ...]:
+    """Each candidate's estimate with the wait that its device had when the step began."""
+    return tuple(
+        candidate
+        if candidate.estimate is None
+        else Candidate(candidate.device, msgspec.structs.replace(candidate.estimate, wait_s=wait_s))
+        for candidate, wait_s in zip(candidates, ready, strict=True)
+    )
+
+
+def _by_kernel(messages: Sequence[bytes], jobs: Sequence[ClaimedJob]) -> list[bytes]:
+    """The messages with those of one kernel side by side, so that a worker can batch them."""
+    kernel_of = {id(job.message): job.kernel for job in jobs}
+    order: dict[str, int] = {}
+    for message in messages:
+        order.setdefault(kernel_of[id(message)], len(order))
+    return sorted(messages, key=lambda message: order[kernel_of[id(message)]])

@@ -1,0 +1,101 @@
+"""Learning from events: what happened updates the Cluster and the CostModel; the telemetry service keeps the model.
+
+Each router learns for itself, at once, from the event stream. The telemetry service follows the same stream, keeps a
+snapshot of what was learned on the broker, from which a restarted router starts, and logs what the fleet does.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+
+import msgspec
+import structlog
+
+from lepton_ai import topology
+from lepton_ai.device import Announcement
+from lepton_ai.errors import BrokerUnavailable
+from lepton_ai.event import Event
+from lepton_ai.placement.costs import CostModel
+from lepton_ai.settings import Settings
+from pipeline.cluster import Cluster
+from queues.connection import Connection
+from queues.event_stream import EventStream
+
+__all__ = ["Telemetry", "learn"]
+
+_ENDED = ("job.succeeded", "job.failed", "job.cancelled")
+_REPORT_S = 10.0
+_RETRY_S = 0.5
+_ANNOUNCEMENT = msgspec.msgpack.Decoder(Announcement)
+
+log = structlog.get_logger()
+
+
+def learn(seen: Event, cluster: Cluster, model: CostModel) -> None:
+    """Folds one event into the picture of the fleet and into the cost model."""
+    if seen.type in _ENDED:
+        for job in seen.jobs:
+            cluster.finished(job)
+    if seen.observation is not None and (device := cluster.device(seen.observation.device)) is not None:
+        model.learn(seen.observation, device.peaks)
+
+
+class Telemetry:
+    """Follows the event stream until `stop` is set."""
+
+    def __init__(self, settings: Settings, url: str) -> None:
+        self._settings = settings
+        self._url = url
+        self._model = CostModel()
+        self._cluster = Cluster()
+        self._seen: Counter[str] = Counter()
+
+    def run(self, stop: threading.Event) -> None:
+        """Serves until `stop` is set, connecting again whenever the broker was lost."""
+        position: str | None = None
+        while not stop.is_set():
+            try:
+                connection = Connection(self._url, "telemetry")
+                stream = EventStream(Connection(self._url, "telemetry-events"), position)
+                log.info("telemetry_online", position=stream.position)
+                self._follow(connection, stream, stop)
+            except BrokerUnavailable as error:
+                log.warning("broker_unavailable", reason=error.message)
+                stop.wait(_RETRY_S)
+            else:
+                position = stream.position
+        log.info("telemetry_offline")
+
+    def _follow(self, connection: Connection, stream: EventStream, stop: threading.Event) -> None:
+        if snapshot := connection.call("GET", topology.MODEL):
+            self._model.restore(snapshot)
+        self._refresh(connection)
+        report_at = time.monotonic() + _REPORT_S
+        while not stop.is_set():
+            for _, each in stream.read(block_ms=500):
+                self._fold(each, connection)
+            if time.monotonic() >= report_at:
+                self._report(connection)
+                report_at = time.monotonic() + _REPORT_S
+        self._report(connection)
+
+    def _fold(self, each: Event, connection: Connection) -> None:
+        if each.type in ("device.online", "device.offline"):
+            log.info(each.type.replace(".", "_"), device=each.device, worker=each.source)
+            self._refresh(connection)
+        self._seen[each.type] += max(1, len(each.jobs))
+        learn(each, self._cluster, self._model)
+
+    def _refresh(self, connection: Connection) -> None:
+        holders = [name.decode() for name in connection.call("SMEMBERS", topology.HOLDERS)]
+        leases = connection.call("MGET", *map(topology.lease, holders)) if holders else []
+        self._cluster.refresh(_ANNOUNCEMENT.decode(lease) for lease in leases if lease)
+
+    def _report(self, connection: Connection) -> None:
+        connection.call("SET", topology.MODEL, self._model.snapshot())
+        ended = {name.removeprefix("job."): count for name, count in self._seen.items() if name.startswith("job.")}
+        if ended:
+            log.info("jobs_seen", **ended)
+        self._seen.clear()

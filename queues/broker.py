@@ -1,0 +1,309 @@
+"""The message path on the broker: lease, claim, dispatch, take, commit, release, recover.
+
+Every step is one atomic move, so a message is always in exactly one list: a lane, a claim, a device queue, a held
+list, `again` or `parked`. Messages never pass through Lua; results do (`functions.lua`). `Broker` speaks for one
+incarnation over one connection, and is used by one thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib import resources
+from typing import Final
+
+import msgspec
+
+from lepton_ai import topology
+from lepton_ai.errors import Fenced
+from lepton_ai.settings import Settings
+from queues.connection import Command, CommandError, Connection
+
+__all__ = ["Broker", "Commit", "Dispatch", "Outcome"]
+
+CLAIM_LIMIT: Final = 256
+#: Claims that one router may have open, and slots that one worker may have.
+LISTS_EACH: Final = 64
+#: The claim that a wake-up lands in; the others are numbered below it.
+WAKE: Final = LISTS_EACH - 1
+#: Where a router claims from, most urgent first.
+_SOURCES: Final = (topology.AGAIN, *topology.lane_lists())
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How one job of a batch ended. An empty `record` is an ignored result; without `reply_to` it is published."""
+
+    job: str
+    status: str
+    """succeeded, failed or cancelled."""
+    record: bytes
+    reply_to: str = ""
+
+
+class Commit(msgspec.Struct, frozen=True):
+    """Everything that ends a batch: its outcomes and the event that tells of them."""
+
+    slot: int
+    held: int
+    """Messages in the held list: the fence."""
+    outcomes: Sequence[Outcome]
+    event: bytes
+
+
+class Dispatch(msgspec.Struct):
+    """Everything that leaves a router in one step. Messages are in the order in which they should run."""
+
+    claims: dict[str, int]
+    """Each claim that messages leave, and how many it must hold now: the fence."""
+    rests: dict[str, list[bytes]]
+    """What stays in each of those claims."""
+    queued: dict[str, list[bytes]] = {}
+    parked: dict[str, list[bytes]] = {}
+    dead: list[tuple[str, bytes]] = []
+    """Messages that nobody can read, each with the reason."""
+    rejected: list[Outcome] = []
+    placements: dict[int, dict[str, bytes]] = {}
+    """Placements by the minute whose hash they go into."""
+    counts: dict[str, int] = {}
+    event: bytes = b""
+
+
+class Broker:
+    """The message path for one incarnation. Raises BrokerUnavailable when the connection breaks."""
+
+    def __init__(self, connection: Connection, incarnation: str, settings: Settings) -> None:
+        self.connection = connection
+        self.incarnation = incarnation
+        self._settings = settings
+        self._ttl_s = max(1, round(settings.result_ttl_s))
+        self._lease = topology.lease(incarnation)
+        self._wake_claim = topology.claim(incarnation, WAKE)
+        self._version = load_functions(connection)
+
+    # -- leases -------------------------------------------------------------------------------------------------
+
+    def announce(self, value: bytes) -> None:
+        """Takes the lease, with what others should know of this incarnation in it."""
+        lease_ms = round(self._settings.lease_s * 1000)
+        self.connection.many(
+            [("SET", self._lease, value, "PX", lease_ms), ("SADD", topology.HOLDERS, self.incarnation)]
+        )
+
+    def renew(self) -> bool:
+        """Prolongs the lease; False where it has lapsed, and what was held may be somebody else's by now."""
+        return bool(self.connection.call("PEXPIRE", self._lease, round(self._settings.lease_s * 1000)))
+
+    def resign(self) -> None:
+        """Gives the lease back; only once nothing is held."""
+        self.connection.many([("DEL", self._lease), ("SREM", topology.HOLDERS, self.incarnation)])
+
+    def recover(self) -> int:
+        """Moves what lapsed holders still hold to `again`; returns how many messages that were."""
+        holders = [name.decode() for name in self.connection.call("SMEMBERS", topology.HOLDERS)]
+        alive = self.connection.many([("EXISTS", topology.lease(name)) for name in holders])
+        lapsed = [name for name, lives in zip(holders, alive, strict=True) if not lives]
+        return sum(
+            self.connection.many(
+                [self._function("recover", (topology.HOLDERS, topology.AGAIN), (name, LISTS_EACH)) for name in lapsed]
+            )
+        )
+
+    # -- the router's side --------------------------------------------------------------------------------------
+
+    def ask_wake(self, wake: Connection) -> None:
+        """Waits, on a connection of its own, for the next message of the default lane; it lands in the wake claim.
+
+        The wake-up is itself a durable claim. `claim(woken=True)` takes it over once the connection has answered.
+        """
+        wake.send([("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", 0)])
+
+    def claim(self, number: int, have: int, limit: int, *, woken: bool = False) -> list[bytes]:
+        """Moves up to `limit` waiting messages, most urgent first, to a claim that already holds `have`.
+
+        Raises Fenced where the claim does not hold what it should.
+        """
+        claim = topology.claim(self.incarnation, number)
+        first = [("LMOVE", self._wake_claim, claim, "RIGHT", "LEFT")] if woken else []
+        replies = self.connection.many([*first, ("LLEN", claim), *(("LLEN", each) for each in _SOURCES)])
+        messages: list[bytes] = [replies.pop(0)] if woken else []
+        length, *depths = replies
+        moves: list[Command] = []
+        for source, depth in zip(_SOURCES, depths, strict=True):
+            moves += [("LMOVE", source, claim, "RIGHT", "LEFT")] * min(depth, limit - len(messages) - len(moves))
+        if moves:
+            *moved, length = self.connection.many([*moves, ("LLEN", claim)])
+            messages += [message for message in moved if message is not None]
+        if length != have + len(messages) or None in messages:
+            raise Fenced(f"{claim} holds {length} messages, not the {have + len(messages)} in hand")
+        return messages
+
+    def unpark(self, kernel: str) -> int:
+        """Moves the parked jobs of a kernel to `again`; returns how many."""
+        parked = topology.parked(kernel)
+        depth = self.connection.call("LLEN", parked)
+        moves = [("LMOVE", parked, topology.AGAIN, "RIGHT", "LEFT")] * depth
+        self.connection.many([*moves, ("SREM", topology.PARKED, kernel)])
+        # A job parked between the two reads keeps the kernel in the index: look once more.
+        if self.connection.call("LLEN", parked):
+            self.connection.call("SADD", topology.PARKED, kernel)
+        return int(depth)
+
+    def parked_kernels(self) -> set[str]:
+        return {name.decode() for name in self.connection.call("SMEMBERS", topology.PARKED)}
+
+    def depths(self, devices: Sequence[str]) -> list[int]:
+        """How many messages each device queue holds now."""
+        return self.connection.many([("LLEN", topology.device_queue(device)) for device in devices])
+
+    def dispatch(self, step: Dispatch) -> None:
+        """Takes messages out of their claims and puts each where it goes, all or nothing.
+
+        Raises Fenced where a claim is no longer exactly what this router put into it (another has adopted it).
+        """
+        watched = self.connection.many([("WATCH", *step.claims), *(("LLEN", claim) for claim in step.claims)])
+        if watched[1:] != list(step.claims.values()):
+            self.connection.call("UNWATCH")
+            raise Fenced(f"claims {list(step.claims)} hold {watched[1:]}, not {list(step.claims.values())}")
+        replies = self.connection.many([("MULTI",), *self._dispatch_commands(step), ("EXEC",)])
+        if replies[-1] is None:
+            raise Fenced(f"claims {list(step.claims)} changed under our hands")
+
+    def _dispatch_commands(self, step: Dispatch) -> Iterable[Command]:
+        for claim in step.claims:
+            yield ("DEL", claim)
+            if rest := step.rests.get(claim):
+                yield ("LPUSH", claim, *rest)
+        for device, messages in step.queued.items():
+            yield ("LPUSH", topology.device_queue(device), *messages)
+        for kernel, messages in step.parked.items():
+            yield ("LPUSH", topology.parked(kernel), *messages)
+            yield ("SADD", topology.PARKED, kernel)
+        for reason, message in step.dead:
+            yield ("XADD", topology.DEAD, "*", "reason", reason, "message", message)
+        for outcome in step.rejected:
+            yield from self._reject_commands(outcome)
+        for minute, placements in step.placements.items():
+            pairs = [part for pair in placements.items() for part in pair]
+            yield ("HSET", topology.jobs(minute), *pairs)
+            yield ("EXPIRE", topology.jobs(minute), self._ttl_s)
+        for counter, count in step.counts.items():
+            yield ("HINCRBY", topology.COUNTERS, counter, count)
+        if step.event:
+            yield self.event_command(step.event)
+
+    def _reject_commands(self, outcome: Outcome) -> Iterable[Command]:
+        key = topology.result(outcome.job)
+        yield ("SET", key, outcome.record, "NX", "EX", self._ttl_s)
+        if outcome.reply_to:
+            yield ("RPUSH", outcome.reply_to, outcome.record)
+            yield ("EXPIRE", outcome.reply_to, self._ttl_s)
+        else:
+            yield ("PUBLISH", key, outcome.record)
+
+    # -- the worker's side --------------------------------------------------------------------------------------
+
+    def take(self, device: str, slot: int, limit: int, slots: int, timeout_s: float) -> list[bytes]:
+        """Takes up to `limit` messages, oldest first, leaving the other slots their share; [] after `timeout_s`.
+
+        What a lost reply left in the held list is handed out again first.
+        """
+        queue, held = topology.device_queue(device), topology.held(self.incarnation, slot)
+        sent = self.connection.send(
+            [("BLMOVE", queue, held, "RIGHT", "LEFT", timeout_s), ("LLEN", queue), ("LLEN", held)]
+        )
+        first, depth, length = _checked(self.connection.receive(sent, timeout_s + 30))
+        if first is None and length == 0:
+            return []
+        if length > 1 or first is None:
+            return self.held(slot)
+        more = min(limit - 1, -(-depth // slots))
+        if more <= 0:
+            return [first]
+        *moved, length = self.connection.many(
+            [*[("LMOVE", queue, held, "RIGHT", "LEFT")] * more, ("LLEN", held)]
+        )
+        messages = [first, *(message for message in moved if message is not None)]
+        return messages if length == len(messages) else self.held(slot)
+
+    def held(self, slot: int) -> list[bytes]:
+        """What a slot holds, oldest first."""
+        found: list[bytes] = self.connection.call("LRANGE", topology.held(self.incarnation, slot), 0, -1)
+        return found[::-1]
+
+    def placements(self, jobs: Sequence[str], minutes: Iterable[int]) -> dict[str, bytes]:
+        """The placements of these jobs, looked for in the hashes of these minutes."""
+        found: dict[str, bytes] = {}
+        for values in self.connection.many([("HMGET", topology.jobs(minute), *jobs) for minute in minutes]):
+            found.update((job, value) for job, value in zip(jobs, values, strict=True) if value is not None)
+        return found
+
+    def commit(self, step: Commit) -> list[str]:
+        """Ends a batch: results, acknowledgement, counters and event in one step; returns the duplicates' ids.
+
+        Raises Fenced, with nothing written, where the lease has lapsed or the batch has been given to another.
+        """
+        held = topology.held(self.incarnation, step.slot)
+        arguments: list[str | bytes | int | float] = [
+            step.held,
+            self._ttl_s,
+            self._settings.events_kept,
+            step.event,
+        ]
+        for outcome in step.outcomes:
+            arguments += (outcome.job, outcome.status, outcome.record, outcome.reply_to)
+        keys = (held, self._lease, topology.EVENTS, topology.COUNTERS)
+        try:
+            duplicates = self.connection.call(*self._function("commit", keys, arguments))
+        except CommandError as error:
+            if error.message.startswith("FENCED"):
+                raise Fenced(f"{held}: {error.message}") from error
+            raise
+        return [name.decode() for name in duplicates]
+
+    def release(self, slot: int, held: int) -> None:
+        """Gives a batch back unrun; Fenced where it is no longer ours."""
+        keys = (topology.held(self.incarnation, slot), self._lease, topology.AGAIN)
+        try:
+            self.connection.call(*self._function("release", keys, (held,)))
+        except CommandError as error:
+            if error.message.startswith("FENCED"):
+                raise Fenced(error.message) from error
+            raise
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def event_command(self, event: bytes) -> Command:
+        return ("XADD", topology.EVENTS, "MAXLEN", "~", self._settings.events_kept, "*", "e", event)
+
+    def emit(self, event: bytes) -> None:
+        """Adds one entry to the event stream."""
+        self.connection.call(*self.event_command(event))
+
+    def _function(self, name: str, keys: Sequence[str], arguments: Iterable[str | bytes | int | float]) -> Command:
+        return ("FCALL", f"lepton_{name}_{self._version}", len(keys), *keys, *arguments)
+
+
+@cache
+def _library() -> tuple[str, str]:
+    source = resources.files("queues").joinpath("functions.lua").read_text("utf-8")
+    version = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return version, source.replace("VERSION", version)
+
+
+def load_functions(connection: Connection) -> str:
+    """Puts this release's functions on the broker (they survive its restart) and returns their version."""
+    version, source = _library()
+    try:
+        connection.call("FUNCTION", "LOAD", source)
+    except CommandError as error:
+        if "already exists" not in error.message:
+            raise
+    return version
+
+
+def _checked(replies: list[object]) -> list[object]:
+    for reply in replies:
+        if isinstance(reply, CommandError):
+            raise reply
+    return replies

@@ -1,0 +1,53 @@
+"""Following the event stream: what happened since an entry, as typed Events, from any process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lepton_ai import event, topology
+from lepton_ai.event import Event
+from queues.connection import Connection
+
+__all__ = ["EventStream"]
+
+_ENTRIES_AT_ONCE = 512
+
+
+class EventStream:
+    """A reader of `lepton:events` over its own connection. `position` is the id of the last entry read."""
+
+    def __init__(self, connection: Connection, position: str | None = None) -> None:
+        self.connection = connection
+        self.position = position or self._last()
+        self._waiting = False
+
+    def ask(self, block_ms: int = 0) -> None:
+        """Asks for what comes next; `answer` collects it once the connection is readable."""
+        if not self._waiting:
+            self.connection.send(
+                [("XREAD", "COUNT", _ENTRIES_AT_ONCE, "BLOCK", block_ms, "STREAMS", topology.EVENTS, self.position)]
+            )
+            self._waiting = True
+
+    def answer(self, timeout_s: float = 30.0) -> list[tuple[str, Event]]:
+        """The Events that `ask` waited for, each with the id of its entry; [] when its time ran out."""
+        (reply,) = self.connection.receive(1, timeout_s)
+        self._waiting = False
+        return list(self._events(reply))
+
+    def read(self, block_ms: int) -> list[tuple[str, Event]]:
+        """Waits up to `block_ms` for what comes next."""
+        self.ask(block_ms)
+        return self.answer(block_ms / 1000 + 30)
+
+    def _events(self, reply: Any) -> Iterator[tuple[str, Event]]:
+        for entries in (reply or {}).values():
+            for entry_id, fields in entries:
+                self.position = entry_id.decode()
+                for each in event.decode(fields[1]):
+                    yield self.position, each
+
+    def _last(self) -> str:
+        newest = self.connection.call("XREVRANGE", topology.EVENTS, "+", "-", "COUNT", 1)
+        return newest[0][0].decode() if newest else "0-0"

@@ -1,0 +1,177 @@
+"""From taken messages to groups that run together, and from a group's outputs back to each job's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from lepton_ai import wire
+from lepton_ai.errors import InvalidArguments, JobCancelled, LeptonError, Malformed, OptionNotSupported, UnknownKernel
+from lepton_ai.job import Options
+from lepton_ai.kernel import Kernel, Work
+from lepton_ai.tensor import TensorMap
+
+__all__ = ["Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "split"]
+
+
+class TakenJob(msgspec.Struct, eq=False):
+    """A job with its checked inputs, ready to run."""
+
+    id: str
+    kernel: Kernel
+    inputs: dict[str, Any]
+    work: Work
+    options: Options
+    tensors: bool
+    """Its arrays came as tensor maps, so its answer goes back as tensor maps; else as nested lists."""
+    keep: bool
+    """False where the caller asked to ignore the result."""
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """A message that names a job which cannot run, and why."""
+
+    id: str
+    kernel: str
+    options: Options
+    error: LeptonError
+    keep: bool = True
+
+
+class Unreadable(msgspec.Struct, frozen=True):
+    """A message without a job in it. A router refuses these, so only a foreign hand can have queued one here."""
+
+    error: LeptonError
+
+
+class Group(msgspec.Struct, eq=False):
+    """Jobs of one kernel that run in one launch."""
+
+    kernel: Kernel
+    jobs: list[TakenJob]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The inputs of the launch: a single job's own, or all jobs' stacked or concatenated."""
+        first = self.jobs[0].inputs
+        if len(self.jobs) == 1:
+            return first
+        join = np.stack if self.kernel.spec.batch == "stack" else np.concatenate
+        return {
+            name: join([job.inputs[name] for job in self.jobs]) if isinstance(value, np.ndarray) else value
+            for name, value in first.items()
+        }
+
+
+def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJob | Refused | Unreadable:
+    """The job of a message, or why it is none. Never raises for what a message holds."""
+    try:
+        envelope = wire.read_envelope(message)
+    except LeptonError as error:
+        return Unreadable(error)
+    headers, options = envelope.headers, Options()
+    keep = not headers.ignore_result
+    try:
+        options = wire.read_options(headers)
+        return _read(envelope, options, kernels, limit_bytes, keep)
+    except LeptonError as error:
+        return Refused(headers.id, headers.task, options, error, keep)
+
+
+def _read(
+    envelope: wire.Envelope, options: Options, kernels: dict[str, Kernel], limit_bytes: int, keep: bool
+) -> TakenJob:
+    headers = envelope.headers
+    kernel = kernels.get(headers.task)
+    if kernel is None:
+        raise UnknownKernel(f"this worker has no kernel {headers.task!r}; it has {', '.join(sorted(kernels))}")
+    if headers.expires is not None and _expired(headers.expires):
+        raise JobCancelled(f"the job expired at {headers.expires}")
+    arguments, callbacks = wire.read_body(envelope, limit_bytes=limit_bytes)
+    if callbacks:
+        raise OptionNotSupported("link, chain and chord are not supported yet", "callbacks")
+    inputs, dims = kernel.signature.bind(arguments)
+    arrays = [value for value in arguments.values() if isinstance(value, TensorMap | list)]
+    tensors = any(isinstance(value, TensorMap) for value in arrays) or not arrays and options.result == "msgpack"
+    return TakenJob(headers.id, kernel, inputs, kernel.spec.work(dims), options, tensors, keep)
+
+
+def _expired(expires: str | float) -> bool:
+    try:
+        at = datetime.fromisoformat(expires) if isinstance(expires, str) else datetime.fromtimestamp(expires, UTC)
+    except (ValueError, OverflowError, OSError):
+        raise Malformed(f"expires is not a time: {expires!r}") from None
+    return at.replace(tzinfo=at.tzinfo or UTC) <= datetime.now(UTC)
+
+
+def groups(jobs: Iterable[TakenJob], limit: int) -> list[Group]:
+    """The jobs in groups of one launch each, in the order in which each group's first job came."""
+    open_groups: dict[Any, Group] = {}
+    found: list[Group] = []
+    for job in jobs:
+        key = _key(job)
+        group = open_groups.get(key) if key is not None else None
+        if group is None or len(group.jobs) >= limit:
+            group = Group(job.kernel, [])
+            found.append(group)
+            if key is not None:
+                open_groups[key] = group
+        group.jobs.append(job)
+    return found
+
+
+def _key(job: TakenJob) -> tuple[Any, ...] | None:
+    """What jobs must share to run in one launch; None where the kernel runs one at a time."""
+    batch = job.kernel.spec.batch
+    if batch is None:
+        return None
+    parts: list[Any] = [job.kernel.name]
+    for name, value in job.inputs.items():
+        if not isinstance(value, np.ndarray):
+            parts.append((name, value))
+        elif batch == "stack":
+            parts.append((name, value.shape))
+        else:
+            parts.append((name, value.shape[1:]))
+    return tuple(parts)
+
+
+def split(group: Group, outputs: dict[str, np.ndarray[Any, Any]]) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """Each job's own outputs. Raises InvalidArguments (the kernel's fault) where they cannot be told apart."""
+    if len(group.jobs) == 1:
+        return [outputs]
+    if group.kernel.spec.batch == "stack":
+        _check_lengths(group, outputs, len(group.jobs))
+        return [{name: value[at] for name, value in outputs.items()} for at in range(len(group.jobs))]
+    sizes = [_first_size(job) for job in group.jobs]
+    _check_lengths(group, outputs, sum(sizes))
+    ends = np.cumsum(sizes).tolist()
+    return [
+        {name: value[end - size : end] for name, value in outputs.items()}
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
+def _first_size(job: TakenJob) -> int:
+    return next(len(value) for value in job.inputs.values() if isinstance(value, np.ndarray))
+
+
+def _check_lengths(group: Group, outputs: dict[str, np.ndarray[Any, Any]], expected: int) -> None:
+    for name, value in outputs.items():
+        if not value.ndim or len(value) != expected:
+            raise InvalidArguments(f"{group.kernel.name}: output {name!r} of a batch has shape {value.shape}", name)
+
+
+def answer(job: TakenJob, outputs: dict[str, Any]) -> dict[str, Any]:
+    """A job's outputs in the form in which it was asked."""
+    if job.tensors:
+        return {name: wire.to_value(np.asarray(value)) for name, value in outputs.items()}
+    return {name: np.asarray(value).tolist() for name, value in outputs.items()}
+
+
+def names(jobs: Sequence[TakenJob]) -> tuple[str, ...]:
+    return tuple(job.id for job in jobs)

@@ -1,0 +1,97 @@
+"""The CPU driver: kernels read host memory, one slot is one thread.
+
+Slots are the parallelism: variants release the GIL and run on one thread each. Where one does use Numba's own
+threads it gets cores / slots of them, on the omp layer (the workqueue layer aborts the process when two threads
+enter it at once).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_ai.device import Peaks
+
+__all__ = ["CpuDriver", "open_device"]
+
+_MATMUL_SIZE = 512
+_COPY_BYTES = 16 * 2**20
+_REPEATS = 5
+
+
+class CpuDriver:
+    """The opened processor. Stateless, so any number of threads may call it."""
+
+    kind = "cpu"
+    emulated = False
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+
+    def peaks(self) -> Peaks:
+        """The whole processor's matmul rate, copy bandwidth and launch cost, best of a few runs (about 50 ms)."""
+        square = np.ones((_MATMUL_SIZE, _MATMUL_SIZE), np.float32)
+        product = np.empty_like(square)
+        source = np.ones(_COPY_BYTES, np.uint8)
+        target = np.empty_like(source)
+        return Peaks(
+            flops_per_s=2 * _MATMUL_SIZE**3 / _best_s(lambda: np.matmul(square, square, out=product)),
+            bytes_per_s=2 * _COPY_BYTES / _best_s(lambda: np.copyto(target, source)),
+            transfer_bytes_per_s=math.inf,
+            transfer_latency_s=0.0,
+            launch_s=_best_s(self._launch),
+        )
+
+    def _launch(self) -> None:
+        one = self.upload(np.ones((1, 1), np.float32))
+        self.download(np.matmul(one, one))
+
+    def upload(self, array: NDArray[Any]) -> NDArray[Any]:
+        """A read-only, aligned, C-contiguous view; a copy only where the array is not so already.
+
+        Arrays off the wire start at any byte. Every kernel sees one array type, so it compiles once.
+        """
+        view = np.require(array, requirements=("C", "A")).view()
+        view.flags.writeable = False
+        return view
+
+    def download(self, value: Any) -> NDArray[Any]:
+        """The output itself, as an array."""
+        return np.asarray(value)
+
+    def synchronize(self) -> None:
+        """Returns at once: variants finish before they return."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def open_device(device: str, slots: int) -> CpuDriver:
+    """The driver for `cpu` or any `cpu.<model>`. Call it before anything imports numba, which reads these once."""
+    os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(max(1, _cores() // slots)))
+    return CpuDriver(slots)
+
+
+def _cores() -> int:
+    """The cores that this process may use, which a container's affinity can make fewer than the host has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _best_s(run: Callable[[], object]) -> float:
+    """The shortest of a few runs in seconds; the first, which touches fresh pages, does not count."""
+    run()
+    best_s = math.inf
+    for _ in range(_REPEATS):
+        started_s = time.perf_counter()
+        run()
+        best_s = min(best_s, time.perf_counter() - started_s)
+    return max(best_s, 1e-9)

@@ -1,0 +1,122 @@
+"""The worker's lease and heartbeat, from a thread of its own, so that no kernel and no event loop can hold them up."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import msgspec
+import psutil
+import structlog
+
+from lepton_ai import event
+from lepton_ai.device import Announcement, ResourceState
+from lepton_ai.errors import LeptonError
+from lepton_ai.event import Event
+from lepton_ai.settings import Settings
+from queues.broker import Broker
+from queues.connection import Connection
+from tasks.runner import Slots
+
+__all__ = ["Heartbeat"]
+
+log = structlog.get_logger()
+
+
+class Heartbeat:
+    """Announces a worker and keeps its lease until it is stopped."""
+
+    def __init__(self, settings: Settings, url: str, announcement: Announcement, slots: Slots) -> None:
+        self._settings = settings
+        self._url = url
+        self._announcement = announcement
+        self._value = msgspec.msgpack.encode(announcement)
+        self._slots = slots
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._broker: Broker | None = None
+        self._seen = (time.monotonic(), 0.0, 0)
+
+    def start(self) -> None:
+        """Takes the lease and tells the fleet; the worker can be given jobs once this returns.
+
+        Raises BrokerUnavailable where the broker is not there.
+        """
+        psutil.cpu_percent(None)
+        self._beat()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Gives the lease back; call it once the slots hold nothing any more."""
+        self._halt()
+        try:
+            broker = self._connected()
+            broker.resign()
+            self._emit(broker, "device.offline")
+        except LeptonError as error:
+            log.warning("lease_left", reason=error.message)
+
+    def abandon(self) -> None:
+        """Gives the lease and everything still held back at once; commits of this worker are refused from here on."""
+        self._halt()
+        try:
+            broker = self._connected()
+            broker.connection.call("DEL", f"lepton:lease:{self._announcement.incarnation}")
+            log.warning("batches_given_back", messages=broker.recover())
+            self._emit(broker, "device.offline")
+        except LeptonError as error:
+            log.warning("lease_left", reason=error.message)
+
+    def _halt(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(self._settings.lease_s)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._settings.heartbeat_s):
+            try:
+                self._beat()
+            except LeptonError as error:
+                self._broker = None
+                log.warning("heartbeat_missed", reason=error.message)
+
+    def _beat(self) -> None:
+        fresh = self._broker is None
+        broker = self._connected()
+        if not fresh and broker.renew():
+            data = {"state": msgspec.to_builtins(self._state())}
+            broker.emit(event.encode(self._event("device.heartbeat", data)))
+            return
+        if not fresh:
+            log.warning("lease_lapsed", worker=self._announcement.worker)
+        broker.announce(self._value)
+        self._emit(broker, "device.online")
+
+    def _connected(self) -> Broker:
+        if self._broker is None:
+            incarnation = self._announcement.incarnation
+            self._broker = Broker(Connection(self._url, f"{incarnation}-lease"), incarnation, self._settings)
+        return self._broker
+
+    def _emit(self, broker: Broker, kind: str) -> None:
+        broker.emit(event.encode(self._event(kind, {"worker": self._announcement.worker})))
+
+    def _event(self, kind: str, data: dict[str, object]) -> Event:
+        return Event(kind, self._announcement.incarnation, device=self._announcement.device, data=data)
+
+    def _state(self) -> ResourceState:
+        now, busy_s = time.monotonic(), self._slots.busy_s
+        counters = psutil.net_io_counters()
+        moved = counters.bytes_sent + counters.bytes_recv if counters else 0
+        then, busy_before, moved_before = self._seen
+        self._seen = (now, busy_s, moved)
+        elapsed = max(1e-6, now - then)
+        memory = psutil.virtual_memory()
+        return ResourceState(
+            busy_slots=self._slots.busy,
+            utilization=min(1.0, (busy_s - busy_before) / elapsed / self._slots.count),
+            host_cpu=psutil.cpu_percent(None) / 100,
+            memory_used_bytes=memory.total - memory.available,
+            memory_total_bytes=memory.total,
+            network_bytes_per_s=max(0.0, (moved - moved_before) / elapsed) if moved_before else 0.0,
+        )

@@ -1,0 +1,198 @@
+"""Finance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Run
+
+black_scholes = Kernel(
+    "finance.black_scholes",
+    inputs={
+        "spot": "float64[n]",
+        "strike": "float64[n]",
+        "years": "float64[n]",
+        "volatility": "float64[n]",
+        "rate": "float64",
+    },
+    outputs={"call": "float64[n]", "put": "float64[n]"},
+    flops="200*n",
+    bytes="48*n",
+    batch="concat",
+    tolerance=1e-9,
+    summary="Prices of European call and put options.",
+)
+
+Column = NDArray[np.float64]
+
+
+@black_scholes.reference
+def _reference(spot: Column, strike: Column, years: Column, volatility: Column, rate: float) -> Outputs:
+    """Black and Scholes (1973), "The Pricing of Options and Corporate Liabilities", eq. 13; the put eq. 26.
+
+    An input that is negative (the rate apart), NaN or infinite prices to NaN. Where nothing is uncertain (years,
+    volatility, spot or strike is 0) the price is what the option is worth for sure, discounted, or 0 if that is more.
+    """
+    with np.errstate(all="ignore"):
+        deviation = volatility * np.sqrt(years)
+        certain = (deviation == 0) | (spot == 0) | (strike == 0)
+        due = strike * np.exp(-rate * years)
+        middle = (np.log(spot / strike) + rate * years) / deviation
+        d1, d2 = middle + deviation / 2, middle - deviation / 2
+        call = np.where(certain, np.maximum(spot - due, 0), spot * _normal(d1) - due * _normal(d2))
+        put = np.where(certain, np.maximum(due - spot, 0), due * _normal(-d2) - spot * _normal(-d1))
+    fair = np.isfinite(rate) & np.logical_and.reduce(
+        [(column >= 0) & np.isfinite(column) for column in (spot, strike, years, volatility)]
+    )
+    return {"call": np.where(fair, call, np.nan), "put": np.where(fair, put, np.nan)}
+
+
+def _normal(x: Column) -> Column:
+    """The cumulative normal distribution."""
+    return np.array([math.erfc(-value / math.sqrt(2)) / 2 for value in x], np.float64)
+
+
+# The variant spells exp, log and the normal distribution out, without branches, so that LLVM turns the loop into
+# vector instructions: 54 ns an option with math.exp, log and erfc (one call each, one option at a time), 10 so.
+
+
+def _exp(x: float) -> float:
+    """e**x for x in [-708, 709], by x = n log 2 + r and the Taylor series of r (Cody and Waite 1980, ch. 6)."""
+    x = min(max(x, -708.0), 709.0)
+    n = math.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6
+    p = 1.0 + r * (1 / 13)
+    p = 1.0 + r * (1 / 12) * p
+    p = 1.0 + r * (1 / 11) * p
+    p = 1.0 + r * (1 / 10) * p
+    p = 1.0 + r * (1 / 9) * p
+    p = 1.0 + r * (1 / 8) * p
+    p = 1.0 + r * (1 / 7) * p
+    p = 1.0 + r * (1 / 6) * p
+    p = 1.0 + r * (1 / 5) * p
+    p = 1.0 + r * (1 / 4) * p
+    p = 1.0 + r * (1 / 3) * p
+    p = 1.0 + r * (1 / 2) * p
+    p = 1.0 + r * p
+    scale: Any = np.int64((np.int64(n) + 1023) << 52)
+    return float(p * scale.view(np.float64))
+
+
+def _log(x: float) -> float:
+    """log x of a normal positive x: x = 2**n m, log m = 2 artanh((m - 1) / (m + 1)) (Cody and Waite 1980, ch. 5)."""
+    value: Any = np.float64(x)
+    bits = value.view(np.int64)
+    # Exponents are counted from the root of 1/2, so m is in [0.707, 1.414] and the series short.
+    n = (bits - 0x3FE6A09E667F3BCD) >> 52
+    mantissa: Any = np.int64(bits - (n << 52))
+    m = mantissa.view(np.float64)
+    s = (m - 1.0) / (m + 1.0)
+    z = s * s
+    p = 1 / 19 + z * (1 / 21)
+    p = 1 / 17 + z * p
+    p = 1 / 15 + z * p
+    p = 1 / 13 + z * p
+    p = 1 / 11 + z * p
+    p = 1 / 9 + z * p
+    p = 1 / 7 + z * p
+    p = 1 / 5 + z * p
+    p = 1 / 3 + z * p
+    return float(n * 0.6931471805599453 + 2.0 * (s + s * z * p))
+
+
+def _tail(x: float) -> float:
+    """The normal distribution's upper tail beyond x >= 0.
+
+    Hart (1968), "Computer Approximations", algorithm 5666, as given by West (2005), "Better approximations to
+    cumulative normal functions"; absolute error below 1e-15.
+    """
+    p = 0.0352624965998911 * x + 0.700383064443688
+    p = p * x + 6.37396220353165
+    p = p * x + 33.912866078383
+    p = p * x + 112.079291497871
+    p = p * x + 221.213596169931
+    p = p * x + 220.206867912376
+    q = 0.0883883476483184 * x + 1.75566716318264
+    q = q * x + 16.064177579207
+    q = q * x + 86.7807322029461
+    q = q * x + 296.564248779674
+    q = q * x + 637.333633378831
+    q = q * x + 793.826512519948
+    q = q * x + 440.413735824752
+    return _exp(-0.5 * x * x) * p / q
+
+
+def _price(
+    spot: Column, strike: Column, years: Column, volatility: Column, rate: float, call: Column, put: Column
+) -> None:
+    infinity = np.inf
+    for i in range(spot.size):
+        s, k, t, v = spot[i], strike[i], years[i], volatility[i]
+        deviation = v * math.sqrt(t)
+        due = k * _exp(-rate * t)
+        middle = (_log(s / k) + rate * t) / deviation
+        d1, d2 = middle + deviation / 2, middle - deviation / 2
+        # Beyond 40 deviations a tail is 0; the polynomials must not overflow there.
+        tail1, tail2 = _tail(min(abs(d1), 40.0)), _tail(min(abs(d2), 40.0))
+        up1, up2 = (1.0 - tail1 if d1 > 0 else tail1), (1.0 - tail2 if d2 > 0 else tail2)
+        down1, down2 = (tail1 if d1 > 0 else 1.0 - tail1), (tail2 if d2 > 0 else 1.0 - tail2)
+        c, p = s * up1 - due * up2, due * down2 - s * down1
+        certain = (deviation == 0) | (s == 0) | (k == 0)
+        c = max(s - due, 0.0) if certain else c
+        p = max(due - s, 0.0) if certain else p
+        fair = (s >= 0) & (s < infinity) & (k >= 0) & (k < infinity) & (t >= 0) & (t < infinity)
+        fair = fair & (v >= 0) & (v < infinity) & (abs(rate) < infinity)
+        call[i] = c if fair else np.nan
+        put[i] = p if fair else np.nan
+
+
+@black_scholes.on("cpu")
+def _cpu(device: Any) -> Run:
+    """One option after another, so options of many jobs with one rate are one longer column."""
+    from numba import njit, types
+    from numba.extending import register_jitable
+
+    for function in (_exp, _log, _tail):
+        register_jitable(function)
+    column, out = types.Array(types.float64, 1, "C", readonly=True), types.float64[::1]
+    price = njit(
+        (column, column, column, column, types.float64, out, out),
+        nogil=True,
+        cache=True,
+        error_model="numpy",
+        fastmath={"contract"},
+    )(_price)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        spot = inputs["spot"]
+        call, put = np.empty_like(spot), np.empty_like(spot)
+        price(spot, inputs["strike"], inputs["years"], inputs["volatility"], inputs["rate"], call, put)
+        return {"call": call, "put": put}
+
+    return run
+
+
+@black_scholes.samples
+def _samples() -> Iterator[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    for n in (1, 100, 100_000):
+        yield {
+            "spot": random.uniform(50, 150, n),
+            "strike": random.uniform(50, 150, n),
+            "years": random.uniform(0.1, 2, n),
+            "volatility": random.uniform(0.05, 0.6, n),
+            "rate": 0.03,
+        }
+    # Nothing uncertain, nothing fair, and far out of the money.
+    yield {
+        "spot": np.array([100, 0, 100, 0, 90, -1, np.nan, np.inf, 1e-300, 1e6]),
+        "strike": np.array([90, 90, 0, 0, 100, 90, 90, 90, 100, 1e-3]),
+        "years": np.array([0, 1, 1, 1, 1, 1, 1, 1, 1, 30.0]),
+        "volatility": np.array([0.2, 0.2, 0.2, 0.2, 0, 0.2, 0.2, 0.2, 5, 0.01]),
+        "rate": 0.05,
+    }

@@ -1,0 +1,253 @@
+"""Medical images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Run
+
+median_filter = Kernel(
+    "medical.median_filter",
+    inputs={"image": "float32[h,w]", "radius": "int64 = 1"},
+    outputs={"filtered": "float32[h,w]"},
+    flops="16*h*w*(2*radius + 1)",
+    bytes="8*h*w",
+    limits={"radius": "0 <= radius <= 16"},
+    batch="stack",
+    tolerance=0.0,
+    summary="The median of the square around each pixel; the image's edge is repeated outwards.",
+)
+
+
+@median_filter.reference
+def _reference(image: NDArray[np.float32], radius: int) -> Outputs:
+    """The middle of the (2 radius + 1)**2 sorted values around each pixel (Tukey 1977), edges repeated.
+
+    The count is odd, so the median is one of the values and every variant must find exactly it. A square with a NaN
+    in it has median NaN.
+    """
+    if image.size == 0:
+        return {"filtered": image.copy()}
+    width = 2 * radius + 1
+    squares = np.lib.stride_tricks.sliding_window_view(np.pad(image, radius, mode="edge"), (width, width))
+    values = np.sort(squares.reshape(*image.shape, width * width), axis=-1)
+    middle = values[..., width * width // 2]
+    # NaN sorts last.
+    return {"filtered": np.where(np.isnan(values[..., -1]), np.float32(np.nan), middle)}
+
+
+_LANES = 512
+_TILE = 96
+
+
+@lru_cache
+def _network(size: int) -> NDArray[np.int64]:
+    """The pairs (i, j) to put in order, so that value size // 2 of `size` values becomes their median.
+
+    Batcher's merge exchange sort (Knuth, TAOCP vol. 3, algorithm 5.2.2M), less the pairs that the median does not
+    depend on.
+    """
+    pairs = []
+    top = 1 << max((size - 1).bit_length() - 1, 0)
+    p = top
+    while p > 0:
+        q, r, d = top, 0, p
+        while True:
+            pairs += [(i, i + d) for i in range(size - d) if i & p == r]
+            if q == p:
+                break
+            d, q, r = q - p, q // 2, p
+        p //= 2
+    needed, kept = {size // 2}, []
+    for i, j in reversed(pairs):
+        if i in needed or j in needed:
+            needed |= {i, j}
+            kept.append((i, j))
+    return np.array(kept[::-1], np.int64).reshape(-1, 2)
+
+
+def _median_by_network(
+    padded: NDArray[np.float32], radius: int, pairs: NDArray[np.int64], filtered: NDArray[np.float32]
+) -> None:
+    """A sorting network over whole strips of pixels: each exchange is a vector minimum and maximum in the L1 cache.
+
+    For small squares. Neither branches nor data decide the time.
+    """
+    images, height, width = filtered.shape
+    side = 2 * radius + 1
+    lanes = np.empty((side * side, _LANES), np.float32)
+    for image in range(images):
+        for y in range(height):
+            for x in range(0, width, _LANES):
+                size = min(_LANES, width - x)
+                for dy in range(side):
+                    for dx in range(side):
+                        _copy(padded[image, y + dy, x + dx :], lanes[dy * side + dx], size)
+                for pair in range(pairs.shape[0]):
+                    _exchange(lanes[pairs[pair, 0]], lanes[pairs[pair, 1]], size)
+                _copy(lanes[side * side // 2], filtered[image, y, x:], size)
+
+
+def _copy(source: NDArray[np.float32], target: NDArray[np.float32], size: int) -> None:
+    for lane in range(size):
+        target[lane] = source[lane]
+
+
+def _exchange(low: NDArray[np.float32], high: NDArray[np.float32], size: int) -> None:
+    """Puts each lane's smaller value first."""
+    for lane in range(size):
+        a, b = low[lane], high[lane]
+        low[lane] = a if a < b else b
+        high[lane] = a if a > b else b
+
+
+def _median_by_rank(padded: NDArray[np.float32], radius: int, filtered: NDArray[np.float32]) -> None:
+    """Suomela (2014), "Median Filtering is Equivalent to Sorting", arXiv:1406.1717.
+
+    Each tile's values are sorted once. A set of ranks, one bit each, holds the square; a step of it changes one side's
+    values, and the median is found again by walking a few words of bits from where it was. For large squares: a step
+    costs 2 (2 radius + 1) bits rather than (2 radius + 1)**2 values.
+    """
+    images, height, width = filtered.shape
+    side = 2 * radius + 1
+    half = side * side // 2
+    reach = _TILE + 2 * radius
+    one, low6 = np.uint64(1), np.int64(63)
+    ranks = np.empty((reach, reach), np.int32)
+    old: Any
+    new: Any
+    keys, order = np.empty((2, reach * reach), np.uint32), np.empty((2, reach * reach), np.int32)
+    values = np.empty(reach * reach, np.float32)
+    bits = np.empty(reach * reach // 64 + 1, np.uint64)
+    buckets = np.empty(2049, np.int64)
+    for image in range(images):
+        for top in range(0, height, _TILE):
+            for left in range(0, width, _TILE):
+                rows, columns = min(_TILE, height - top), min(_TILE, width - left)
+                tall, wide = rows + 2 * radius, columns + 2 * radius
+                count = tall * wide
+                for y in range(tall):
+                    for x in range(wide):
+                        value: Any = np.float32(padded[image, top + y, left + x])
+                        raw = value.view(np.uint32)
+                        keys[0, y * wide + x] = ~raw if raw >> np.uint32(31) else raw | np.uint32(0x80000000)
+                        order[0, y * wide + x] = y * wide + x
+                # Radix sort, 11 bits at a time; three passes end in the second half of the buffers.
+                for digit in range(3):
+                    shift = np.uint32(11 * digit)
+                    source, target = digit & 1, 1 - (digit & 1)
+                    buckets.fill(0)
+                    for i in range(count):
+                        buckets[np.int64((keys[source, i] >> shift) & np.uint32(2047)) + 1] += 1
+                    for i in range(2048):
+                        buckets[i + 1] += buckets[i]
+                    for i in range(count):
+                        key = keys[source, i]
+                        bucket = np.int64((key >> shift) & np.uint32(2047))
+                        place = buckets[bucket]
+                        buckets[bucket] = place + 1
+                        keys[target, place] = key
+                        order[target, place] = order[source, i]
+                for i in range(count):
+                    y, x = order[1, i] // wide, order[1, i] % wide
+                    ranks[y, x] = i
+                    values[i] = padded[image, top + y, left + x]
+                bits.fill(0)
+                word, below = 0, 0
+                for y in range(side):
+                    for x in range(side):
+                        rank = np.int64(ranks[y, x])
+                        bits[rank >> 6] |= one << np.uint64(rank & low6)
+                # The square goes right along one row and left along the next.
+                x = 0
+                for y in range(rows):
+                    if y > 0:
+                        for i in range(side):
+                            old, new = np.int64(ranks[y - 1, x + i]), np.int64(ranks[y + 2 * radius, x + i])
+                            bits[old >> 6] ^= one << np.uint64(old & low6)
+                            bits[new >> 6] ^= one << np.uint64(new & low6)
+                            below += ((new >> 6) < word) - ((old >> 6) < word)
+                    forward = y % 2 == 0
+                    for step in range(columns):
+                        if step > 0:
+                            leaving, entering = (x, x + side) if forward else (x + side - 1, x - 1)
+                            x += 1 if forward else -1
+                            for i in range(side):
+                                old, new = np.int64(ranks[y + i, leaving]), np.int64(ranks[y + i, entering])
+                                bits[old >> 6] ^= one << np.uint64(old & low6)
+                                bits[new >> 6] ^= one << np.uint64(new & low6)
+                                below += ((new >> 6) < word) - ((old >> 6) < word)
+                        while below > half:
+                            word -= 1
+                            below -= _ones(bits[word])
+                        here = _ones(bits[word])
+                        while below + here <= half:
+                            below += here
+                            word += 1
+                            here = _ones(bits[word])
+                        rest = bits[word]
+                        for _ in range(half - below):
+                            rest &= rest - one
+                        lowest = (rest & (~rest + one)) - one
+                        filtered[image, top + y, left + x] = values[word * 64 + _ones(lowest)]
+
+
+def _ones(x: Any) -> int:
+    """How many bits of a uint64 are set. LLVM knows this form and makes one instruction of it."""
+    x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return int(np.int64((x * np.uint64(0x0101010101010101)) >> np.uint64(56)))
+
+
+def _spread_nan(image: NDArray[np.float32], radius: int, filtered: NDArray[np.float32]) -> None:
+    """Puts NaN wherever the square holds one: minimum and maximum alone would lose it."""
+    for plane, result in zip(image, filtered, strict=True):
+        for y, x in np.argwhere(np.isnan(plane)):
+            result[max(y - radius, 0) : y + radius + 1, max(x - radius, 0) : x + radius + 1] = np.nan
+
+
+@median_filter.on("cpu")
+def _cpu(device: Any) -> Run:
+    """Takes one image, or a stack of them."""
+    from numba import njit, types
+    from numba.extending import register_jitable
+
+    for function in (_copy, _exchange, _ones):
+        register_jitable(function)
+    padded_type, pairs_type = types.float32[:, :, ::1], types.Array(types.int64, 2, "C", readonly=True)
+    options = {"nogil": True, "cache": True, "error_model": "numpy"}
+    by_network = njit((padded_type, types.int64, pairs_type, padded_type), **options)(_median_by_network)
+    by_rank = njit((padded_type, types.int64, padded_type), **options)(_median_by_rank)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        image, radius = inputs["image"], inputs["radius"]
+        if image.size == 0 or radius == 0:
+            return {"filtered": image.copy()}
+        images = image if image.ndim == 3 else image[None]
+        filtered = np.empty(images.shape, np.float32)
+        padded = np.pad(images, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
+        if radius <= 3:
+            by_network(padded, radius, _network((2 * radius + 1) ** 2), filtered)
+        else:
+            by_rank(padded, radius, filtered)
+        if np.isnan(images).any():
+            _spread_nan(images, radius, filtered)
+        return {"filtered": filtered.reshape(image.shape)}
+
+    return run
+
+
+@median_filter.samples
+def _samples() -> Iterator[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    for h, w, radius in ((1, 1, 1), (5, 7, 2), (200, 130, 1), (120, 110, 5), (40, 40, 16)):
+        yield {"image": random.standard_normal((h, w), np.float32), "radius": radius}
+    hurt = random.standard_normal((20, 20), np.float32)
+    hurt[3, 4], hurt[10, 10], hurt[15, 3] = np.nan, np.inf, -np.inf
+    yield {"image": hurt, "radius": 2}

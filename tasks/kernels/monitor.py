@@ -1,0 +1,125 @@
+"""Monitoring: what a series of measurements says about the machine that it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Run
+
+anomaly = Kernel(
+    "monitor.anomaly",
+    inputs={"series": "float64[n]", "window": "int64 = 30"},
+    outputs={"score": "float64[n]"},
+    flops="24*n",
+    bytes="48*n",
+    limits={"window": "window >= 2"},
+    batch="stack",
+    tolerance=1e-6,
+    summary="Rolling z-score: how far each value is from the window before it, in standard deviations.",
+)
+
+
+@anomaly.reference
+def _reference(series: NDArray[np.float64], window: int) -> Outputs:
+    """score[i] = (series[i] - mean) / deviation, over series[i-window : i], the window before the value.
+
+    The value itself is left out, so a spike does not hide itself. The deviation is the population's (divided by
+    `window`). Warm-up: the first `window` scores are NaN, there is nothing to compare with. NaN: a value that is NaN,
+    and every value with a NaN or an infinity in its window, scores NaN; once that has left the window, scores are as
+    if it had never been. A constant window has deviation 0: the same value scores 0, any other +inf or -inf.
+    """
+    score = np.full(series.shape, np.nan)
+    if window >= series.size:
+        return {"score": score}
+    before = np.lib.stride_tricks.sliding_window_view(series, window)[:-1]
+    value = series[window:]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        constant = before.min(axis=1) == before.max(axis=1)
+        # Of equal values the mean and deviation are known; sums would round them.
+        mean = np.where(constant, before[:, 0], before.mean(axis=1))
+        deviation = np.where(constant, 0.0, before.std(axis=1))
+        z = np.where((deviation == 0) & (value == mean), 0.0, (value - mean) / deviation)
+    score[window:] = np.where(np.isfinite(before).all(axis=1), z, np.nan)
+    return {"score": score}
+
+
+def _score(series: NDArray[np.float64], window: int, score: NDArray[np.float64]) -> None:
+    """Each window is the end of one block of `window` values and the start of the next.
+
+    Means and squared deviations (M2) of both parts by Welford (1962), joined by Chan, Golub and LeVeque (1979, eq.
+    2.1). Nothing is ever subtracted from a running sum, so a huge value does no harm after it has left the window
+    (the usual running sums never recover), and the cost does not depend on the window.
+    """
+    rows, n = series.shape
+    head_mean, head_m2 = np.empty(window), np.empty(window)
+    tail_mean, tail_m2 = np.empty(window), np.empty(window)
+    inverse = 1.0 / np.arange(1, window + 1)
+    share = np.arange(window) / window
+    for row in range(rows):
+        values = series[row]
+        for i in range(min(window, n)):
+            score[row, i] = np.nan
+        for block in range(window, n, window):
+            # tail[j] covers the last j + 1 values before the block, head[j] the first j + 1 values of the block.
+            size = min(window, n - block)
+            t_mean, t_m2, h_mean, h_m2 = 0.0, 0.0, 0.0, 0.0
+            for j in range(window):
+                t_value, h_value = values[block - 1 - j], values[min(block + j, n - 1)]
+                t_delta, h_delta = t_value - t_mean, h_value - h_mean
+                t_mean += t_delta * inverse[j]
+                h_mean += h_delta * inverse[j]
+                t_m2 += t_delta * (t_value - t_mean)
+                h_m2 += h_delta * (h_value - h_mean)
+                tail_mean[j], tail_m2[j] = t_mean, t_m2
+                head_mean[j], head_m2[j] = h_mean, h_m2
+            for j in range(size):
+                # The window of value block + j: j values of the block, window - j before it.
+                part = max(j - 1, 0)
+                t_mean, t_m2 = tail_mean[window - 1 - j], tail_m2[window - 1 - j]
+                gap = head_mean[part] - t_mean if j > 0 else 0.0
+                head = head_m2[part] if j > 0 else 0.0
+                mean = t_mean + gap * share[j]
+                m2 = t_m2 + head + gap * gap * share[j] * (window - j)
+                difference = values[block + j] - mean
+                z = difference / np.sqrt(m2 / window)
+                z = 0.0 if m2 == 0.0 and difference == 0.0 else z
+                score[row, block + j] = z
+
+
+@anomaly.on("cpu")
+def _cpu(device: Any) -> Run:
+    """Takes one series, or a stack of them as rows."""
+    from numba import njit, types
+
+    series_type = types.Array(types.float64, 2, "C", readonly=True)
+    fill = njit(
+        (series_type, types.int64, types.float64[:, ::1]),
+        nogil=True,
+        cache=True,
+        error_model="numpy",
+        boundscheck=False,
+    )(_score)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        series, window = inputs["series"], inputs["window"]
+        score = np.full(series.shape, np.nan)
+        if window < series.shape[-1]:
+            fill(np.atleast_2d(series), window, np.atleast_2d(score))
+        return {"score": score}
+
+    return run
+
+
+@anomaly.samples
+def _samples() -> Iterator[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    yield {"series": random.standard_normal(5), "window": 2}
+    walk = 1000 + np.cumsum(random.standard_normal(10_000))
+    walk[[100, 5_000]] += 1e9, np.nan
+    yield {"series": walk}
+    yield {"series": np.repeat([0.1, 7.0], 50), "window": 10}
+    yield {"series": random.standard_normal(1_000), "window": 999}

@@ -1,0 +1,341 @@
+"""The slots of a worker: each takes a batch, runs it, commits it with one call, and starts over."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import structlog
+
+from lepton_ai import event, wire
+from lepton_ai.errors import BrokerUnavailable, Fenced, JobCancelled, KernelFailed, LeptonError
+from lepton_ai.event import Event, Observation
+from lepton_ai.identity import minute_of
+from lepton_ai.job import Cost, Options, Placement, Record
+from lepton_ai.settings import Settings
+from queues.broker import Broker, Commit, Outcome
+from queues.connection import Connection
+from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, names, read, split
+from tasks.driver import Driver
+from tasks.warmup import Repertoire
+
+__all__ = ["Observer", "Slots"]
+
+_TAKE_S = 1.0
+_RETRY_S = (0.05, 2.0)
+#: Weight of the newest batch in the mean time of a job, which bounds the next batch.
+_WEIGHT = 0.3
+_PLACEMENT = msgspec.msgpack.Decoder(Placement)
+
+log = structlog.get_logger()
+
+
+class Observer(Protocol):
+    """Who is told what the slots do: Celery's books. Called from slot threads."""
+
+    def taken(self, jobs: Sequence[tuple[str, str]]) -> None:
+        """Jobs (id, kernel) are this worker's now."""
+
+    def started(self, jobs: Sequence[str]) -> None: ...
+
+    def finished(self, jobs: Sequence[str]) -> None: ...
+
+    def is_revoked(self, job: str) -> bool: ...
+
+
+class Slots:
+    """The slots of one worker, a thread each. `start`, then `drain` (finish what runs) or `abandon`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        url: str,
+        incarnation: str,
+        device: str,
+        driver: Driver,
+        repertoire: Repertoire,
+        observer: Observer,
+    ) -> None:
+        self.device = device
+        self.driver = driver
+        self.repertoire = repertoire
+        self.observer = observer
+        self.settings = settings
+        self.incarnation = incarnation
+        self.count = driver.slots
+        self._url = url
+        self._stopping = threading.Event()
+        self._open = threading.Event()
+        self._open.set()
+        self._threads: list[threading.Thread] = []
+        self._slots = [_Slot(self, number) for number in range(self.count)]
+
+    def start(self) -> None:
+        for slot in self._slots:
+            thread = threading.Thread(target=slot.run, name=f"slot-{slot.number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def pause(self) -> None:
+        """Takes nothing more until `resume`; what runs goes on."""
+        self._open.clear()
+
+    def resume(self) -> None:
+        self._open.set()
+
+    def drain(self) -> None:
+        """Takes nothing more and returns once everything taken has been committed."""
+        self._stopping.set()
+        self._open.set()
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    def wait(self, seconds: float) -> None:
+        """Waits, but not past the order to stop."""
+        self._stopping.wait(seconds)
+
+    def wait_open(self) -> None:
+        """Waits while paused."""
+        self._open.wait()
+
+    def connect(self, number: int) -> Broker:
+        return Broker(Connection(self._url, f"{self.incarnation}-{number}"), self.incarnation, self.settings)
+
+    @property
+    def busy(self) -> int:
+        """How many slots are computing now."""
+        return sum(slot.busy for slot in self._slots)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that slots have computed since the start, over all of them."""
+        return sum(slot.busy_s for slot in self._slots)
+
+
+class _Ended(msgspec.Struct):
+    """How one batch ended, while it is put together."""
+
+    outcomes: list[Outcome] = []
+    events: list[Event] = []
+
+
+class _Slot:
+    def __init__(self, slots: Slots, number: int) -> None:
+        self.number = number
+        self.busy = False
+        self.busy_s = 0.0
+        self._slots = slots
+        self._pending: Commit | None = None
+        self._job_s = 0.0
+
+    def run(self) -> None:
+        """Serves until the slots stop, connecting again whenever the broker was lost."""
+        pause_s = _RETRY_S[0]
+        while not self._slots.stopping or self._pending is not None:
+            try:
+                broker = self._slots.connect(self.number)
+                pause_s = _RETRY_S[0]
+                try:
+                    self._serve(broker)
+                finally:
+                    broker.connection.close()
+            except BrokerUnavailable as error:
+                log.warning("broker_unavailable", slot=self.number, reason=error.message, retry_s=pause_s)
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 2, _RETRY_S[1])
+            except Exception:  # a defect of ours must not silently cost the worker a slot
+                log.exception("slot_failed", slot=self.number)
+                time.sleep(_RETRY_S[1])
+
+    def _serve(self, broker: Broker) -> None:
+        if self._pending is not None:
+            self._commit(broker, self._pending)
+        messages = broker.held(self.number)
+        while messages or not self._slots.stopping:
+            if not messages:
+                self._slots.wait_open()
+                if self._slots.stopping:
+                    return
+                messages = broker.take(self._slots.device, self.number, self._limit(), self._slots.count, _TAKE_S)
+            if messages:
+                self._pending = self._batch(broker, messages)
+                messages = self._commit(broker, self._pending)
+
+    def _limit(self) -> int:
+        """How many jobs to take at once: a full batch of quick ones, a single slow one."""
+        settings = self._slots.settings
+        if self._job_s <= 0:
+            return 1
+        return max(1, min(settings.batch_jobs, int(settings.batch_s / self._job_s)))
+
+    def _commit(self, broker: Broker, step: Commit) -> list[bytes]:
+        """Commits; returns what the slot still holds, which is nothing unless the commit was refused.
+
+        A commit whose reply was lost is sent again on the next connection: then either it had happened and the held
+        list is gone, or it happens now.
+        """
+        held: list[bytes] = []
+        try:
+            broker.commit(step)
+        except Fenced as error:
+            log.warning("commit_fenced", slot=self.number, jobs=len(step.outcomes), reason=error.message)
+            held = broker.held(self.number)
+        self._pending = None
+        self._slots.observer.finished([outcome.job for outcome in step.outcomes])
+        return held
+
+    # -- a batch ------------------------------------------------------------------------------------------------
+
+    def _batch(self, broker: Broker, messages: Sequence[bytes]) -> Commit:
+        taken_at = time.time()
+        start = time.perf_counter()
+        self.busy = True
+        try:
+            jobs, ended = self._read(messages)
+            placements = self._placements(broker, [job.id for job in jobs])
+            for group in groups(jobs, self._slots.settings.batch_jobs):
+                self._run_group(group, placements, taken_at, ended)
+        finally:
+            self.busy = False
+            seconds = time.perf_counter() - start
+            self.busy_s += seconds
+        each = seconds / len(messages)
+        self._job_s = each if self._job_s == 0.0 else (1 - _WEIGHT) * self._job_s + _WEIGHT * each
+        return Commit(self.number, len(messages), ended.outcomes, event.encode(*ended.events))
+
+    def _read(self, messages: Sequence[bytes]) -> tuple[list[TakenJob], _Ended]:
+        jobs: list[TakenJob] = []
+        ended = _Ended()
+        kernels, limit = self._slots.repertoire.kernels, self._slots.settings.body_limit_bytes
+        found = [read(message, kernels, limit) for message in messages]
+        known = [job for job in found if not isinstance(job, Unreadable)]
+        self._slots.observer.taken(
+            [(job.id, job.kernel if isinstance(job, Refused) else job.kernel.name) for job in known]
+        )
+        for job in found:
+            if isinstance(job, Unreadable):
+                log.error("message_unreadable", reason=job.error.message)
+            elif isinstance(job, Refused):
+                self._fail(job.id, job.kernel, job.options, job.keep, job.error, ended)
+            elif self._slots.observer.is_revoked(job.id):
+                self._fail(job.id, job.kernel.name, job.options, job.keep, JobCancelled("revoked"), ended)
+            else:
+                jobs.append(job)
+        return jobs, ended
+
+    def _placements(self, broker: Broker, ids: Sequence[str]) -> dict[str, Placement]:
+        if not ids:
+            return {}
+        now = int(time.time()) // 60
+        minutes = {minute_of(job) or now for job in ids} | {now, now - 1}
+        return {job: _PLACEMENT.decode(raw) for job, raw in broker.placements(ids, minutes).items()}
+
+    def _run_group(self, group: Group, placements: dict[str, Placement], taken_at: float, ended: _Ended) -> None:
+        """Runs a group in one launch; if that raises, each of its jobs alone, so that only the culprit fails."""
+        self._slots.observer.started(names(group.jobs))
+        try:
+            outputs, observation = self._launch(group)
+            parts = split(group, outputs)
+        except Exception as error:  # whatever a kernel raises is its job's failure, never the worker's
+            if len(group.jobs) > 1:
+                for job in group.jobs:
+                    self._run_group(Group(group.kernel, [job]), placements, taken_at, ended)
+                return
+            self._kernel_raised(group.jobs[0], error, ended)
+            return
+        count = len(group.jobs)
+        for job, part in zip(group.jobs, parts, strict=True):
+            placement = placements.get(job.id)
+            cost = Cost(
+                self._slots.incarnation,
+                self._slots.device,
+                max(0.0, taken_at - placement.placed_at) if placement else 0.0,
+                observation.transfer_s / count,
+                observation.run_s / count,
+                count,
+            )
+            meta = wire.success(job.id, answer(job, part), Record(placement, cost))
+            record = wire.encode_meta(meta, self._encoding(job.options)) if job.keep else b""
+            ended.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
+        ended.events.append(
+            Event(
+                "job.succeeded",
+                self._slots.incarnation,
+                group.kernel.name,
+                self._slots.device,
+                names(group.jobs),
+                observation,
+            )
+        )
+
+    def _launch(self, group: Group) -> tuple[dict[str, np.ndarray[Any, Any]], Observation]:
+        driver, name = self._slots.driver, group.kernel.name
+        start = time.perf_counter()
+        inputs = {
+            name: driver.upload(value) if isinstance(value, np.ndarray) else value
+            for name, value in group.inputs.items()
+        }
+        uploaded = time.perf_counter()
+        found = self._slots.repertoire.runs[name](inputs, _Context(group, self._slots.observer.is_revoked))
+        driver.synchronize()
+        ran = time.perf_counter()
+        if found.keys() != group.kernel.signature.outputs.keys():
+            raise KernelFailed(f"{name} returned {sorted(found)}, not {sorted(group.kernel.signature.outputs)}")
+        outputs = {key: driver.download(value) for key, value in found.items()}
+        transfer_s = uploaded - start + time.perf_counter() - ran
+        flops, moved = sum(job.work.flops for job in group.jobs), sum(job.work.bytes for job in group.jobs)
+        device = self._slots.device
+        return outputs, Observation(name, device, len(group.jobs), flops, moved, transfer_s, ran - uploaded)
+
+    def _kernel_raised(self, job: TakenJob, error: Exception, ended: _Ended) -> None:
+        known = error if isinstance(error, LeptonError) else KernelFailed(f"{type(error).__name__}: {error}")
+        trace = None if isinstance(error, LeptonError) else "".join(traceback.format_exception(error))
+        self._fail(job.id, job.kernel.name, job.options, job.keep, known, ended, trace)
+
+    def _fail(
+        self,
+        job: str,
+        kernel: str,
+        options: Options,
+        keep: bool,
+        error: LeptonError,
+        ended: _Ended,
+        trace: str | None = None,
+    ) -> None:
+        status = "cancelled" if isinstance(error, JobCancelled) else "failed"
+        record = wire.encode_meta(wire.failure(job, error, trace), self._encoding(options)) if keep else b""
+        ended.outcomes.append(Outcome(job, status, record, options.reply_to or ""))
+        ended.events.append(
+            Event(f"job.{status}", self._slots.incarnation, kernel, self._slots.device, (job,), data=error.to_wire())
+        )
+        log.info(f"job_{status}", job=job, kernel=kernel, code=error.code)
+
+    def _encoding(self, options: Options) -> str:
+        return options.result or self._slots.settings.result_serializer
+
+
+class _Context:
+    """What the running variant may ask. See lepton_ai.kernel.Context."""
+
+    deadline = None
+    stream = None
+
+    def __init__(self, group: Group, is_revoked: Callable[[str], bool]) -> None:
+        self._jobs = names(group.jobs)
+        self._is_revoked = is_revoked
+
+    @property
+    def cancelled(self) -> bool:
+        return all(map(self._is_revoked, self._jobs))
+
+    def progress(self, fraction: float) -> None:
+        """Not told to anybody yet: `job.progressed` comes with the event interfaces."""
