@@ -28,9 +28,10 @@ class _Connection(JobReader, Protocol):
 
 
 class Client:
-    """A connection to Lepton: `redis://`, `rediss://` and `unix://` straight to the broker, `http(s)://` through an
-    ingest. Without a URL it takes `LEPTON_REDIS_URL`. Safe for several threads; close it, or use it in a `with`.
+    """A connection to Lepton, straight to the broker or through an ingest.
 
+    `redis://`, `rediss://` and `unix://` are a broker, `http(s)://` is an ingest; without a URL it takes
+    `LEPTON_REDIS_URL`. Safe for several threads; close it, or use it in a `with`.
     Raises BrokerUnavailable from any call while the other side cannot be reached.
     """
 

@@ -56,5 +56,7 @@ def kind_of(device: str) -> str:
     """The kind of a device name (`gpu.h100` -> `gpu`); InvalidSettings where it is none."""
     kind = device.split(".", 1)[0]
     if kind not in DEVICE_KINDS:
-        raise InvalidSettings(f"a device is named kind or kind.model, its kind one of {', '.join(DEVICE_KINDS)}: {device!r}")
+        raise InvalidSettings(
+            f"a device is named kind or kind.model, its kind one of {', '.join(DEVICE_KINDS)}: {device!r}"
+        )
     return kind

@@ -50,9 +50,7 @@ class Direct:
         options = msgspec.structs.replace(options, reply_to=self._reply_to, result=options.result or "msgpack")
         lane = topology.lane_list(options.urgency)
         handles = [JobHandle(job_id, kernel, self) for job_id in new_ids(len(rows))]
-        messages = [
-            wire.envelope(handle.id, kernel, row, options) for handle, row in zip(handles, rows, strict=True)
-        ]
+        messages = [wire.envelope(handle.id, kernel, row, options) for handle, row in zip(handles, rows, strict=True)]
         self._pending.update((handle.id, handle) for handle in handles)
         with _broker_errors(), self._redis.pipeline(transaction=False) as pipeline:
             for message in messages:

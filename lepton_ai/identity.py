@@ -19,10 +19,11 @@ def new_ids(count: int) -> list[str]:
     stamp = f"{time.time_ns() // 1_000_000 & 0xFFFF_FFFF_FFFF:012x}"
     head = f"{stamp[:8]}-{stamp[8:]}-7"
     noise = os.urandom(10 * count).hex()
-    return [
-        f"{head}{noise[at : at + 3]}-{'89ab'[int(noise[at + 3], 16) & 3]}{noise[at + 4 : at + 7]}-{noise[at + 7 : at + 19]}"
-        for at in range(0, 20 * count, 20)
-    ]
+    found = []
+    for at in range(0, 20 * count, 20):
+        variant = "89ab"[int(noise[at + 3], 16) & 3]
+        found.append(f"{head}{noise[at : at + 3]}-{variant}{noise[at + 4 : at + 7]}-{noise[at + 7 : at + 19]}")
+    return found
 
 
 def minute_of(job_id: str) -> int | None:

@@ -1,4 +1,4 @@
-"""A Job and what becomes of it: options, estimate, placement, cost, result. Frozen values, the same in every process."""
+"""A Job and what becomes of it: options, estimate, placement, cost, result. Frozen, the same in every process."""
 
 from __future__ import annotations
 

@@ -67,8 +67,17 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return settings._checked()
 
     def _checked(self) -> Settings:
-        for name in ("body_limit_bytes", "result_ttl_s", "lease_s", "heartbeat_s", "window", "credit_s",
-                     "batch_jobs", "batch_s", "events_kept"):
+        for name in (
+            "body_limit_bytes",
+            "result_ttl_s",
+            "lease_s",
+            "heartbeat_s",
+            "window",
+            "credit_s",
+            "batch_jobs",
+            "batch_s",
+            "events_kept",
+        ):
             if not getattr(self, name) > 0:
                 raise InvalidSettings(f"{_PREFIX}{name.upper()} must be above 0, not {getattr(self, name)}", name)
         if not 0 <= self.http_port <= 65535:

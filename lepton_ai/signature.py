@@ -6,6 +6,7 @@ nested lists, numbers) into what a kernel gets: C-contiguous arrays of exactly t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -60,7 +61,7 @@ def parse(name: str, text: str) -> Argument:
     try:
         default = _scalar(argument, msgspec.json.decode(match["default"]))
     except (msgspec.DecodeError, InvalidArguments) as error:
-        raise InvalidKernel(f"{name}: {match['default']!r} is not a default for {argument.dtype} ({error})", name) from None
+        raise InvalidKernel(f"{name}: {match['default']!r} is no default for {argument}: {error}", name) from None
     return Argument(name, match["dtype"], None, default)
 
 
@@ -136,7 +137,8 @@ class Signature:
 
     def _check_limits(self, dims: Dims) -> None:
         for name, limit in self.limits.items():
-            if limit(dims) != 1:  # 0, or NaN where the condition is not even defined
+            met = limit(dims)
+            if not met or math.isnan(met):
                 values = ", ".join(f"{key} = {dims[key]:g}" for key in sorted(limit.names))
                 raise InvalidArguments(f"argument {name!r} must satisfy {limit.text}; here {values}", name)
 
@@ -165,7 +167,8 @@ def _bind_shape(argument: Argument, shape: tuple[int, ...], dims: Dims) -> None:
     assert argument.dims is not None
     if len(shape) != len(argument.dims):
         raise InvalidArguments(
-            f"argument {argument.name!r} must be {argument}, not of {len(shape)} dimensions {list(shape)}", argument.name
+            f"argument {argument.name!r} must be {argument}, not of {len(shape)} dimensions {list(shape)}",
+            argument.name,
         )
     for dim, size in zip(argument.dims, shape, strict=True):
         if type(size) is not int or size < 0:
@@ -184,7 +187,7 @@ def _array(argument: Argument, value: Any) -> NDArray[Any]:
     if isinstance(value, np.ndarray):
         if value.dtype != wanted:
             raise InvalidArguments(
-                f"argument {name!r} must be {argument}, not {value.dtype.name}; convert it with .astype({argument.dtype!r})",
+                f"argument {name!r} must be {argument}, not {value.dtype.name}; use .astype({argument.dtype!r})",
                 name,
             )
         return np.ascontiguousarray(value).reshape(value.shape)

@@ -53,7 +53,7 @@ def to_wire(array: NDArray[Any]) -> TensorMap:
     if wire_dtype is None:
         raise InvalidArguments(f"dtype {array.dtype} cannot be sent; use one of {', '.join(DTYPES)}")
     data = np.ascontiguousarray(array, dtype=wire_dtype)
-    raw = memoryview(data.reshape(-1).view(np.uint8)) if data.size else memoryview(b"")
+    raw = data.reshape(-1).view(np.uint8).data if data.size else memoryview(b"")
     return TensorMap(wire_dtype.str, list(array.shape), raw)
 
 
@@ -82,7 +82,7 @@ def from_wire(value: TensorMap, field: str | None = None) -> NDArray[Any]:
 def shape_of(value: Any, field: str | None = None) -> tuple[int, ...]:
     """The shape of a tensor map, an array or nested lists, without making an array of it."""
     if isinstance(value, np.ndarray):
-        return value.shape
+        return tuple(value.shape)
     if isinstance(value, TensorMap):
         _check_shape(value.shape, field)
         return tuple(value.shape)

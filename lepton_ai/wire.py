@@ -15,7 +15,7 @@ import uuid
 import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, Union
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -51,12 +51,12 @@ _NO_CALLBACKS: Final = {"callbacks": None, "errbacks": None, "chain": None, "cho
 #: An argument or output on the wire: a number, a tensor map, or nested lists of numbers up to six deep.
 Number = bool | int | float
 _L1 = list[Number]
-_L2 = list[Union[Number, _L1]]
-_L3 = list[Union[Number, _L2]]
-_L4 = list[Union[Number, _L3]]
-_L5 = list[Union[Number, _L4]]
-_L6 = list[Union[Number, _L5]]
-Value = Union[Number, tensor.TensorMap, _L6]
+_L2 = list[Number | _L1]
+_L3 = list[Number | _L2]
+_L4 = list[Number | _L3]
+_L5 = list[Number | _L4]
+_L6 = list[Number | _L5]
+Value = Number | tensor.TensorMap | _L6
 
 
 class Headers(msgspec.Struct):
@@ -106,7 +106,7 @@ _ORIGIN = f"lepton-{os.getpid()}@{socket.gethostname()}"
 
 
 def to_value(value: Any) -> Any:
-    """A caller's argument as it crosses the wire: arrays as tensor maps, NumPy numbers as numbers, the rest as it is."""
+    """A caller's argument as it crosses the wire: arrays as tensor maps, NumPy numbers as numbers, the rest as is."""
     if isinstance(value, np.ndarray):
         return tensor.to_wire(value) if value.ndim else value.item()
     return value.item() if isinstance(value, np.generic) else value
@@ -243,7 +243,7 @@ def _typed(decoder: Any, data: bytes) -> Any:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if isinstance(decoder, msgspec.json.Decoder) and (b"NaN" in data or b"Infinity" in data):
             return _python_json(decoder, data)
-        raise Malformed(f"cannot be decoded: {error or type(error).__name__}") from None
+        raise Malformed(f"cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
 def _python_json(decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
@@ -257,8 +257,11 @@ def _python_json(decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
 
 
 def encode_meta(meta: Meta, encoding: str) -> bytes:
-    """A result record as Celery's backend stores it, in `json` or `msgpack`. The status comes first (the commit
-    function looks for it), and non-finite floats in JSON are Python's NaN and Infinity, as Celery writes them."""
+    """A result record as Celery's backend stores it, in `json` or `msgpack`.
+
+    The status comes first, because the commit function looks for it there; non-finite
+    floats in JSON are Python's NaN and Infinity, as Celery writes them.
+    """
     if encoding == "msgpack":
         return _MSGPACK.encode(meta)
     if not _has_non_finite(meta.result):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from lepton_ai import wire
 from lepton_ai.errors import LeptonError
-from lepton_ai.job import Candidate, Estimate, Options
+from lepton_ai.job import Candidate, Estimate
 from lepton_ai.kernel import KernelSpec, Work
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.problem import Problem
@@ -27,7 +28,7 @@ _UNKNOWN_WORK = Work(0.0, 0.0)
 
 
 class Pricing(msgspec.Struct, frozen=True):
-    """The Problem of some jobs, and the candidates behind its numbers: `candidates[job][device]`, not yet waited for."""
+    """The Problem of some jobs, and the candidates behind its numbers: `candidates[job][device]`, without waits."""
 
     problem: Problem
     candidates: list[tuple[Candidate, ...]]
@@ -37,9 +38,9 @@ def price(jobs: Sequence[ClaimedJob], cluster: Cluster, model: CostModel) -> Pri
     """What each job would cost on each device of the cluster."""
     devices = cluster.devices
     rows = [_candidates(job, devices, cluster.spec(job.kernel), model) for job in jobs]
-    seconds = np.array(
-        [[_seconds(candidate.estimate) for candidate in row] for row in rows], np.float64
-    ).reshape(len(jobs), len(devices))
+    seconds = np.array([[_seconds(candidate.estimate) for candidate in row] for row in rows], np.float64).reshape(
+        len(jobs), len(devices)
+    )
     slots = np.array([device.slots for device in devices], np.float64)
     ready = np.array([cluster.outstanding_s(device.name) / device.slots for device in devices], np.float64)
     return Pricing(Problem(seconds, ready, slots), rows)
@@ -84,10 +85,6 @@ def _work(job: ClaimedJob, spec: KernelSpec, signature: Signature) -> tuple[Work
     return spec.work(dims), size
 
 
-def _shapes_in_body(message: bytes) -> dict[str, object]:
+def _shapes_in_body(message: bytes) -> dict[str, Any]:
     arguments, _ = wire.read_body(wire.read_envelope(message), limit_bytes=_OPEN_LIMIT_BYTES)
     return shapes_of(arguments)
-
-
-def pinned(options: Options) -> str:
-    return f" on {options.device}" if options.device else ""

@@ -45,7 +45,7 @@ log = structlog.get_logger()
 
 
 class Router:
-    """Runs until `stop` is set. A session ends when the broker is lost or its claims are; the next one starts afresh."""
+    """Runs until `stop` is set, session after session: one ends when the broker or its claims are lost."""
 
     def __init__(self, settings: Settings, url: str, policy: Policy | None = None) -> None:
         self._settings = settings
@@ -264,7 +264,9 @@ class _Session:
         jobs = self._cluster.outstanding_jobs(device.name)
         if jobs < 2 * device.slots:
             return True
-        return waiting_s < self._settings.credit_s * device.slots and jobs < 2 * self._settings.batch_jobs * device.slots
+        return (
+            waiting_s < self._settings.credit_s * device.slots and jobs < 2 * self._settings.batch_jobs * device.slots
+        )
 
     def _placement(
         self, job: ClaimedJob, candidates: tuple[Candidate, ...], chosen: int, wait_s: float, now: float
@@ -275,8 +277,16 @@ class _Session:
         able = sum(candidate.estimate is not None for candidate in candidates)
         reason = f"finishes first of {able} able devices" if able > 1 else "the only device that can run it"
         return Placement(
-            job.id, job.kernel, "placed", reason, now, self._incarnation,
-            best.device, estimate, candidates, self._policy.name,
+            job.id,
+            job.kernel,
+            "placed",
+            reason,
+            now,
+            self._incarnation,
+            best.device,
+            estimate,
+            candidates,
+            self._policy.name,
         )
 
     def _park(self, job: ClaimedJob, candidates: tuple[Candidate, ...], now: float) -> Placement:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -220,9 +220,7 @@ class Broker:
         more = min(limit - 1, -(-depth // slots))
         if more <= 0:
             return [first]
-        *moved, length = self.connection.many(
-            [*[("LMOVE", queue, held, "RIGHT", "LEFT")] * more, ("LLEN", held)]
-        )
+        *moved, length = self.connection.many([*[("LMOVE", queue, held, "RIGHT", "LEFT")] * more, ("LLEN", held)])
         messages = [first, *(message for message in moved if message is not None)]
         return messages if length == len(messages) else self.held(slot)
 
@@ -302,7 +300,7 @@ def load_functions(connection: Connection) -> str:
     return version
 
 
-def _checked(replies: list[object]) -> list[object]:
+def _checked(replies: list[Any]) -> list[Any]:
     for reply in replies:
         if isinstance(reply, CommandError):
             raise reply

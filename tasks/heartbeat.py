@@ -107,7 +107,7 @@ class Heartbeat:
     def _state(self) -> ResourceState:
         now, busy_s = time.monotonic(), self._slots.busy_s
         counters = psutil.net_io_counters()
-        moved = counters.bytes_sent + counters.bytes_recv if counters else 0
+        moved = counters.bytes_sent + counters.bytes_recv
         then, busy_before, moved_before = self._seen
         self._seen = (now, busy_s, moved)
         elapsed = max(1e-6, now - then)

@@ -245,7 +245,7 @@ class _Slot:
         try:
             outputs, observation = self._launch(group)
             parts = split(group, outputs)
-        except Exception as error:  # whatever a kernel raises is its job's failure, never the worker's
+        except Exception as error:  # noqa: BLE001 - what a kernel raises is its job's failure, never the worker's
             if len(group.jobs) > 1:
                 for job in group.jobs:
                     self._run_group(Group(group.kernel, [job]), placements, taken_at, ended)
@@ -317,7 +317,7 @@ class _Slot:
         ended.events.append(
             Event(f"job.{status}", self._slots.incarnation, kernel, self._slots.device, (job,), data=error.to_wire())
         )
-        log.info(f"job_{status}", job=job, kernel=kernel, code=error.code)
+        log.info("job_ended", status=status, job=job, kernel=kernel, code=error.code)
 
     def _encoding(self, options: Options) -> str:
         return options.result or self._slots.settings.result_serializer

@@ -51,7 +51,7 @@ def warm(kernels: Iterable[Kernel], driver: Driver, refused: dict[str, str]) -> 
         start = time.perf_counter()
         try:
             found.runs[kernel.name] = _built(kernel, driver)
-        except Exception as error:  # a broken kernel must not take the others with it
+        except Exception as error:  # noqa: BLE001 - a broken kernel must not take the others with it
             found.refused[kernel.name] = f"{type(error).__name__}: {error}"
             log.error("kernel_refused", kernel=kernel.name, reason=found.refused[kernel.name])
             continue
@@ -71,8 +71,10 @@ def launch(run: Run, inputs: dict[str, Any], driver: Driver, context: Any) -> di
 
 
 def difference(found: Outputs, expected: Outputs) -> float:
-    """The largest difference of two sets of outputs, relative to the larger of 1 and what was expected; infinite
-    where names, shapes or the places of NaN and infinity differ."""
+    """The largest difference of two sets of outputs, relative to the larger of 1 and what was expected.
+
+    Infinite where names, shapes or the places of NaN and infinity differ.
+    """
     if found.keys() != expected.keys():
         return np.inf
     worst = 0.0

@@ -219,4 +219,3 @@ def _view(job_id: str, kernel: str, meta: Meta | None, placement: Placement | No
 
 def _outputs(result: Mapping[str, Any] | Any) -> dict[str, Any]:
     return {name: wire.to_value(value) for name, value in result.items()}
-

@@ -59,7 +59,7 @@ def _http(request: Request[Any, Any, Any], error: HTTPException) -> Response[byt
 
 
 def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    log.exception("request_failed", path=request.url.path)
+    log.error("request_failed", path=request.url.path, exc_info=error)
     return _respond(Problem("InternalError", 500, "an error of ours; it has been logged", "internal"))
 
 

@@ -13,10 +13,8 @@ from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody, Sche
 from litestar.params import Parameter
 
 from lepton_ai import wire
-from lepton_ai.device import Announcement
 from lepton_ai.errors import InvalidArguments, InvalidRequest, Malformed, TooLarge
-from lepton_ai.kernel import KernelSpec
-from lepton_ai.remote import JobRequest, JobView
+from lepton_ai.remote import JobRequest
 from lepton_ai.settings import Settings
 from pipeline.ingest.door import Door
 from pipeline.ingest.problem import HANDLERS
@@ -79,9 +77,9 @@ class _JobsOperation(Operation):
     def __post_init__(self) -> None:
         schemas, components = msgspec.json.schema_components([_BODY], ref_template="#/components/schemas/{name}")
         schema = _inlined(schemas[0], components)
-        content = {kind: OpenAPIMediaType(Schema(**{})) for kind in ("application/json", wire.MSGPACK)}
+        content = {kind: OpenAPIMediaType(Schema()) for kind in ("application/json", wire.MSGPACK)}
         for media in content.values():
-            media.schema = _RawSchema(schema)  # type: ignore[assignment]
+            media.schema = _RawSchema(schema)
         self.request_body = RequestBody(content, description="One job or a list of jobs.", required=True)
 
 
@@ -97,7 +95,9 @@ class _RawSchema(Schema):
 
 
 @post("/v1/jobs", status_code=202, tags=["jobs"], operation_class=_JobsOperation, raises=[])
-async def submit(request: Request[Any, Any, Any], door: Door, settings: Settings, wait_s: WaitSeconds = 0.0) -> Response[bytes]:
+async def submit(
+    request: Request[Any, Any, Any], door: Door, settings: Settings, wait_s: WaitSeconds = 0.0
+) -> Response[bytes]:
     """Accepts one job or a list, whole or not at all. 202 with the jobs' ids; 200 where all ended within `wait_s`."""
     body = await _body(request, settings.body_limit_bytes)
     decoded = _decode(body, request.headers.get("content-type", "application/json"))
@@ -109,19 +109,19 @@ async def submit(request: Request[Any, Any, Any], door: Door, settings: Settings
 
 
 @get("/v1/jobs/{job_id:str}", tags=["jobs"])
-async def job(request: Request[Any, Any, Any], job_id: str, door: Door, wait_s: WaitSeconds = 0.0) -> Response[JobView]:
+async def job(request: Request[Any, Any, Any], job_id: str, door: Door, wait_s: WaitSeconds = 0.0) -> Response[bytes]:
     """One job: its state, where it went and why, and its result once it has ended; waits up to `wait_s` for that."""
     return _respond(request, await door.look(job_id, wait_s), 200)
 
 
 @get("/v1/devices", tags=["fleet"])
-async def devices(request: Request[Any, Any, Any], door: Door) -> Response[list[Announcement]]:
+async def devices(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
     """Every worker that is alive: its device, slots, measured peaks and kernels."""
     return _respond(request, await door.announcements(), 200)
 
 
 @get("/v1/kernels", tags=["fleet"])
-async def kernels(request: Request[Any, Any, Any], door: Door) -> Response[list[KernelSpec]]:
+async def kernels(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
     """Every kernel that has been announced: its signature, formulas and limits."""
     return _respond(request, await door.kernels(), 200)
 
@@ -171,7 +171,7 @@ async def _body(request: Request[Any, Any, Any], limit_bytes: int) -> bytes:
 
 
 def _decode(body: bytes, content_type: str) -> JobRequest | list[JobRequest]:
-    media = content_type.split(";")[0].strip().lower()
+    media = content_type.split(";", maxsplit=1)[0].strip().lower()
     known = _FORMATS.get(media)
     if known is None:
         raise _UnsupportedMediaType(f"content type {media!r} is not understood; use application/json or {wire.MSGPACK}")
@@ -180,7 +180,7 @@ def _decode(body: bytes, content_type: str) -> JobRequest | list[JobRequest]:
     except msgspec.ValidationError as error:
         raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Malformed(f"the body is not valid {media}: {error or type(error).__name__}") from None
+        raise Malformed(f"the body is not valid {media}: {str(error) or type(error).__name__}") from None
     if isinstance(found, list):
         return [_request(each, known) for each in found]
     return _request(found, known)
@@ -192,7 +192,9 @@ def _request(incoming: _Incoming, known: _Format) -> JobRequest:
         try:
             arguments[name] = known.value.decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidArguments(f"argument {name!r} is no number, list of numbers or tensor: {error}", name) from None
+            raise InvalidArguments(
+                f"argument {name!r} is no number, list of numbers or tensor: {error}", name
+            ) from None
     return JobRequest(incoming.kernel, arguments, incoming.priority, incoming.device)
 
 
@@ -210,7 +212,7 @@ def _invalid(error: msgspec.ValidationError) -> InvalidArguments:
     return InvalidArguments(f"not a valid job: {text}", field or None)
 
 
-def _respond(request: Request[Any, Any, Any], value: Any, status: int) -> Any:
+def _respond(request: Request[Any, Any, Any], value: Any, status: int) -> Response[bytes]:
     """The value in msgpack where the client accepts that, else in JSON (NaN and infinity are null there)."""
     accepts = request.headers.get("accept", "")
     if "msgpack" in accepts:

@@ -46,7 +46,7 @@ async def _serve(settings: Settings, url: str) -> None:
     log.info("ingest_online", address=f"http://{settings.http_host}:{settings.http_port}")
     stopping = asyncio.create_task(stopped.wait())
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-    server.stop()
+    server.stop()  # type: ignore[no-untyped-call]
     stopping.cancel()
     await serving
     log.info("ingest_offline")

@@ -1,0 +1,290 @@
+"""`lepton demo`: a whole Lepton for a minute, fed with real data through its three doors, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lepton_ai import Client, JobHandle, services
+from lepton_ai.errors import LeptonError, ResultTimeout, Unavailable
+from lepton_ai.settings import Settings
+from pipeline.supervisor import Fleet, run_fleet
+from queues.app import celery_addresses
+from queues.connection import Connection
+from queues.event_stream import EventStream
+
+__all__ = ["main"]
+
+#: Two devices of one kind, so that the router has a choice on any machine.
+_WORKERS = {"cpu.big": 2, "cpu.little": 1}
+#: Of each ten jobs, how many come through the Celery producer and through HTTP; the client brings the rest.
+_CELERY_SHARE, _HTTP_SHARE = 0.1, 0.3
+_IN_FLIGHT = 24
+_JOB_S = 60.0
+
+Job = tuple[str, dict[str, Any]]
+
+
+class _Ended(msgspec.Struct, frozen=True):
+    """One job as its submitter saw it end."""
+
+    kernel: str
+    succeeded: bool
+    seconds: float
+    handle: JobHandle | None = None
+
+
+class _Tally:
+    """What the doors report, from their threads."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self.ended: list[_Ended] = []
+        self._advance = advance
+        self._lock = threading.Lock()
+
+    def add(self, ended: _Ended) -> None:
+        with self._lock:
+            self.ended.append(ended)
+        self._advance()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the demo; the exit code is 0 only where every job succeeded, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="lepton demo")
+    parser.add_argument("--jobs", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console(stderr=options.json)
+    try:
+        return _run(options, console)
+    except KeyboardInterrupt:
+        console.print("stopped; nothing is left running")
+        return 130
+    except LeptonError as error:
+        console.print(f"lepton demo: {error}", style="red", markup=False)
+        return 1
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    said: set[str] = set()
+
+    def tell(step: str) -> None:
+        if step not in said:
+            said.add(step)
+            console.print(f"  {step}", highlight=False)
+
+    # The demo is a world of its own: a broker or port that the environment names is somebody else's.
+    settings = msgspec.structs.replace(Settings.read(), redis_url=None)
+    data = services.root() / "examples" / "data"
+    stream: list[Job] = list(importlib.import_module("examples.workload").jobs(data, options.jobs, options.seed))
+    with run_fleet(settings, _WORKERS, tell) as fleet:
+        bar = (TextColumn("  jobs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*bar, console=console) as progress:
+            task = progress.add_task("jobs", total=len(stream))
+            tally = _Tally(lambda: progress.advance(task))
+            start = time.perf_counter()
+            produced = _Doors(fleet, data, tally, lambda done: progress.advance(task, done)).feed(stream)
+            seconds = time.perf_counter() - start
+        summary = _summary(fleet, tally.ended, produced, seconds)
+        _print(console, summary, _explained(tally.ended))
+    if options.json:
+        print(json.dumps(summary))  # noqa: T201 - the one line that scripts read
+    return 0 if summary["succeeded"] == summary["submitted"] else 1
+
+
+# -- the three doors ------------------------------------------------------------------------------------------------
+
+
+class _Doors:
+    """Feeds a stream of jobs through HTTP, the client and a plain Celery producer, all three at once."""
+
+    def __init__(self, fleet: Fleet, data: Path, tally: _Tally, advance: Callable[[int], None]) -> None:
+        self._fleet = fleet
+        self._data = data
+        self._tally = tally
+        self._advance = advance
+        self._stopping = threading.Event()
+        self._producer: subprocess.Popen[str] | None = None
+
+    def feed(self, stream: Sequence[Job]) -> dict[str, Any]:
+        """Returns once every job has ended, with what the Celery producer reports."""
+        plain = int(len(stream) * _CELERY_SHARE)
+        posted = plain + int(len(stream) * _HTTP_SHARE)
+        with ThreadPoolExecutor(3) as pool:
+            doors: list[Future[Any]] = [
+                pool.submit(self._through_celery, plain),
+                pool.submit(self._through, self._fleet.http_url, stream[plain:posted]),
+                pool.submit(self._through, self._fleet.broker_url, stream[posted:]),
+            ]
+            try:
+                while not all(door.done() for door in doors):
+                    self._fleet.check()
+                    time.sleep(0.05)
+            except BaseException:
+                self._stop()
+                raise
+            produced, _, _ = [door.result() for door in doors]
+        return produced  # type: ignore[no-any-return]
+
+    def _stop(self) -> None:
+        self._stopping.set()
+        if self._producer is not None:
+            self._producer.kill()
+
+    def _through(self, url: str, stream: Sequence[Job]) -> None:
+        """Submits through a Client, a bounded number in flight, as a service with concurrent requests would."""
+        with Client(url) as client:
+            waiting: deque[tuple[JobHandle, float]] = deque()
+            for kernel, arguments in stream:
+                if len(waiting) >= _IN_FLIGHT:
+                    self._finish(*waiting.popleft())
+                if self._stopping.is_set():
+                    return
+                waiting.append((client.submit(kernel, arguments), time.perf_counter()))
+            for handle, submitted in waiting:
+                self._finish(handle, submitted)
+
+    def _finish(self, handle: JobHandle, submitted: float) -> None:
+        succeeded = False
+        while not self._stopping.is_set() and time.perf_counter() - submitted < _JOB_S:
+            try:
+                handle.result(timeout=0.5)
+                succeeded = True
+            except ResultTimeout:
+                continue
+            except LeptonError:
+                succeeded = False  # the summary and the exit code say so
+            break
+        self._tally.add(_Ended(handle.kernel or "", succeeded, time.perf_counter() - submitted, handle))
+
+    def _through_celery(self, count: int) -> dict[str, Any]:
+        """Lets the example producer, which knows only Celery, send its share; returns its report."""
+        if count == 0:
+            return {"submitted": 0, "succeeded": 0, "failed": 0, "latencies_s": []}
+        broker, backend = celery_addresses(self._fleet.broker_url)
+        producer = services.root() / "examples" / "producer" / "tasks.py"
+        environ = {**os.environ, "BROKER_URL": broker, "RESULT_BACKEND": backend}
+        environ.pop("PYTHONPATH", None)  # it must not find our modules, least of all our `tasks`
+        self._producer = subprocess.Popen(
+            [sys.executable, str(producer), "--count", str(count), "--data", str(self._data)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environ,
+            start_new_session=True,
+        )
+        output, errors = self._producer.communicate()
+        if self._producer.returncode != 0:
+            raise Unavailable(f"the Celery producer failed: {errors.strip()[-2000:]}")
+        report: dict[str, Any] = json.loads(output.splitlines()[-1])
+        self._advance(count)
+        return report
+
+
+# -- what came of it ------------------------------------------------------------------------------------------------
+
+
+def _summary(fleet: Fleet, ended: Sequence[_Ended], produced: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    devices: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
+    for kernel, device, jobs in _succeeded_events(fleet):
+        devices[device] += jobs
+        kernels[kernel] += jobs
+    latencies = [each.seconds for each in ended if each.succeeded] + list(produced["latencies_s"])
+    p50, p99 = np.percentile(latencies, [50, 99]).tolist() if latencies else (0.0, 0.0)
+    submitted = len(ended) + produced["submitted"]
+    succeeded = sum(each.succeeded for each in ended) + produced["succeeded"]
+    return {
+        "submitted": submitted,
+        "succeeded": succeeded,
+        "failed": submitted - succeeded,
+        "by_device": dict(sorted(devices.items())),
+        "by_kernel": dict(sorted(kernels.items())),
+        "jobs_per_s": round(submitted / seconds, 1),
+        "p50_ms": round(p50 * 1e3, 2),
+        "p99_ms": round(p99 * 1e3, 2),
+    }
+
+
+def _succeeded_events(fleet: Fleet) -> Iterator[tuple[str, str, int]]:
+    """Kernel, device and number of jobs of every launch, from the event stream: all three doors' jobs are in it."""
+    stream = EventStream(Connection(fleet.broker_url, "demo"), "0-0")
+    while events := stream.read(block_ms=1):
+        for _, each in events:
+            if each.type == "job.succeeded" and each.kernel and each.device:
+                yield each.kernel, each.device, len(each.jobs)
+    stream.connection.close()
+
+
+def _explained(ended: Sequence[_Ended]) -> list[JobHandle]:
+    """Three jobs whose placements are worth a look: one a device, and the one that was slowest."""
+    found: dict[str, JobHandle] = {}
+    having = [each for each in ended if each.succeeded and each.handle is not None]
+    for each in reversed(having):  # the later ones: by then the cost model had learned
+        assert each.handle is not None
+        placement = each.handle.why()
+        if placement is not None and placement.device is not None:
+            found.setdefault(placement.device, each.handle)
+        if len(found) == len(_WORKERS):
+            break
+    slowest = max(having, key=lambda each: each.seconds, default=None)
+    others = [slowest.handle] if slowest is not None and slowest.handle is not None else []
+    return [*found.values(), *others][:3]
+
+
+def _print(console: Console, summary: Mapping[str, Any], explained: Sequence[JobHandle]) -> None:
+    table = Table(title=f"{summary['succeeded']} of {summary['submitted']} jobs succeeded", title_justify="left")
+    table.add_column("kernel or device")
+    table.add_column("jobs", justify="right")
+    for name, jobs in (*summary["by_kernel"].items(), *summary["by_device"].items()):
+        table.add_row(name, str(jobs))
+    console.print(table)
+    console.print(
+        f"{summary['jobs_per_s']} jobs/s, latency p50 {summary['p50_ms']} ms, p99 {summary['p99_ms']} ms "
+        f"(submit to result in hand, up to {2 * _IN_FLIGHT} jobs in flight)",
+        highlight=False,
+    )
+    for handle in explained:
+        record = handle.record()
+        if record.placement is None or record.placement.estimate is None:
+            continue
+        console.print(f"\nwhy {handle.kernel} {handle.id} ran on {record.placement.device}: {record.placement.reason}")
+        why = Table("device", "wait ms", "transfer ms", "run ms", "finish ms", "spread")
+        for candidate in record.placement.candidates:
+            if candidate.estimate is None:
+                why.add_row(candidate.device, candidate.excluded)
+                continue
+            e = candidate.estimate
+            times = [f"{s * 1e3:.2f}" for s in (e.wait_s, e.transfer_s, e.run_s, e.finish_s)]
+            why.add_row(candidate.device, *times, f"{e.spread:.2f}")
+        if record.cost is not None:
+            c = record.cost
+            times = [f"{s * 1e3:.2f}" for s in (c.wait_s, c.transfer_s, c.run_s, c.wait_s + c.transfer_s + c.run_s)]
+            why.add_row("[bold]really[/bold]", *times, f"batch {c.batch}")
+        console.print(why)
