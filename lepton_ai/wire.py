@@ -102,6 +102,7 @@ _META_MSGPACK = msgspec.msgpack.Decoder(Meta)
 _META_JSON = msgspec.json.Decoder(Meta)
 _JSON = msgspec.json.Encoder()
 _MSGPACK = msgspec.msgpack.Encoder()
+_ERRORS: Final = LeptonError.__module__
 _ORIGIN = f"lepton-{os.getpid()}@{socket.gethostname()}"
 
 
@@ -276,9 +277,12 @@ def success(job_id: str, outputs: Mapping[str, Any], record: Record | None) -> M
 
 def failure(job_id: str, error: LeptonError, trace: str | None = None, record: Record | None = None) -> Meta:
     """The record of a job that ended with an error: Celery's clients raise it by name, ours by its code."""
-    result = {"exc_type": type(error).__name__, "exc_message": [error.message], "exc_module": type(error).__module__}
+    cancelled = isinstance(error, JobCancelled)
+    # Celery's clients expect their own class for a task that never ran, whoever stopped it.
+    module, name = ("celery.exceptions", "TaskRevokedError") if cancelled else (_ERRORS, type(error).__name__)
+    result = {"exc_type": name, "exc_message": [error.message], "exc_module": module}
     record = msgspec.structs.replace(record or Record(), error=error.to_wire())
-    status = "REVOKED" if isinstance(error, JobCancelled) else "FAILURE"
+    status = "REVOKED" if cancelled else "FAILURE"
     return Meta(status, result, trace, date_done=_now(), task_id=job_id, lepton=record)
 
 

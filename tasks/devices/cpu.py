@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from lepton_ai.device import Peaks
 
@@ -74,8 +75,12 @@ class CpuDriver:
 
 def open_device(device: str, slots: int) -> CpuDriver:
     """The driver for `cpu` or any `cpu.<model>`. Call it before anything imports numba, which reads these once."""
+    threads = max(1, _cores() // slots)
     os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
-    os.environ.setdefault("NUMBA_NUM_THREADS", str(max(1, _cores() // slots)))
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
+    # NumPy is loaded by now, so its BLAS no longer reads the environment; slots that each use every core fight for
+    # them (a product of 6 ms took 32).
+    threadpool_limits(threads, user_api="blas")
     return CpuDriver(slots)
 
 

@@ -1,0 +1,201 @@
+"""Every mistake of a client over HTTP has its status, a body that names the field, and no traceback in a log."""
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from pipeline.supervisor import Fleet
+
+A, B = [[1.0, 2.0]], [[3.0], [4.0]]
+GOOD = {"kernel": "linalg.matmul", "arguments": {"a": A, "b": B}}
+
+
+@pytest.fixture
+def http(fleet: Fleet) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=fleet.http_url, timeout=15) as http:
+        yield http
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_traceback(fleet: Fleet) -> Iterator[None]:
+    yield
+    assert "Traceback" not in (fleet.logs / "ingest").read_text()
+
+
+def problem(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"].startswith("application/problem+json")
+    body: dict[str, Any] = response.json()
+    assert body["status"] == status
+    assert body["detail"]
+    return body
+
+
+def matmul(**arguments: Any) -> dict[str, Any]:
+    return {"kernel": "linalg.matmul", "arguments": arguments}
+
+
+def test_a_good_job_waits_for_its_result(http: httpx.Client) -> None:
+    response = http.post("/v1/jobs?wait_s=10", json=GOOD)
+    assert response.status_code == 200
+    assert response.json()["result"] == {"c": [[11.0]]}
+    assert response.json()["state"] == "succeeded"
+
+
+def test_without_waiting_a_job_is_accepted_and_found_by_its_id(http: httpx.Client) -> None:
+    accepted = http.post("/v1/jobs", json=GOOD)
+    assert accepted.status_code == 202
+    found = http.get(f"/v1/jobs/{accepted.json()['id']}", params={"wait_s": 10}).json()
+    assert (found["state"], found["result"]) == ("succeeded", {"c": [[11.0]]})
+    assert found["record"]["placement"]["device"].startswith("cpu.")
+
+
+def test_msgpack_is_spoken_both_ways(http: httpx.Client) -> None:
+    data = struct.pack("<2f", 1.0, 2.0)
+    tensor = {"dtype": "<f4", "shape": [1, 2], "data": data}
+    body = msgspec.msgpack.encode(matmul(a=tensor, b=tensor | {"shape": [2, 1]}))
+    headers = {"content-type": "application/x-msgpack", "accept": "application/x-msgpack"}
+    response = http.post("/v1/jobs", params={"wait_s": 10}, content=body, headers=headers)
+    c = msgspec.msgpack.decode(response.content)["result"]["c"]
+    assert struct.unpack("<f", c["data"]) == (5.0,)
+
+
+def test_a_list_is_accepted_whole(http: httpx.Client) -> None:
+    response = http.post("/v1/jobs?wait_s=10", json=[GOOD] * 20)
+    assert response.status_code == 200
+    assert [view["state"] for view in response.json()] == ["succeeded"] * 20
+
+
+def test_a_list_with_one_wrong_job_is_refused_whole_and_the_job_is_named(http: httpx.Client) -> None:
+    body = problem(http.post("/v1/jobs", json=[GOOD, matmul(a=A)]), 422)
+    assert (body["index"], body["field"]) == (1, "b")
+
+
+def test_an_unknown_kernel_is_404(http: httpx.Client) -> None:
+    body = problem(http.post("/v1/jobs", json={"kernel": "no.such", "arguments": {}}), 404)
+    assert (body["code"], body["field"]) == ("unknown_kernel", "kernel")
+    assert "linalg.matmul" in body["detail"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"a": A}, "b"),
+        ({"a": A, "b": B, "z": 1}, "z"),
+        ({"a": A, "b": [[1.0]]}, "b"),
+        ({"a": [1.0], "b": B}, "a"),
+        ({"a": A, "b": [["x"], ["y"]]}, "b"),
+        ({"a": A, "b": [[1.0], [2.0, 3.0]]}, "b"),
+        ({"a": {"dtype": "<f8", "shape": [1, 2], "data": "AAAAAAAAAAAAAAAAAAAAAA=="}, "b": B}, "a"),
+        ({"a": {"dtype": "<f4", "shape": [1, 2], "data": "AAAA"}, "b": B}, "a"),
+        ({"a": {"dtype": "pickle", "shape": [1, 2], "data": ""}, "b": B}, "a"),
+        ({"a": {"dtype": "<f4", "shape": [-1, 2], "data": ""}, "b": B}, "a"),
+        ({"a": {"q": 1}, "b": B}, "a"),
+        ({"a": A, "b": None}, "b"),
+    ],
+    ids=[
+        "missing", "extra", "shape", "rank", "strings", "ragged", "dtype", "bytes", "no dtype", "negative", "map", "null",
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_422_and_named(
+    http: httpx.Client, arguments: dict[str, Any], field: str
+) -> None:
+    body = problem(http.post("/v1/jobs", json=matmul(**arguments)), 422)
+    assert (body["code"], body["field"]) == ("invalid_arguments", field)
+
+
+def test_a_scalar_outside_its_limits_is_422_and_named(http: httpx.Client) -> None:
+    arguments = {"items": [[1.0]], "queries": [[1.0]], "k": 5}
+    body = problem(http.post("/v1/jobs", json={"kernel": "retrieval.top_k", "arguments": arguments}), 422)
+    assert body["field"] == "k"
+
+
+@pytest.mark.parametrize(
+    ("request_body", "field"),
+    [
+        ({"kernel": "linalg.matmul"}, "arguments"),
+        ({"arguments": {}}, "kernel"),
+        (GOOD | {"colour": "red"}, "colour"),
+        (GOOD | {"priority": "high"}, "priority"),
+        (GOOD | {"priority": 12}, "priority"),
+    ],
+    ids=["no arguments", "no kernel", "unknown option", "wrong type", "out of range"],
+)
+def test_a_request_of_another_shape_is_422_and_named(
+    http: httpx.Client, request_body: dict[str, Any], field: str
+) -> None:
+    assert problem(http.post("/v1/jobs", json=request_body), 422)["field"] == field
+
+
+DEEP_JSON = b'{"kernel":"linalg.matmul","arguments":{"a":' + b"[" * 100_000
+DEEP_MSGPACK = b"\x82\xa6kernel\xadlinalg.matmul\xa9arguments\x81\xa1a" + b"\x91" * 100_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"", b"\xff\xfe", DEEP_JSON, b'{"kernel": NaN}'],
+    ids=["cut", "empty", "no text", "deep", "nan"],
+)
+def test_malformed_json_is_400(http: httpx.Client, content: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    assert problem(http.post("/v1/jobs", content=content, headers=headers), 400)["code"] == "malformed"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xc1", b"\xdd\xff\xff\xff\xff", DEEP_MSGPACK], ids=["no msgpack", "four billion jobs", "deep"]
+)
+def test_malformed_msgpack_is_400(http: httpx.Client, content: bytes) -> None:
+    headers = {"content-type": "application/x-msgpack"}
+    assert problem(http.post("/v1/jobs", content=content, headers=headers), 400)["code"] == "malformed"
+
+
+def test_an_unknown_content_type_is_415(http: httpx.Client) -> None:
+    response = http.post("/v1/jobs", content=b"<job/>", headers={"content-type": "text/xml"})
+    assert "application/json" in problem(response, 415)["detail"]
+
+
+def test_a_body_over_the_limit_is_413(http: httpx.Client) -> None:
+    response = http.post("/v1/jobs", content=b"x" * (9 * 1024 * 1024), headers={"content-type": "application/json"})
+    assert problem(response, 413)["code"] == "too_large"
+
+
+def test_a_body_over_the_limit_without_a_length_is_413(http: httpx.Client) -> None:
+    parts = (b"x" * 1024 * 1024 for _ in range(9))
+    assert problem(http.post("/v1/jobs", content=parts), 413)["code"] == "too_large"
+
+
+def test_an_unknown_job_is_404(http: httpx.Client) -> None:
+    assert problem(http.get("/v1/jobs/01990000-0000-7000-8000-000000000000"), 404)["code"] == "unknown_job"
+
+
+@pytest.mark.parametrize("wait_s", ["soon", "-1", "1e9"])
+def test_a_wait_that_is_no_wait_is_422_and_named(http: httpx.Client, wait_s: str) -> None:
+    assert problem(http.post(f"/v1/jobs?wait_s={wait_s}", json=GOOD), 422)["field"] == "wait_s"
+
+
+def test_an_unknown_path_is_404_and_a_wrong_method_405(http: httpx.Client) -> None:
+    assert problem(http.get("/v1/nothing"), 404)["code"] == "not_found"
+    assert problem(http.delete("/v1/jobs"), 405)["code"] == "method_not_allowed"
+
+
+def test_the_service_says_that_it_is_alive_and_ready(http: httpx.Client) -> None:
+    assert http.get("/healthz").json() == {"status": "ok"}
+    assert http.get("/readyz").json() == {"status": "ready"}
+
+
+def test_devices_and_kernels_are_listed(http: httpx.Client) -> None:
+    devices = {each["device"]: each["slots"] for each in http.get("/v1/devices").json()}
+    assert devices == {"cpu.big": 2, "cpu.little": 1}
+    kernels = {each["name"]: each["inputs"] for each in http.get("/v1/kernels").json()}
+    assert kernels["linalg.matmul"] == {"a": "float32[m,k]", "b": "float32[k,n]"}
+
+
+def test_openapi_describes_the_body_of_a_job(http: httpx.Client) -> None:
+    paths = http.get("/openapi/openapi.json").json()["paths"]
+    content = paths["/v1/jobs"]["post"]["requestBody"]["content"]
+    assert set(content) == {"application/json", "application/x-msgpack"}
+    assert "kernel" in msgspec.json.encode(content).decode()
