@@ -1,6 +1,6 @@
 """One job: submit it, take its result, ask where it ran and why.
 
-Start Lepton (`./lepton up`), set LEPTON_REDIS_URL to its broker, and run `python examples/quickstart.py`.
+Run, with LEPTON_REDIS_URL set to the broker of a running Lepton: `python examples/quickstart.py`.
 """
 
 import numpy as np
@@ -19,4 +19,5 @@ with Client() as lepton:
     if placement is not None:
         print(f"ran on {placement.device} because {placement.reason}")
         for each in placement.candidates:
-            print(f"  {each.device}: {each.excluded or f'{each.estimate.finish_s * 1e3:.2f} ms predicted'}")
+            told = each.excluded if each.estimate is None else f"{each.estimate.finish_s * 1e3:.2f} ms predicted"
+            print(f"  {each.device}: {told}")

@@ -93,13 +93,17 @@ class Client:
 
 
 def _connect(url: str) -> _Connection:
-    scheme = urlsplit(url).scheme
-    if scheme in _DIRECT:
-        from lepton_ai.direct import Direct  # redis-py is loaded only by those who talk to the broker
+    try:
+        parts = urlsplit(url)
+        scheme, _ = parts.scheme, parts.port
+        if scheme in _DIRECT:
+            from lepton_ai.direct import Direct  # redis-py is loaded only by those who talk to the broker
 
-        return Direct(url, new_id())
-    if scheme in _REMOTE:
-        from lepton_ai.remote import Remote  # and httpx by those who talk HTTP
+            return Direct(url, new_id())
+        if scheme in _REMOTE:
+            from lepton_ai.remote import Remote  # and httpx by those who talk HTTP
 
-        return Remote(url)
+            return Remote(url)
+    except ValueError as error:  # what stands before the @ is a secret
+        raise InvalidSettings(f"{url.rpartition('@')[2]!r} is not an address: {error}", "url") from None
     raise InvalidSettings(f"an address is one of {', '.join((*_DIRECT, *_REMOTE))}, not {url!r}", "url")

@@ -56,6 +56,8 @@ class LeptonError(Exception):
     status: ClassVar[int] = 500
 
     def __init__(self, message: str = "", field: str | None = None) -> None:
+        # Text that the kernel or the file system made may hold surrogates, which no wire carries.
+        message = str(message).encode("utf-8", "backslashreplace").decode()
         super().__init__(message)
         self.message = message
         self.field = field

@@ -107,7 +107,7 @@ class Meta(msgspec.Struct, frozen=True):
     status: str
     result: Any = None
     traceback: str | None = None
-    children: list[Any] = []
+    children: list[Any] | None = []
     date_done: str | None = None
     task_id: str = ""
     lepton: Record | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -78,8 +79,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "batch_s",
             "events_kept",
         ):
-            if not getattr(self, name) > 0:
-                raise InvalidSettings(f"{_PREFIX}{name.upper()} must be above 0, not {getattr(self, name)}", name)
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidSettings(
+                    f"{_PREFIX}{name.upper()} must be above 0 and finite, not {getattr(self, name)}", name
+                )
         if not 0 <= self.http_port <= 65535:
             raise InvalidSettings(f"{_PREFIX}HTTP_PORT must be 0 to 65535, not {self.http_port}", "http_port")
         if self.heartbeat_s * 2 > self.lease_s:

@@ -122,7 +122,7 @@ def pack(value: Any) -> bytes:
     """Plain and wire values in msgpack; InvalidArguments where one cannot be sent."""
     try:
         return _MSGPACK.encode(value)
-    except (TypeError, OverflowError, ValueError) as error:
+    except (TypeError, OverflowError, ValueError, RecursionError) as error:
         raise InvalidArguments(f"an argument cannot be sent: {error}") from None
 
 
@@ -175,7 +175,10 @@ def envelope(job_id: str, kernel: str, arguments: Mapping[str, Any], options: Op
 
 def read_envelope(raw: bytes) -> Envelope:
     """The envelope of a message; Malformed where it is not a Celery protocol 2 message."""
-    return _typed(_ENVELOPE, raw)  # type: ignore[no-any-return]
+    try:
+        return _typed(_ENVELOPE, raw)  # type: ignore[no-any-return]
+    except InvalidArguments as error:
+        raise Malformed(f"not a Celery protocol 2 message: {error.message}") from None
 
 
 def read_options(headers: Headers) -> Options:
@@ -187,6 +190,8 @@ def read_options(headers: Headers) -> Options:
         options: Options | None = _OPTIONS.decode(raw)
     except msgspec.ValidationError as error:
         raise OptionNotSupported(f"header lepton: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # the envelope's decoder skipped it
+        raise Malformed(f"header lepton cannot be decoded: {error}") from None
     return (options or Options()).checked()
 
 
@@ -233,6 +238,8 @@ def _inflate(data: bytes, limit_bytes: int) -> bytes:
         raise Malformed(f"the body is not zlib data: {error}") from None
     if len(found) > limit_bytes:
         raise TooLarge(f"the body inflates to more than {limit_bytes} bytes")
+    if not inflater.eof:
+        raise Malformed("the body's zlib data end too early")
     return found
 
 
@@ -250,7 +257,9 @@ def _typed(decoder: Any, data: bytes) -> Any:
 def _python_json(decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
     """JSON with Python's NaN and Infinity, which Celery's own JSON serializer writes and msgspec refuses."""
     try:
-        return msgspec.convert(json.loads(data), decoder.type)
+        found = json.loads(data)
+        json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate, which msgspec refuses too, is no text
+        return msgspec.convert(found, decoder.type)
     except msgspec.ValidationError as error:
         raise InvalidArguments(f"not a valid value: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -283,6 +292,7 @@ def failure(job_id: str, error: LeptonError, trace: str | None = None, record: R
     result = {"exc_type": name, "exc_message": [error.message], "exc_module": module}
     record = msgspec.structs.replace(record or Record(), error=error.to_wire())
     status = "REVOKED" if cancelled else "FAILURE"
+    trace = None if trace is None else trace.encode("utf-8", "backslashreplace").decode()  # a path may hold surrogates
     return Meta(status, result, trace, date_done=_now(), task_id=job_id, lepton=record)
 
 
@@ -309,5 +319,8 @@ def read_meta(data: bytes) -> Meta:
 
 def _output(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"dtype", "shape", "data"}:
-        return tensor.from_wire(msgspec.convert(value, tensor.TensorMap))
+        try:
+            return tensor.from_wire(msgspec.convert(value, tensor.TensorMap))
+        except msgspec.ValidationError as error:
+            raise InvalidArguments(f"not a valid tensor map: {error}") from None
     return value

@@ -106,6 +106,8 @@ class Cluster:
                 self.finished(job)
 
     def _served(self, name: str, workers: list[Announcement]) -> ServedDevice:
-        kernels = frozenset(spec.name for each in workers for spec in each.kernels if spec.name in self._specs)
+        # What every worker can run: any of them may take the job, and one without the kernel would fail it.
+        each_runs = [{spec.name for spec in each.kernels} for each in workers]
+        kernels = frozenset(self._specs).intersection(*each_runs)
         slots = sum(each.slots for each in workers)
         return ServedDevice(name, workers[0].kind, slots, workers[0].peaks, kernels)

@@ -92,18 +92,15 @@ def _interrupt(*_: object) -> None:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    said: set[str] = set()
-
     def tell(step: str) -> None:
-        if step not in said:
-            said.add(step)
-            console.print(f"  {step}", highlight=False)
+        console.print(f"  {step}", highlight=False)
 
     # The demo is a world of its own: a broker or port that the environment names is somebody else's.
     settings = msgspec.structs.replace(Settings.read(), redis_url=None)
     data = services.root() / "examples" / "data"
     stream: list[Job] = list(importlib.import_module("examples.workload").jobs(data, options.jobs, options.seed))
     with run_fleet(settings, _WORKERS, tell) as fleet:
+        tell(f"feeding {len(stream)} jobs on real data through HTTP, the client and a plain Celery producer")
         bar = (TextColumn("  jobs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*bar, console=console) as progress:
             task = progress.add_task("jobs", total=len(stream))

@@ -76,12 +76,12 @@ def _work(job: ClaimedJob, spec: KernelSpec, signature: Signature) -> tuple[Work
     try:
         shapes = job.options.shapes or _shapes_in_body(job.message)
         dims = signature.dims(shapes)
-    except LeptonError:
+        size = 0.0
+        for name, argument in signature.inputs.items():
+            if argument.dims is not None:
+                size += math.prod(shapes[name]) * DTYPES[argument.dtype].itemsize
+    except (LeptonError, OverflowError):  # declared sizes may be beyond any float
         return _UNKNOWN_WORK, 0.0
-    size = 0.0
-    for name, argument in signature.inputs.items():
-        if argument.dims is not None:
-            size += math.prod(shapes[name]) * DTYPES[argument.dtype].itemsize
     return spec.work(dims), size
 
 

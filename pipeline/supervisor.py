@@ -90,14 +90,13 @@ def _start(fleet: Fleet, name: str, arguments: list[str], environ: Mapping[str, 
 def _await_ready(fleet: Fleet, workers: int, tell: Callable[[str], None]) -> None:
     """Waits without a limit of its own (a first start compiles every kernel), but not for a process that has ended."""
     online: set[str] = set()
+    tell("warming the kernels (the first start compiles them)")
     with Client(fleet.broker_url) as client:
         while len(online) < workers or not _is_ready(fleet.http_url):
             fleet.check()
             found = {each.device for each in client.devices()}
             for device in sorted(found - online):
                 tell(f"{device} is online")
-            if not online and not found:
-                tell("warming the kernels (the first start compiles them)")
             online |= found
             time.sleep(0.1)
 

@@ -70,7 +70,7 @@ class Connection:
         """The next replies, errors among them as CommandError values. Pushes go to `pushes`."""
         replies: list[Any] = []
         while len(replies) < count:
-            reply = self._reader.gets()
+            reply = self._next()
             if reply is _NOTHING:
                 self._fill(timeout_s)
             elif isinstance(reply, hiredis.PushNotification):
@@ -92,7 +92,7 @@ class Connection:
             raise BrokerUnavailable(f"the connection to the broker broke: {error}") from error
         finally:
             self._socket.setblocking(True)
-        while (reply := self._reader.gets()) is not _NOTHING:
+        while (reply := self._next()) is not _NOTHING:
             self.pushes.append(reply)
         pushes, self.pushes = self.pushes, []
         return pushes
@@ -102,6 +102,12 @@ class Connection:
 
     def close(self) -> None:
         self._socket.close()
+
+    def _next(self) -> Any:
+        try:
+            return self._reader.gets()
+        except hiredis.HiredisError as error:
+            raise BrokerUnavailable(f"what answers there is no broker: {error}") from error
 
     def _fill(self, timeout_s: float) -> None:
         try:
@@ -122,8 +128,12 @@ def _reply_error(text: str) -> CommandError:
 
 
 def _open(url: str) -> tuple[socket.socket, list[str], int]:
-    parts = urlsplit(url)
-    query = parse_qs(parts.query)
+    try:
+        parts = urlsplit(url)
+        port, query = parts.port or 6379, parse_qs(parts.query)
+        database = int(query.get("db", ["0"])[0] if parts.scheme == "unix" else parts.path.strip("/") or 0)
+    except ValueError as error:  # what stands before the @ is a secret
+        raise InvalidSettings(f"{url.rpartition('@')[2]!r} is not a broker's address: {error}", "redis_url") from None
     user, password = unquote(parts.username or "default"), unquote(parts.password or "")
     hello = ["HELLO", "3", *(("AUTH", user, password) if password else ())]
     try:
@@ -131,16 +141,16 @@ def _open(url: str) -> tuple[socket.socket, list[str], int]:
             plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             plain.settimeout(_CONNECT_S)
             plain.connect(unquote(parts.path))
-            return plain, hello, int(query.get("db", ["0"])[0])
+            return plain, hello, database
         if parts.scheme not in ("redis", "rediss"):
             raise InvalidSettings(f"a broker's address is redis://, rediss:// or unix://, not {url!r}", "redis_url")
         host = parts.hostname or "127.0.0.1"
-        plain = socket.create_connection((host, parts.port or 6379), _CONNECT_S)
+        plain = socket.create_connection((host, port), _CONNECT_S)
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if parts.scheme == "rediss":
             plain = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-        return plain, hello, int(parts.path.strip("/") or 0)
+        return plain, hello, database
     except OSError as error:
-        where = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
+        where = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{port}"
         raise BrokerUnavailable(f"no broker at {where}: {error}") from error

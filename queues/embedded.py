@@ -70,6 +70,8 @@ class EmbeddedBroker:
         except subprocess.TimeoutExpired:
             self._guardian.kill()
             self._guardian.wait()
+        if self._guardian.stdout is not None:
+            self._guardian.stdout.close()
 
     def __enter__(self) -> EmbeddedBroker:
         return self

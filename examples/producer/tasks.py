@@ -13,7 +13,8 @@ import math
 import os
 import statistics
 import sys
-from collections import defaultdict
+import time
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from itertools import cycle, islice, pairwise
 from pathlib import Path
@@ -21,8 +22,11 @@ from typing import Any
 
 from celery import Celery
 from celery.exceptions import TimeoutError as CeleryTimeoutError
+from celery.result import AsyncResult
 
 DATA = Path(__file__).resolve().parents[1] / "data"
+#: Jobs sent and not yet answered: enough to keep a fleet busy, few enough that a producer who stops leaves little.
+IN_FLIGHT = 24
 
 app = Celery("producer", broker=os.environ.get("BROKER_URL"), backend=os.environ.get("RESULT_BACKEND"))
 
@@ -47,22 +51,33 @@ def orders(data_dir: Path) -> Iterator[dict[str, Any]]:
             }
 
 
-def produce(data_dir: Path, count: int, timeout_s: float) -> dict[str, int]:
-    """Sends `count` jobs, waits for each, and counts how they ended; why a job failed goes to stderr."""
-    results = [
-        app.send_task("finance.black_scholes", kwargs=order, queue="lepton.ingest")
-        for order in islice(cycle(orders(data_dir)), count)
-    ]
-    failed = 0
-    for result in results:
+def produce(data_dir: Path, count: int, timeout_s: float) -> dict[str, Any]:
+    """Sends `count` jobs, a bounded number at once, and reports how they ended; why one failed goes to stderr.
+
+    `latencies_s` has one figure a job that succeeded: from just before it was sent until its result was here.
+    """
+    waiting: deque[tuple[AsyncResult, float]] = deque()
+    latencies_s: list[float] = []
+
+    def finish(result: AsyncResult, sent: float) -> None:
         try:
             outcome = result.get(timeout=timeout_s, propagate=False)
         except CeleryTimeoutError:
             outcome = TimeoutError(f"no result within {timeout_s:g} s")
         if isinstance(outcome, Exception):
-            failed += 1
             print(f"{result.id}: {type(outcome).__name__}: {outcome}", file=sys.stderr)
-    return {"submitted": count, "succeeded": count - failed, "failed": failed}
+        else:
+            latencies_s.append(round(time.perf_counter() - sent, 6))
+
+    for order in islice(cycle(orders(data_dir)), count):
+        if len(waiting) >= IN_FLIGHT:
+            finish(*waiting.popleft())
+        sent = time.perf_counter()
+        waiting.append((app.send_task("finance.black_scholes", kwargs=order, queue="lepton.ingest"), sent))
+    for result, sent in waiting:
+        finish(result, sent)
+    succeeded = len(latencies_s)
+    return {"submitted": count, "succeeded": succeeded, "failed": count - succeeded, "latencies_s": latencies_s}
 
 
 def main() -> None:

@@ -54,14 +54,15 @@ class CostModel:
         return Estimate(0.0, transfer_s, run_s, math.sqrt(factor.variance))
 
     def learn(self, seen: Observation, peaks: Peaks) -> None:
-        """Folds in one launch. Times that are no times (nought, negative, not finite) are left out."""
+        """Folds in one launch. Times or Work that are none (nought, negative, not finite) are left out."""
         bound_s = _bound_s(Work(seen.flops, seen.bytes), peaks)
         measured_s = seen.run_s - peaks.launch_s
         if measured_s <= 0:
             measured_s = seen.run_s / 2  # the launch alone was measured faster than it was announced
-        if not (measured_s > 0 and math.isfinite(measured_s)):
+        factor = measured_s / bound_s
+        if not 0 < factor < math.inf:
             return
-        self._factors.setdefault((seen.kernel, seen.device), Factor()).learn(math.log(measured_s / bound_s))
+        self._factors.setdefault((seen.kernel, seen.device), Factor()).learn(math.log(factor))
 
     def snapshot(self) -> bytes:
         """The learned factors as bytes, for another process or a later start."""

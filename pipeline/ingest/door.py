@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,6 +26,7 @@ from lepton_ai.signature import Signature, shapes_of
 __all__ = ["Door"]
 
 _REFRESH_S = 1.0
+_LOOK_EVERY_S = 0.1
 _POP_AT_ONCE = 256
 _POP_S = 5.0
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
@@ -42,7 +44,7 @@ class Door:
         self._reply_to = topology.reply(f"ingest-{new_id()}")
         self._kernels: dict[str, tuple[KernelSpec, Signature]] = {}
         """Every kernel ever seen: one whose workers are just restarting is still accepted, and parked."""
-        self._waiters: dict[str, asyncio.Future[Meta]] = {}
+        self._waiters: defaultdict[str, set[asyncio.Future[Meta]]] = defaultdict(set)
 
     @asynccontextmanager
     async def open(self, _: object = None) -> AsyncIterator[None]:
@@ -63,31 +65,27 @@ class Door:
         """
         options = [await self._check(request, index, len(requests)) for index, request in enumerate(requests)]
         ids = new_ids(len(requests))
-        waiters = {job_id: asyncio.get_running_loop().create_future() for job_id in ids} if wait_s > 0 else {}
-        self._waiters.update(waiters)
-        try:
+        with self._waiting(ids if wait_s > 0 else []) as waiters:
             await self._publish(ids, requests, options)
             if waiters:
-                await asyncio.wait(waiters.values(), timeout=wait_s)
-        finally:
-            for job_id in waiters:
-                self._waiters.pop(job_id, None)
-        done = {job_id: future.result() for job_id, future in waiters.items() if future.done()}
+                await asyncio.wait(waiters, timeout=wait_s)
+        done = {meta.task_id: meta for meta in (each.result() for each in waiters if each.done())}
         return [
             _view(job_id, request.kernel, done.get(job_id), None) for job_id, request in zip(ids, requests, strict=True)
         ]
 
     async def look(self, job_id: str, wait_s: float) -> JobView:
         """One job as it stands, at the latest after `wait_s` seconds; UnknownJob where nothing is known of it."""
-        deadline = asyncio.get_running_loop().time() + wait_s
-        pause_s = 0.002
-        while True:
-            meta, placement = await self._find(job_id)
-            left = deadline - asyncio.get_running_loop().time()
-            if left <= 0 or (meta is not None and meta.status in FINAL_STATES):
-                break
-            await asyncio.sleep(min(pause_s, left))
-            pause_s = min(pause_s * 2, 0.05)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_s
+        with self._waiting([job_id]) as waiters:
+            while True:
+                meta, placement = await self._find(job_id)
+                left = deadline - loop.time()
+                if left <= 0 or (meta is not None and meta.status in FINAL_STATES):
+                    break
+                # Our own jobs' replies wake us; another door's job is looked for now and then.
+                await asyncio.wait(waiters, timeout=min(left, _LOOK_EVERY_S))
         if meta is None and placement is None:
             raise UnknownJob(f"no job {job_id!r}: the id is wrong, or its result has expired", "id")
         if placement is None and meta is not None and meta.lepton is not None:
@@ -162,6 +160,23 @@ class Door:
             found, placed = await pipeline.execute()
         return (wire.read_meta(found) if found else None), (_PLACEMENT.decode(placed) if placed else None)
 
+    @contextlib.contextmanager
+    def _waiting(self, ids: Iterable[str]) -> Iterator[list[asyncio.Future[Meta]]]:
+        """Futures for the replies of these jobs, forgotten at the end."""
+        loop = asyncio.get_running_loop()
+        waiters: dict[str, asyncio.Future[Meta]] = {job_id: loop.create_future() for job_id in ids}
+        for job_id, future in waiters.items():
+            self._waiters[job_id].add(future)
+        try:
+            yield list(waiters.values())
+        finally:
+            for job_id, future in waiters.items():
+                others = self._waiters.get(job_id)
+                if others is not None:
+                    others.discard(future)
+                    if not others:
+                        del self._waiters[job_id]
+
     # -- in the background --------------------------------------------------------------------------------------
 
     async def _refresh(self) -> None:
@@ -190,9 +205,9 @@ class Door:
                 continue
             for raw in popped[1] if popped else ():
                 meta = wire.read_meta(raw)
-                future = self._waiters.pop(meta.task_id, None)
-                if future is not None and not future.done():
-                    future.set_result(meta)
+                for future in self._waiters.pop(meta.task_id, ()):
+                    if not future.done():
+                        future.set_result(meta)
 
 
 @contextlib.asynccontextmanager

@@ -98,12 +98,21 @@ def test_an_unknown_kernel_is_404(http: httpx.Client) -> None:
         ({"a": A, "b": None}, "b"),
     ],
     ids=[
-        "missing", "extra", "shape", "rank", "strings", "ragged", "dtype", "bytes", "no dtype", "negative", "map", "null",
+        "missing",
+        "extra",
+        "shape",
+        "rank",
+        "strings",
+        "ragged",
+        "dtype",
+        "bytes",
+        "unknown dtype",
+        "negative",
+        "map",
+        "null",
     ],
-)  # fmt: skip
-def test_arguments_that_do_not_fit_are_422_and_named(
-    http: httpx.Client, arguments: dict[str, Any], field: str
-) -> None:
+)
+def test_arguments_that_do_not_fit_are_422_and_named(http: httpx.Client, arguments: dict[str, Any], field: str) -> None:
     body = problem(http.post("/v1/jobs", json=matmul(**arguments)), 422)
     assert (body["code"], body["field"]) == ("invalid_arguments", field)
 

@@ -23,7 +23,7 @@ class EarliestFinish:
         device = np.full(jobs, UNPLACED, np.intp)
         wait = np.full(jobs, np.inf)
         ready = problem.ready.astype(np.float64, copy=True)
-        for job, seconds in enumerate(problem.seconds):
+        for job, seconds in enumerate(problem.seconds if ready.size else ()):
             finish = ready + seconds
             best = int(finish.argmin())
             if np.isfinite(finish[best]):

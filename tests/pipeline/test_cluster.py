@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lepton_ai.device import Announcement, Peaks
+from lepton_ai.kernel import KernelSpec
+from pipeline.cluster import Cluster
+
+PEAKS = Peaks(1e9, 1e9, 1e9, 0.0, 0.0)
+
+
+def spec(name: str, signature: str = "float32[n]") -> KernelSpec:
+    return KernelSpec(name, {"x": signature}, {"y": signature}, "n", "8*n")
+
+
+def worker(name: str, device: str, *, slots: int = 1, kernels: tuple[KernelSpec, ...] = ()) -> Announcement:
+    return Announcement(name, f"{name}@host", device, device.partition(".")[0], slots, False, PEAKS, kernels, 0.0)
+
+
+def cluster(*workers: Announcement) -> Cluster:
+    found = Cluster()
+    found.refresh(workers)
+    return found
+
+
+def test_devices_stand_in_the_order_of_their_names() -> None:
+    found = cluster(worker("1", "gpu.h100"), worker("2", "cpu.big"), worker("3", "fpga"))
+    assert [device.name for device in found.devices] == ["cpu.big", "fpga", "gpu.h100"]
+    assert [device.kind for device in found.devices] == ["cpu", "fpga", "gpu"]
+
+
+def test_the_workers_of_a_device_are_one_device_with_all_their_slots() -> None:
+    found = cluster(worker("1", "cpu", slots=2), worker("2", "gpu"), worker("3", "cpu", slots=3))
+    assert [(device.name, device.slots) for device in found.devices] == [("cpu", 5), ("gpu", 1)]
+
+
+def test_a_device_offers_only_what_each_of_its_workers_can_run() -> None:
+    """Any of them may take the job: one without the kernel would fail it."""
+    both, one = spec("test.both"), spec("test.one")
+    found = cluster(worker("1", "cpu", kernels=(both, one)), worker("2", "cpu", kernels=(both,)))
+    assert found.devices[0].kernels == {"test.both"}
+
+
+def test_a_kernel_whose_signature_cannot_be_read_here_is_not_offered_and_the_others_are() -> None:
+    found = cluster(worker("1", "cpu", kernels=(spec("test.newer", "complex512<n>"), spec("test.known"))))
+    assert found.spec("test.newer") is None
+    assert found.spec("test.known") is not None
+    assert found.devices[0].kernels == {"test.known"}
+
+
+def test_the_spec_of_a_kernel_comes_with_its_signature() -> None:
+    known = cluster(worker("1", "cpu", kernels=(spec("test.one"),))).spec("test.one")
+    assert known is not None
+    assert known[0] == spec("test.one")
+    assert known[1].dims({"x": [5]}) == {"n": 5}
+
+
+def test_a_kernel_that_nobody_announces_is_unknown() -> None:
+    assert cluster(worker("1", "cpu")).spec("test.one") is None
+
+
+def test_the_same_workers_again_are_no_change() -> None:
+    found = cluster(worker("1", "cpu"), worker("2", "gpu"))
+    assert not found.refresh([worker("2", "gpu"), worker("1", "cpu")])
+
+
+@pytest.mark.parametrize("names", [(), ("1",), ("1", "2", "3"), ("1", "3")])
+def test_other_workers_are_a_change(names: tuple[str, ...]) -> None:
+    found = cluster(worker("1", "cpu"), worker("2", "gpu"))
+    assert found.refresh([worker(name, "cpu") for name in names])
+
+
+def test_a_device_without_workers_is_gone_with_its_kernels() -> None:
+    found = cluster(worker("1", "cpu", kernels=(spec("test.one"),)))
+    found.refresh([])
+    assert found.devices == ()
+    assert found.spec("test.one") is None
+    assert found.device("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fits"), [(None, True), ("gpu", True), ("gpu.h100", True), ("gpu.a100", False), ("cpu", False)]
+)
+def test_a_pin_names_a_device_or_its_kind(wanted: str | None, fits: bool) -> None:
+    assert cluster(worker("1", "gpu.h100")).devices[0].matches(wanted) is fits
+
+
+def test_work_is_outstanding_from_dispatch_until_the_job_has_finished() -> None:
+    found = cluster(worker("1", "cpu"))
+    found.dispatched("a", "cpu", 1.5)
+    found.dispatched("b", "cpu", 2.0)
+    assert (found.outstanding_s("cpu"), found.outstanding_jobs("cpu")) == (3.5, 2)
+    found.finished("a")
+    assert (found.outstanding_s("cpu"), found.outstanding_jobs("cpu")) == (2.0, 1)
+
+
+def test_a_job_that_somebody_else_dispatched_changes_nothing_when_it_finishes() -> None:
+    found = cluster(worker("1", "cpu"))
+    found.dispatched("a", "cpu", 1.5)
+    found.finished("another router's")
+    assert found.outstanding_s("cpu") == 1.5
+
+
+def test_a_job_that_is_dispatched_again_counts_where_it_went_last() -> None:
+    found = cluster(worker("1", "cpu"), worker("2", "gpu"))
+    found.dispatched("a", "cpu", 1.5)
+    found.dispatched("a", "gpu", 0.5)
+    assert (found.outstanding_s("cpu"), found.outstanding_s("gpu")) == (0.0, 0.5)
+    assert (found.outstanding_jobs("cpu"), found.outstanding_jobs("gpu")) == (0, 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.floats(1e-9, 1e6)), max_size=60))
+def test_nothing_is_left_over_when_every_job_has_finished(jobs: list[tuple[int, float]]) -> None:
+    found = Cluster()
+    for job, seconds in jobs:
+        found.dispatched(str(job), "cpu", seconds)
+    for job in range(10):
+        found.finished(str(job))
+    assert (found.outstanding_s("cpu"), found.outstanding_jobs("cpu")) == (0.0, 0)
+
+
+def test_old_work_of_a_device_whose_queue_is_empty_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cluster(worker("1", "cpu"), worker("2", "gpu"))
+    found.dispatched("a", "cpu", 1.5)
+    found.dispatched("b", "gpu", 2.5)
+    monkeypatch.setattr("pipeline.cluster._FORGET_S", -1.0)
+    found.reconcile("cpu", 0)
+    assert (found.outstanding_s("cpu"), found.outstanding_s("gpu")) == (0.0, 2.5)
+
+
+def test_old_work_of_a_device_whose_queue_is_not_empty_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cluster(worker("1", "cpu"))
+    found.dispatched("a", "cpu", 1.5)
+    monkeypatch.setattr("pipeline.cluster._FORGET_S", -1.0)
+    found.reconcile("cpu", 1)
+    assert found.outstanding_s("cpu") == 1.5
+
+
+def test_young_work_of_a_device_stays_though_its_queue_is_empty() -> None:
+    """It was taken a moment ago, and runs."""
+    found = cluster(worker("1", "cpu"))
+    found.dispatched("a", "cpu", 1.5)
+    found.reconcile("cpu", 0)
+    assert found.outstanding_s("cpu") == 1.5

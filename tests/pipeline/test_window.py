@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lepton_ai.job import Options
+from pipeline.window import ClaimedJob, Window
+from queues.broker import CLAIM_LIMIT, WAKE
+
+numbers = itertools.count()
+
+
+def fill(window: Window, count: int, *, priority: int | None = None) -> list[bytes]:
+    """Claims `count` messages, all of which are jobs, as the router does."""
+    messages = [f"message {next(numbers)}".encode() for _ in range(count)]
+    for message in messages:
+        claim = window.open_claim()
+        claim.messages.append(message)
+        window.add(message.decode(), "test.kernel", Options(priority=priority), message, claim)
+    return messages
+
+
+def messages_of(jobs: list[ClaimedJob]) -> list[bytes]:
+    return [job.message for job in jobs]
+
+
+def test_jobs_are_looked_at_in_the_order_of_their_arrival() -> None:
+    window = Window("router-1", 100)
+    sent = fill(window, 10)
+    assert messages_of(window.first(10)) == sent
+
+
+def test_the_most_urgent_jobs_come_first_and_unset_is_the_middle() -> None:
+    window = Window("router-1", 100)
+    low, unset, high, mid = (fill(window, 2, priority=priority) for priority in (1, None, 9, 5))
+    assert messages_of(window.first(8)) == high + unset + mid + low
+
+
+def test_no_more_jobs_are_looked_at_than_asked_for() -> None:
+    window = Window("router-1", 100)
+    sent = fill(window, 10)
+    assert messages_of(window.first(3)) == sent[:3]
+
+
+def test_a_claim_takes_no_more_than_its_limit_and_then_another_is_opened() -> None:
+    window = Window("router-1", 2 * CLAIM_LIMIT)
+    fill(window, CLAIM_LIMIT + 1)
+    sizes = sorted({job.claim.number: len(job.claim.messages) for job in window.first(1000)}.items())
+    assert sizes == [(0, CLAIM_LIMIT), (1, 1)]
+
+
+def test_of_two_claims_with_room_the_fuller_is_filled_first() -> None:
+    window = Window("router-1", 4 * CLAIM_LIMIT)
+    fill(window, CLAIM_LIMIT + 10)
+    window.left(window.first(5))  # the first claim has room again, and is still the fuller
+    assert window.open_claim().number == 0
+
+
+def test_an_empty_claim_is_closed_and_its_number_used_again() -> None:
+    window = Window("router-1", 4 * CLAIM_LIMIT)
+    fill(window, CLAIM_LIMIT + 10)
+    window.left(window.first(CLAIM_LIMIT))
+    fill(window, CLAIM_LIMIT - 10)
+    assert {job.claim.number for job in window.first(1000)} == {1}
+    assert window.open_claim().number == 0
+
+
+def test_claims_are_named_for_their_incarnation() -> None:
+    assert Window("router-7", 10).open_claim().key == "lepton:claim:router-7:0"
+
+
+def test_the_claim_of_the_wake_up_is_never_opened_however_large_the_window() -> None:
+    window = Window("router-1", 10**9)
+    fill(window, window.room)
+    assert {job.claim.number for job in window.first(10**6)} == set(range(WAKE))
+
+
+def test_a_message_that_is_no_job_takes_room_until_it_is_forgotten() -> None:
+    window = Window("router-1", 10)
+    claim = window.open_claim()
+    claim.messages.append(b"unreadable")
+    assert (len(window), window.room) == (0, 9)
+    window.forget([(claim, claim.messages[0])])
+    assert window.room == 10
+
+
+def test_of_two_equal_messages_only_the_one_that_left_is_gone() -> None:
+    window = Window("router-1", 10)
+    claim = window.open_claim()
+    twins = [bytes(bytearray(b"twin")), bytes(bytearray(b"twin"))]
+    claim.messages.extend(twins)
+    for message in twins:
+        window.add("twin", "test.kernel", Options(), message, claim)
+    window.left(window.first(1))
+    assert claim.messages == [b"twin"]
+    assert len(window) == 1
+
+
+@given(st.lists(st.one_of(st.integers(1, 400), st.integers(-400, -1)), max_size=30))
+def test_claims_hold_exactly_the_jobs_that_have_not_left(steps: list[int]) -> None:
+    window = Window("router-1", 2000)
+    for step in steps:
+        if step > 0:
+            fill(window, min(step, window.room), priority=1 + step % 9)
+        else:
+            window.left(window.first(-step))
+        jobs = window.first(10**6)
+        claims = {job.claim.key: job.claim for job in jobs}
+        held = [message for claim in claims.values() for message in claim.messages]
+        assert sorted(held) == sorted(messages_of(jobs))
+        assert all(len(claim.messages) <= CLAIM_LIMIT for claim in claims.values())
+        assert window.room == 2000 - len(jobs)
