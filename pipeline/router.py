@@ -111,20 +111,16 @@ class _Session:
             if now >= tick_at:
                 self._tick()
                 tick_at = now + self._settings.heartbeat_s
-            self._ask()
+            # Pushes that came in between replies have been read already: no select would tell of them.
+            self._more |= bool(self._main.drain_pushes())
             if self._more:
-                self._claim(woken=False)
+                self._claim(woken=self._has_woken())
                 self._place()
-                continue
-            readable, _, _ = select.select(
-                [self._wake, self._main, self._events.connection], [], [], max(0.0, tick_at - time.monotonic())
-            )
+            self._ask()
+            wait_s = 0.0 if self._more else max(0.0, tick_at - time.monotonic())
+            readable, _, _ = select.select([self._wake, self._main, self._events.connection], [], [], wait_s)
             if self._wake in readable:
-                self._wake.receive(1)
-                self._waking = False
-                self._claim(woken=True)
-            if self._main in readable or self._main.pushes:
-                self._more |= bool(self._main.drain_pushes())
+                self._claim(woken=self._has_woken())
             if self._events.connection in readable:
                 self._fold(self._events.answer())
             if readable:
@@ -147,9 +143,17 @@ class _Session:
 
     def _ask(self) -> None:
         self._events.ask()
-        if not self._waking and self._window.room > 0:
+        # Not while more waits, which the next claim takes in its order.
+        if not self._waking and not self._more and self._window.room > 0:
             self._broker.ask_wake(self._wake)
             self._waking = True
+
+    def _has_woken(self) -> bool:
+        """Whether a message has landed in the wake claim: it is older than all that the default list still holds."""
+        if not self._waking or not select.select([self._wake], [], [], 0)[0]:
+            return False
+        self._waking = False
+        return self._wake.receive(1) != [None]
 
     def _claim(self, *, woken: bool) -> None:
         """Claims what waits, up to the window."""
@@ -183,6 +187,8 @@ class _Session:
                 step.rejected.append(_rejection(envelope, error))
                 refused.append((claim, message))
                 continue
+            if options.priority is None and (priority := _celery_priority(envelope.properties.priority)) is not None:
+                options = msgspec.structs.replace(options, priority=priority)
             self._window.add(envelope.headers.id, envelope.headers.task, options, message, claim)
         if refused:
             self._refuse(step, claim, refused)
@@ -334,6 +340,11 @@ def _check_headers(headers: wire.Headers) -> None:
         raise OptionNotSupported("eta and countdown are not supported yet", "eta")
     if headers.timelimit is not None and any(limit is not None for limit in headers.timelimit):
         raise OptionNotSupported("time limits are not supported yet", "timelimit")
+
+
+def _celery_priority(step: int | None) -> int | None:
+    """Our priority for kombu's, None for unset: its 9 is the lowest, and its 0 is also what it writes for unset."""
+    return next((ours for least, ours in ((9, 1), (6, 2), (3, 3)) if step is not None and step >= least), None)
 
 
 def _rejection(envelope: wire.Envelope, error: LeptonError) -> Outcome:

@@ -35,9 +35,11 @@ def make_app(settings: Settings) -> Celery:
     app.conf.update(
         accept_content=["json", "msgpack"],
         result_accept_content=["json", "msgpack"],
-        task_serializer="msgpack",
+        # Remote control and events are spoken in JSON, which every Celery program on the same Redis accepts unless told
+        # otherwise: a plain worker that mingles with ours would end on a reply in msgpack.
+        task_serializer="json",
+        event_serializer="json",
         result_serializer=settings.result_serializer,
-        event_serializer="msgpack",
         task_default_queue=topology.LANE,
         task_send_sent_event=True,
         worker_send_task_events=True,

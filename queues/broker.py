@@ -100,7 +100,8 @@ class Broker:
 
     def recover(self) -> int:
         """Moves what lapsed holders still hold to `again`; returns how many messages that were."""
-        holders = [name.decode() for name in self.connection.call("SMEMBERS", topology.HOLDERS)]
+        # Ourselves too: a process that thaws after it was forgotten gives back what it has moved since.
+        holders = {self.incarnation, *(name.decode() for name in self.connection.call("SMEMBERS", topology.HOLDERS))}
         alive = self.connection.many([("EXISTS", topology.lease(name)) for name in holders])
         lapsed = [name for name, lives in zip(holders, alive, strict=True) if not lives]
         return sum(
@@ -114,9 +115,11 @@ class Broker:
     def ask_wake(self, wake: Connection) -> None:
         """Waits, on a connection of its own, for the next message of the default lane; it lands in the wake claim.
 
-        The wake-up is itself a durable claim. `claim(woken=True)` takes it over once the connection has answered.
+        The wake-up is itself a durable claim. `claim(woken=True)` takes it over once the connection has answered,
+        with a message or without: the wait ends before our lease can lapse, or a frozen router that has been forgotten
+        would still be given messages.
         """
-        wake.send([("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", 0)])
+        wake.send([("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", self._settings.lease_s / 2)])
 
     def claim(self, number: int, have: int, limit: int, *, woken: bool = False) -> list[bytes]:
         """Moves up to `limit` waiting messages, most urgent first, to a claim that already holds `have`.
@@ -126,15 +129,15 @@ class Broker:
         claim = topology.claim(self.incarnation, number)
         first = [("LMOVE", self._wake_claim, claim, "RIGHT", "LEFT")] if woken else []
         replies = self.connection.many([*first, ("LLEN", claim), *(("LLEN", each) for each in _SOURCES)])
-        messages: list[bytes] = [replies.pop(0)] if woken else []
-        length, *depths = replies
+        messages: list[bytes] = [message for message in replies[: len(first)] if message is not None]
+        length, *depths = replies[len(first) :]
         moves: list[Command] = []
         for source, depth in zip(_SOURCES, depths, strict=True):
             moves += [("LMOVE", source, claim, "RIGHT", "LEFT")] * min(depth, limit - len(messages) - len(moves))
         if moves:
             *moved, length = self.connection.many([*moves, ("LLEN", claim)])
             messages += [message for message in moved if message is not None]
-        if length != have + len(messages) or None in messages:
+        if length != have + len(messages):
             raise Fenced(f"{claim} holds {length} messages, not the {have + len(messages)} in hand")
         return messages
 
@@ -159,12 +162,20 @@ class Broker:
     def dispatch(self, step: Dispatch) -> None:
         """Takes messages out of their claims and puts each where it goes, all or nothing.
 
-        Raises Fenced where a claim is no longer exactly what this router put into it (another has adopted it).
+        Raises Fenced where a claim is no longer exactly what this router put into it (another has adopted it), and
+        CommandError where a queue's key holds something else: a transaction that fails half way is not rolled back.
         """
-        watched = self.connection.many([("WATCH", *step.claims), *(("LLEN", claim) for claim in step.claims)])
-        if watched[1:] != list(step.claims.values()):
+        claims = list(step.claims)
+        queues = [*map(topology.device_queue, step.queued), *map(topology.parked, step.parked)]
+        sent = self.connection.send([("WATCH", *claims), *(("LLEN", key) for key in claims + queues)])
+        _, *lengths = self.connection.receive(sent)
+        if lengths[: len(claims)] != list(step.claims.values()):
             self.connection.call("UNWATCH")
-            raise Fenced(f"claims {list(step.claims)} hold {watched[1:]}, not {list(step.claims.values())}")
+            raise Fenced(f"claims {claims} hold {lengths[: len(claims)]}, not {list(step.claims.values())}")
+        for found in lengths:
+            if isinstance(found, CommandError):
+                self.connection.call("UNWATCH")
+                raise found
         replies = self.connection.many([("MULTI",), *self._dispatch_commands(step), ("EXEC",)])
         if replies[-1] is None:
             raise Fenced(f"claims {list(step.claims)} changed under our hands")

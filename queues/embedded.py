@@ -43,6 +43,7 @@ class EmbeddedBroker:
 
     def __init__(self, settings: Settings, directory: Path | None = None) -> None:
         server = find_server(settings)
+        self._private: Path | None = None
         command = [sys.executable, "-m", "queues.embedded", str(server), *([str(directory)] if directory else [])]
         self._guardian = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=_environ()
@@ -59,6 +60,8 @@ class EmbeddedBroker:
         self.url = answer
         self.directory = Path(urlsplit(answer).path).parent
         """Private to this user (0700); goes with the broker unless it was given."""
+        if directory is None:
+            self._private = self.directory
 
     def close(self) -> None:
         """Stops the server and, where it was a private one, removes its directory."""
@@ -72,6 +75,8 @@ class EmbeddedBroker:
             self._guardian.wait()
         if self._guardian.stdout is not None:
             self._guardian.stdout.close()
+        if self._private is not None:  # the guardian did it, unless it was killed
+            shutil.rmtree(self._private, ignore_errors=True)
 
     def __enter__(self) -> EmbeddedBroker:
         return self

@@ -27,12 +27,12 @@ def _embedded(settings: Settings) -> Iterator[EmbeddedBroker]:
 
 
 @pytest.fixture
-def broker_url(_embedded: EmbeddedBroker) -> Iterator[str]:
+def broker_url(_embedded: EmbeddedBroker) -> str:
     """A real broker, empty at the start of each test. Not the one that the system tests' fleet uses."""
     connection = Connection(_embedded.url, "flush")
     connection.call("FLUSHALL")
     connection.close()
-    yield _embedded.url
+    return _embedded.url
 
 
 @pytest.fixture

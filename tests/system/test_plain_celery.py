@@ -1,6 +1,10 @@
 """A Celery application that imports nothing of Lepton sends tasks to the lane and gets results."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,9 +124,36 @@ def test_an_ignored_result_is_not_stored(app: Celery) -> None:
     after = app.send_task("linalg.matmul", kwargs={"a": A, "b": B}, queue="lepton.ingest")
     assert after.get(timeout=10) == {"c": PRODUCT}
     assert app.backend.get(f"celery-task-meta-{ignored.id}") is None
+    app.backend.remove_pending_result(ignored)  # or Celery would unsubscribe when it is collected, broker or no broker
 
 
 def test_a_non_finite_result_comes_back_as_celery_writes_it(app: Celery) -> None:
     kwargs = {"a": [[float("nan"), 1.0]], "b": [[1.0], [float("inf")]]}
     (value,) = app.send_task("linalg.matmul", kwargs=kwargs, queue="lepton.ingest").get(timeout=10)["c"][0]
     assert value != value
+
+
+def test_a_plain_celery_worker_shares_the_broker_with_ours(fleet: Fleet, tmp_path: Path) -> None:
+    broker, backend = celery_addresses(fleet.broker_url)
+    program = (
+        "import os; from celery import Celery\n"
+        "app = Celery('other', broker=os.environ['BROKER'], backend=os.environ['BROKER'])\n"
+        "@app.task(name='add')\n"
+        "def add(a, b): return a + b\n"
+    )
+    (tmp_path / "other.py").write_text(program)
+    arguments = ["-m", "celery", "-A", "other", "worker", "-P", "solo", "-Q", "other", "-n", "other@h"]
+    environ = os.environ | {"BROKER": broker, "PYTHONPATH": str(tmp_path)}
+    with (tmp_path / "log").open("wb") as log:
+        worker = subprocess.Popen([sys.executable, *arguments], env=environ, stdout=log, stderr=log)
+    try:
+        assert make_app(fleet).send_task("add", args=[2, 3], queue="other").get(timeout=30) == 5
+    finally:
+        worker.terminate()
+        worker.wait(timeout=20)
+
+
+def test_a_plain_celery_program_may_inspect_our_workers(app: Celery) -> None:
+    queues = app.control.inspect(timeout=5).active_queues() or {}
+    served = {queue["name"] for name, found in queues.items() if name.startswith("cpu.") for queue in found}
+    assert served == {"lepton.cpu.big", "lepton.cpu.little"}

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lepton_ai.device import Peaks
+from lepton_ai.event import Observation
+from lepton_ai.job import Estimate
+from lepton_ai.kernel import Work
+from lepton_ai.placement.costs import CostModel
+
+PEAKS = Peaks(1e9, 1e10, 1e8, 1e-4, 1e-5)
+WORK = Work(flops=1e7, bytes=1e6)  # bound by the flops: 10 ms
+BOUND_S = 1e-2
+
+
+def launch(run_s: float, kernel: str = "k", device: str = "d", **more: Any) -> Observation:
+    found: dict[str, Any] = {"jobs": 1, "flops": WORK.flops, "bytes": WORK.bytes, "transfer_s": 0.0}
+    return Observation(kernel, device, run_s=run_s, **(found | more))
+
+
+def predicted(model: CostModel, work: Work = WORK, kernel: str = "k", device: str = "d", moved: float = 0) -> Estimate:
+    return model.predict(kernel, device, work, PEAKS, moved)
+
+
+def taught(*seconds: float) -> CostModel:
+    model = CostModel()
+    for run_s in seconds:
+        model.learn(launch(run_s), PEAKS)
+    return model
+
+
+def test_before_anything_was_measured_a_tenth_of_the_peaks_is_expected() -> None:
+    assert predicted(CostModel()).run_s == pytest.approx(PEAKS.launch_s + 10 * BOUND_S)
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0, 40.0])
+def test_one_launch_teaches_the_factor_between_bound_and_time(factor: float) -> None:
+    model = taught(PEAKS.launch_s + factor * BOUND_S)
+    assert predicted(model, Work(4e7, 0)).run_s == pytest.approx(PEAKS.launch_s + 4 * factor * BOUND_S)
+
+
+@given(st.floats(0.01, 100), st.lists(st.floats(-0.3, 0.3), min_size=50, max_size=80))
+def test_a_hidden_factor_is_learned_through_the_noise(hidden: float, noise: list[float]) -> None:
+    model = taught(*(PEAKS.launch_s + hidden * BOUND_S * math.exp(each) for each in noise))
+    learned = (predicted(model).run_s - PEAKS.launch_s) / BOUND_S
+    assert hidden * math.exp(-0.3) * 0.999 <= learned <= hidden * math.exp(0.3) * 1.001
+
+
+def test_twice_too_slow_and_twice_too_fast_weigh_the_same() -> None:
+    model = taught(PEAKS.launch_s + 2 * BOUND_S, PEAKS.launch_s + BOUND_S / 2)
+    assert predicted(model).run_s == pytest.approx(PEAKS.launch_s + BOUND_S)
+
+
+def test_a_device_that_slowed_down_is_believed_after_some_launches() -> None:
+    model = taught(*[PEAKS.launch_s + BOUND_S] * 200, *[PEAKS.launch_s + 4 * BOUND_S] * 50)
+    assert predicted(model).run_s == pytest.approx(4 * BOUND_S, rel=0.05)
+
+
+def test_the_spread_is_nought_for_equal_times_and_grows_with_the_noise() -> None:
+    spreads = []
+    for noise in (0.0, 0.1, 0.5):
+        model = taught(*(PEAKS.launch_s + BOUND_S * math.exp(noise * (-1) ** at) for at in range(200)))
+        spreads.append(predicted(model).spread)
+    assert spreads == pytest.approx([0.0, 0.1, 0.5], rel=0.2, abs=1e-6)
+
+
+def test_memory_bounds_a_job_of_few_flops() -> None:
+    model = taught(PEAKS.launch_s + BOUND_S)
+    assert predicted(model, Work(0, 1e9)).run_s == pytest.approx(PEAKS.launch_s + 0.1)
+
+
+def test_each_kernel_on_each_device_is_learned_apart() -> None:
+    model = taught(5.0)
+    fresh = predicted(CostModel()).run_s
+    assert predicted(model, kernel="other").run_s == fresh
+    assert predicted(model, device="other").run_s == fresh
+
+
+def test_a_transfer_costs_its_latency_and_its_bytes() -> None:
+    assert predicted(CostModel(), moved=1e8).transfer_s == pytest.approx(1e-4 + 1.0)
+
+
+def test_an_estimate_has_no_wait_of_its_own() -> None:
+    assert predicted(CostModel()).wait_s == 0
+
+
+@given(st.floats(0, 1e15), st.floats(0, 1e15), st.lists(st.floats(1e-9, 1e6), max_size=5))
+def test_more_work_never_costs_less(flops: float, more: float, seconds: list[float]) -> None:
+    model = taught(*seconds)
+    assert predicted(model, Work(flops, 0)).run_s <= predicted(model, Work(flops + more, 0)).run_s
+
+
+# -- snapshots --------------------------------------------------------------------------------------------------------
+
+lessons = st.lists(
+    st.tuples(st.sampled_from(["k", "l"]), st.sampled_from(["d", "e"]), st.floats(1e-6, 1e3)), max_size=20
+)
+
+
+def predictions(model: CostModel) -> list[Estimate]:
+    return [predicted(model, kernel=kernel, device=device) for kernel in ("k", "l", "m") for device in ("d", "e")]
+
+
+@given(lessons)
+def test_a_model_restored_from_a_snapshot_predicts_the_same(lessons: list[tuple[str, str, float]]) -> None:
+    model, restored = CostModel(), CostModel()
+    for kernel, device, run_s in lessons:
+        model.learn(launch(run_s, kernel, device), PEAKS)
+    restored.restore(model.snapshot())
+    assert predictions(restored) == predictions(model)
+
+
+def test_what_rests_on_more_launches_is_kept_when_a_snapshot_is_restored() -> None:
+    mine, theirs = taught(1.0, 1.0, 1.0), taught(9.0)
+    mine.restore(theirs.snapshot())
+    assert predictions(mine) == predictions(taught(1.0, 1.0, 1.0))
+
+
+def test_what_rests_on_fewer_launches_is_replaced_when_a_snapshot_is_restored() -> None:
+    mine, theirs = taught(1.0), taught(9.0, 9.0)
+    mine.restore(theirs.snapshot())
+    assert predictions(mine) == predictions(theirs)
+
+
+def test_a_restored_model_goes_on_learning_where_the_other_stopped() -> None:
+    model, restored = taught(1.0, 2.0), CostModel()
+    restored.restore(model.snapshot())
+    for each in (model, restored):
+        each.learn(launch(4.0), PEAKS)
+    assert predictions(restored) == predictions(model)
+
+
+# -- what is no measurement -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weird",
+    [
+        launch(0.0),
+        launch(-1.0),
+        launch(math.nan),
+        launch(math.inf),
+        launch(-math.inf),
+        launch(5e-324),
+        launch(1e308, flops=0.0, bytes=0.0),
+        launch(1.0, flops=math.nan),
+        launch(1.0, flops=math.inf),
+        launch(1.0, bytes=math.inf),
+    ],
+    ids=repr,
+)
+def test_an_observation_that_is_none_teaches_nothing(weird: Observation) -> None:
+    model = taught(1.0)
+    model.learn(weird, PEAKS)
+    assert predictions(model) == predictions(taught(1.0))
+
+
+def test_a_launch_faster_than_the_announced_one_is_learned_all_the_same() -> None:
+    assert predicted(taught(PEAKS.launch_s / 2)).run_s == pytest.approx(PEAKS.launch_s + PEAKS.launch_s / 4)
+
+
+@given(
+    st.lists(st.builds(launch, st.floats(), flops=st.floats(), bytes=st.floats(), transfer_s=st.floats()), max_size=10)
+)
+def test_whatever_was_observed_a_prediction_is_a_time(seen: list[Observation]) -> None:
+    model = CostModel()
+    for each in seen:
+        model.learn(each, PEAKS)
+    assert predicted(model).run_s > 0

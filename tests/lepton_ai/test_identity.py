@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import time
+import uuid
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lepton_ai.identity import minute_of, new_id, new_ids
+
+
+@given(st.integers(0, 300))
+def test_as_many_ids_are_made_as_asked_and_no_two_are_equal(count: int) -> None:
+    assert len(set(new_ids(count))) == count
+
+
+def test_an_id_is_a_uuid_of_version_7_in_its_usual_spelling() -> None:
+    for found in new_ids(1000):
+        parsed = uuid.UUID(found)
+        assert (parsed.version, parsed.variant, str(parsed)) == (7, uuid.RFC_4122, found)
+
+
+def test_an_id_carries_the_minute_in_which_it_was_made() -> None:
+    before = int(time.time()) // 60
+    assert before <= (minute_of(new_id()) or 0) <= int(time.time()) // 60
+
+
+def test_a_later_millisecond_sorts_later() -> None:
+    first = new_id()
+    made_at = uuid.UUID(first).int >> 80
+    while time.time_ns() // 1_000_000 <= made_at:
+        pass
+    assert first < new_id()
+
+
+@given(st.integers(0, 2**48 - 1), st.integers(0, 2**80 - 1))
+def test_any_uuid_of_version_7_tells_its_minute(milliseconds: int, noise: int) -> None:
+    bits = (milliseconds << 80 | noise) & ~(0xF << 76) & ~(3 << 62) | 7 << 76 | 2 << 62
+    assert minute_of(str(uuid.UUID(int=bits))) == milliseconds // 60_000
+
+
+@pytest.mark.parametrize("foreign", ["", "job-1", str(uuid.uuid4()), str(uuid.uuid1()), "0" * 32, "\ud800"])
+def test_a_foreign_id_carries_no_minute(foreign: str) -> None:
+    assert minute_of(foreign) is None
+
+
+@given(st.text())
+def test_no_text_raises(text: str) -> None:
+    assert minute_of(text) is None or len(text) >= 32

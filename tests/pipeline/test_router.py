@@ -1,0 +1,738 @@
+"""One router, or two, on a real broker, with workers that the test plays by hand."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from lepton_ai import event, topology, wire
+from lepton_ai.device import Announcement, Peaks
+from lepton_ai.event import Event, Observation
+from lepton_ai.identity import minute_of, new_id, new_ids
+from lepton_ai.job import Options, Placement
+from lepton_ai.kernel import KernelSpec
+from lepton_ai.settings import Settings
+from lepton_ai.topology import PRIORITY_SEPARATOR
+from pipeline.router import Router
+from queues.broker import Broker, Commit, Outcome
+from queues.connection import Connection
+from queues.event_stream import EventStream
+
+#: A heartbeat so rare that what wakes the router within a test can only be a push.
+PATIENT = Settings(lease_s=60, heartbeat_s=30)
+#: Leases short enough to see them lapse.
+HASTY = Settings(lease_s=0.4, heartbeat_s=0.1)
+
+#: A job of `n` is predicted to take n milliseconds on a device of SPEED, as long as nothing was learned.
+SPEED = 10_000.0
+SPIN = KernelSpec("test.spin", {"n": "int64"}, {"y": "int64"}, "n", "0")
+OTHER = KernelSpec("test.other", {"n": "int64"}, {"y": "int64"}, "n", "0")
+
+StartRouter = Callable[..., "RunningRouter"]
+
+
+class RunningRouter:
+    """A router in a thread of its own."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=Router(settings, url).run, args=[self._stop], daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends it as SIGTERM does. A router sleeps until it is woken, so a message that nobody can read wakes it."""
+        self._stop.set()
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+class PlayedWorker:
+    """A worker that the test plays: it takes from its device queue, and commits, when it is told to."""
+
+    def __init__(
+        self, url: str, device: str, *, speed: float, slots: int, kernels: tuple[KernelSpec, ...], settings: Settings
+    ) -> None:
+        self.device = device
+        self.connection = Connection(url, device)
+        self.broker = Broker(self.connection, f"worker-{device}-{secrets.token_hex(4)}", settings)
+        self._slots = slots
+        self._kernels = kernels
+        self._peaks = Peaks(speed, 1e12, float("inf"), 0.0, 0.0)
+
+    def come_online(self) -> None:
+        name, kind = self.broker.incarnation, self.device.partition(".")[0]
+        value = Announcement(name, name, self.device, kind, self._slots, False, self._peaks, self._kernels, 0.0)
+        self.broker.announce(msgspec.msgpack.encode(value))
+        self.broker.emit(event.encode(Event("device.online", name, device=self.device)))
+
+    def go_offline(self) -> None:
+        self.broker.resign()
+        self.broker.emit(event.encode(Event("device.offline", self.broker.incarnation, device=self.device)))
+
+    def take(self, limit: int = 1, timeout_s: float = 5.0) -> list[str]:
+        """The ids of the next jobs, oldest first; [] where none came in time."""
+        messages = self.broker.take(self.device, 0, limit, 1, timeout_s)
+        return [wire.read_envelope(message).headers.id for message in messages]
+
+    def commit(self, jobs: Iterable[str], observation: Observation | None = None) -> None:
+        """Ends all that it holds."""
+        jobs = tuple(jobs)
+        told = Event("job.succeeded", self.broker.incarnation, "test.spin", self.device, jobs, observation)
+        outcomes = [Outcome(job, "succeeded", b"") for job in jobs]
+        self.broker.commit(Commit(0, len(jobs), outcomes, event.encode(told)))
+
+    def serve(self, count: int) -> list[str]:
+        """Takes and commits, one job after the other."""
+        done: list[str] = []
+        while len(done) < count and (taken := self.take()):
+            self.commit(taken)
+            done += taken
+        return done
+
+    @property
+    def depth(self) -> int:
+        return self.broker.depths([self.device])[0]
+
+
+@pytest.fixture
+def start_router(broker_url: str) -> Iterator[StartRouter]:
+    """Starts routers, and stops those that still run at the end."""
+    routers: list[RunningRouter] = []
+
+    def start(settings: Settings = PATIENT) -> RunningRouter:
+        routers.append(RunningRouter(broker_url, settings))
+        return routers[-1]
+
+    yield start
+    for router in routers:
+        router._stop.set()
+    waker = Connection(broker_url, "waker")
+    waker.call("XADD", topology.EVENTS, "*", "e", event.encode())
+    waker.close()
+    for router in routers:
+        router.stop()
+
+
+@pytest.fixture
+def add_worker(broker_url: str) -> Iterator[Callable[..., PlayedWorker]]:
+    """Makes workers; each is online unless told otherwise."""
+    workers: list[PlayedWorker] = []
+
+    def add(
+        device: str = "cpu",
+        *,
+        speed: float = SPEED,
+        slots: int = 1,
+        kernels: tuple[KernelSpec, ...] = (SPIN, OTHER),
+        settings: Settings = PATIENT,
+        online: bool = True,
+    ) -> PlayedWorker:
+        workers.append(PlayedWorker(broker_url, device, speed=speed, slots=slots, kernels=kernels, settings=settings))
+        if online:
+            workers[-1].come_online()
+        return workers[-1]
+
+    yield add
+    for worker in workers:
+        worker.connection.close()
+
+
+class Lane:
+    """A producer with direct access, who can also see what has become of its jobs."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._seen_dead = "0"
+        self._stream = EventStream(connection)
+
+    def message(self, job_id: str, ms: int = 1, kernel: str = "test.spin", **options: Any) -> bytes:
+        return wire.envelope(job_id, kernel, {"n": ms}, Options(**options))
+
+    def send(
+        self, count: int = 1, ms: int = 1, suffix: str = "", kernel: str = "test.spin", **options: Any
+    ) -> list[str]:
+        ids = new_ids(count)
+        self.push([self.message(job_id, ms, kernel, **options) for job_id in ids], suffix)
+        return ids
+
+    def push(self, messages: Iterable[bytes], suffix: str = "") -> None:
+        self.connection.call("LPUSH", topology.LANE + suffix, *messages)
+
+    def settle(self) -> None:
+        """Returns once the router has seen all that was sent before: it has refused two messages since."""
+        for _ in range(2):
+            self.push([b"unreadable"])
+            self.next_dead()
+
+    def next_dead(self) -> dict[bytes, bytes]:
+        """The next dead letter, as soon as there is one."""
+        found = self.connection.call("XREAD", "BLOCK", 5000, "STREAMS", topology.DEAD, self._seen_dead)
+        assert found, "no dead letter came"
+        entry_id, fields = found[topology.DEAD.encode()][0]
+        self._seen_dead = entry_id.decode()
+        return dict(zip(fields[::2], fields[1::2], strict=True))
+
+    def placement(self, job_id: str) -> Placement | None:
+        raw = self.connection.call("HGET", topology.jobs(minute_of(job_id) or 0), job_id)
+        return msgspec.msgpack.decode(raw, type=Placement) if raw else None
+
+    def wait_for(self, kind: str, count: int) -> list[str]:
+        """The jobs of the next events of a type, once there are `count`."""
+        jobs: list[str] = []
+        deadline = time.monotonic() + 10
+        while len(jobs) < count:
+            assert time.monotonic() < deadline, f"only {len(jobs)} of {count} {kind}"
+            jobs += [job for _, each in self._stream.read(1000) if each.type == kind for job in each.jobs]
+        return jobs
+
+
+@pytest.fixture
+def lane(connection: Connection) -> Lane:
+    return Lane(connection)
+
+
+def waiting_anywhere(connection: Connection) -> int:
+    """Messages in lanes, claims, `again` and the parking: all that no device has been given."""
+    names = [name for pattern in ("lepton.ingest*", "lepton:claim:*", "lepton:again*", "lepton:parked:*")
+             for name in connection.call("KEYS", pattern)]  # fmt: skip
+    return sum(connection.many([("LLEN", name) for name in names])) if names else 0
+
+
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 10.0) -> None:
+    """For what no event tells of."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"in {timeout_s} s it did not happen that {what}"
+        time.sleep(0.005)
+
+
+# -- where a job goes -------------------------------------------------------------------------------------------
+
+
+def test_a_job_goes_to_the_device_where_it_finishes_first(start_router, add_worker, lane: Lane) -> None:
+    add_worker("cpu", speed=SPEED)
+    fast = add_worker("gpu", speed=10 * SPEED)
+    start_router()
+    (sent,) = lane.send(ms=100)
+    assert fast.take() == [sent]
+
+
+def test_a_busy_device_is_passed_over_where_another_finishes_sooner(start_router, add_worker, lane: Lane) -> None:
+    slow = add_worker("cpu", speed=SPEED)
+    fast = add_worker("gpu", speed=3 * SPEED)
+    start_router()
+    first = lane.send(2, ms=300)  # the fast one needs 100 ms for each: until 200 ms
+    assert [*fast.take(), *fast.take()] != []
+    (next_one,) = lane.send(ms=90)  # 230 ms there, 90 ms here
+    assert slow.take() == [next_one]
+    assert {lane.placement(job).device for job in first} == {"gpu"}
+
+
+def test_a_device_that_has_reported_its_work_done_is_free_again(start_router, add_worker, lane: Lane) -> None:
+    add_worker("cpu", speed=SPEED)
+    fast = add_worker("gpu", speed=3 * SPEED)
+    start_router()
+    lane.send(2, ms=300)
+    fast.serve(2)
+    (next_one,) = lane.send(ms=90)
+    assert fast.take() == [next_one]
+
+
+def test_jobs_of_one_window_are_spread_by_what_was_placed_before_them(start_router, add_worker, lane: Lane) -> None:
+    slow, fast = add_worker("cpu", speed=SPEED), add_worker("gpu", speed=3 * SPEED)
+    lane.send(4, ms=30)  # 10, 20, 30 ms on the fast one; the third is a tie, the fourth would be 40
+    start_router()
+    lane.wait_for("job.placed", 4)
+    assert (slow.depth, fast.depth) in ((1, 3), (2, 2))
+
+
+def test_a_placement_says_which_devices_were_looked_at_and_why_one_was_chosen(
+    start_router, add_worker, lane: Lane
+) -> None:
+    add_worker("cpu", speed=SPEED)
+    fast = add_worker("gpu", speed=10 * SPEED)
+    add_worker("fpga", kernels=(OTHER,))
+    start_router()
+    (sent,) = lane.send(ms=100)
+    fast.take()
+    placement = lane.placement(sent)
+    assert (placement.state, placement.device, placement.policy) == ("placed", "gpu", "earliest_finish")
+    assert "first of 2" in placement.reason
+    looked_at = {candidate.device: candidate for candidate in placement.candidates}
+    assert looked_at["cpu"].estimate.run_s == pytest.approx(0.1)
+    assert looked_at["gpu"].estimate.run_s == placement.estimate.run_s == pytest.approx(0.01)
+    assert "test.spin" in looked_at["fpga"].excluded
+
+
+@pytest.mark.parametrize("pin", ["cpu.old", "cpu"])
+def test_a_pinned_job_goes_where_it_is_pinned_however_slow(start_router, add_worker, lane: Lane, pin: str) -> None:
+    slow = add_worker("cpu.old", speed=SPEED)
+    add_worker("gpu", speed=100 * SPEED)
+    start_router()
+    (sent,) = lane.send(ms=100, device=pin)
+    assert slow.take() == [sent]
+
+
+def test_what_was_measured_changes_the_choice(start_router, add_worker, lane: Lane) -> None:
+    promising, honest = add_worker("cpu.promising", speed=2 * SPEED), add_worker("cpu.honest", speed=SPEED)
+    start_router()
+    for _ in range(3):  # predicted 50 ms, measured ten times that
+        (sent,) = lane.send(ms=100, device="cpu.promising")
+        promising.take()
+        promising.commit([sent], Observation("test.spin", "cpu.promising", 1, 100, 0, 0.0, 0.5))
+    (sent,) = lane.send(ms=100)
+    assert honest.take() == [sent]
+
+
+def test_a_new_router_starts_from_the_model_that_telemetry_keeps(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    from lepton_ai.placement.costs import CostModel
+
+    model = CostModel()
+    model.learn(Observation("test.spin", "cpu.promising", 1, 100, 0, 0.0, 0.5), Peaks(2 * SPEED, 1e12, 1e12, 0.0, 0.0))
+    connection.call("SET", topology.MODEL, model.snapshot())
+    add_worker("cpu.promising", speed=2 * SPEED)
+    honest = add_worker("cpu.honest", speed=SPEED)
+    start_router()
+    (sent,) = lane.send(ms=100)
+    assert honest.take() == [sent]
+
+
+# -- credit -----------------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_nobody_serves_is_given_its_credit_and_no_more(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    lane.send(50, ms=100)
+    lane.settle()
+    assert worker.depth == 3  # 250 ms are reached with the third
+    assert waiting_anywhere(connection) == 47
+
+
+def test_a_device_of_more_slots_has_more_credit(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker(slots=4)
+    start_router()
+    lane.send(50, ms=110)
+    lane.settle()
+    assert worker.depth == 10
+
+
+def test_jobs_that_are_longer_than_the_credit_still_queue_two_a_slot(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker(slots=2)
+    start_router()
+    lane.send(50, ms=60_000)
+    lane.settle()
+    assert worker.depth == 4
+
+
+def test_jobs_of_no_predicted_time_are_given_two_batches_at_most(start_router, add_worker, lane: Lane) -> None:
+    settings = msgspec.structs.replace(PATIENT, batch_jobs=8)
+    worker = add_worker()
+    start_router(settings)
+    lane.send(50, ms=0)
+    lane.settle()
+    assert worker.depth == 16
+
+
+def test_the_room_that_a_commit_makes_is_filled_at_once(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker()
+    start_router()
+    sent = lane.send(20, ms=60_000)
+    assert worker.serve(20) == sent
+
+
+def test_a_device_without_room_does_not_keep_others_idle(start_router, add_worker, lane: Lane) -> None:
+    add_worker("cpu")
+    free = add_worker("gpu")
+    start_router()
+    lane.send(1000, ms=60_000, device="cpu")
+    lane.settle()
+    (sent,) = lane.send(ms=1, device="gpu")
+    assert free.take(timeout_s=1) == [sent]
+
+
+def test_a_window_that_is_full_claims_no_more_and_goes_on_when_there_is_room(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router(msgspec.structs.replace(PATIENT, window=10))
+    sent = lane.send(30, ms=60_000)
+    lane.wait_for("job.placed", 2)
+    until(
+        lambda: connection.call("LLEN", topology.LANE) == 30 - 2 - 10, "the window is full and the lane keeps the rest"
+    )
+    assert worker.serve(30) == sent
+
+
+# -- priorities -------------------------------------------------------------------------------------------------
+
+
+def test_every_list_of_the_lane_is_claimed_most_urgent_first(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker()
+    lists = [PRIORITY_SEPARATOR + "high", "", *(f"{PRIORITY_SEPARATOR}{step}" for step in (3, 6, 9))]
+    sent = {suffix: lane.send(3, ms=60_000, suffix=suffix) for suffix in reversed(lists)}
+    start_router()
+    assert worker.serve(15) == [job for suffix in lists for job in sent[suffix]]
+
+
+def test_in_the_window_the_most_urgent_job_goes_first_whenever_it_came(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker()
+    start_router()
+    busy = lane.send(2, ms=60_000)
+    lane.wait_for("job.placed", 2)
+    low, mid, high = (
+        lane.send(2, ms=60_000, suffix=topology.lane_list(priority).removeprefix(topology.LANE), priority=priority)
+        for priority in (1, 5, 9)
+    )
+    lane.settle()
+    assert worker.serve(8) == busy + high + mid + low
+
+
+def test_in_the_window_a_celery_priority_counts_as_it_did_in_the_lane(start_router, add_worker, lane: Lane) -> None:
+    """A Celery client says by list and property, and has no header of ours."""
+    worker = add_worker()
+    start_router()
+    busy = lane.send(2, ms=60_000)
+    lane.wait_for("job.placed", 2)
+    sent: dict[int, str] = {}
+    for step in (9, 6, 3):
+        message = json.loads(lane.message(sent.setdefault(step, new_id()), 60_000))
+        message["properties"]["priority"] = step
+        lane.push([json.dumps(message).encode()], f"{PRIORITY_SEPARATOR}{step}")
+        lane.settle()
+    (plain,) = lane.send(ms=60_000)
+    lane.settle()
+    assert worker.serve(6) == [*busy, plain, sent[3], sent[6], sent[9]]
+
+
+@pytest.mark.parametrize("suffix", ["", *(PRIORITY_SEPARATOR + step for step in ("high", "3", "6", "9"))])
+def test_a_push_to_any_list_wakes_an_idle_router(start_router, add_worker, lane: Lane, suffix: str) -> None:
+    worker = add_worker()
+    start_router()
+    lane.settle()
+    started_s = time.monotonic()
+    (sent,) = lane.send(suffix=suffix)
+    assert worker.take(timeout_s=2) == [sent]
+    assert time.monotonic() - started_s < 0.5
+
+
+def test_a_push_that_comes_while_the_router_is_at_work_is_not_slept_over(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker()
+    start_router()
+    high = PRIORITY_SEPARATOR + "high"
+    for _ in range(150):
+        first, second = new_ids(2)
+        lane.push([lane.message(first)])
+        lane.push([lane.message(second)], high)
+        taken = worker.serve(2)
+        assert sorted(taken) == sorted([first, second])
+
+
+# -- what cannot run --------------------------------------------------------------------------------------------
+
+
+def test_a_job_of_an_unknown_kernel_is_parked_and_says_why(start_router, add_worker, lane: Lane) -> None:
+    add_worker(kernels=(SPIN,))
+    start_router()
+    (sent,) = lane.send(kernel="test.other")
+    assert lane.wait_for("job.parked", 1) == [sent]
+    placement = lane.placement(sent)
+    assert (placement.state, placement.device) == ("parked", None)
+    assert "test.other" in placement.reason
+    assert [candidate.excluded for candidate in placement.candidates] == ["announces no test.other"]
+
+
+def test_parked_jobs_run_in_their_order_once_a_worker_announces_their_kernel(
+    start_router, add_worker, lane: Lane
+) -> None:
+    start_router()
+    sent = lane.send(20, kernel="test.other")
+    lane.wait_for("job.parked", 20)
+    worker = add_worker()
+    assert worker.serve(20) == sent
+
+
+def test_a_job_pinned_to_a_device_that_is_away_runs_once_it_is_back(start_router, add_worker, lane: Lane) -> None:
+    add_worker("cpu")
+    start_router()
+    (sent,) = lane.send(device="gpu.h100")
+    lane.wait_for("job.parked", 1)
+    assert "gpu.h100" in lane.placement(sent).reason
+    assert add_worker("gpu.h100").take() == [sent]
+
+
+def test_a_device_that_went_offline_is_given_nothing_more(start_router, add_worker, lane: Lane) -> None:
+    leaving, staying = add_worker("gpu", speed=100 * SPEED), add_worker("cpu")
+    start_router()
+    lane.settle()
+    leaving.go_offline()
+    lane.settle()
+    (sent,) = lane.send(ms=100)
+    assert staying.take() == [sent]
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\x00", b"{", b"[]", b"null", b'{"body": 3}', b"\xff\xfe", b"[" * 5000])
+def test_bytes_that_are_no_message_are_a_dead_letter_with_its_reason_and_harm_nobody(
+    start_router, add_worker, lane: Lane, garbage: bytes
+) -> None:
+    worker = add_worker()
+    before = lane.send(2)
+    lane.push([garbage])
+    after = lane.send(2)
+    start_router()
+    dead = lane.next_dead()
+    assert dead[b"message"] == garbage
+    assert dead[b"reason"]
+    assert worker.serve(4) == before + after
+
+
+def test_a_thousand_unreadable_messages_leave_nothing_in_a_claim(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    lane.push([b"", b"x"] * 500)
+    (sent,) = lane.send()
+    start_router()
+    assert worker.take() == [sent]
+    assert connection.call("XLEN", topology.DEAD) == 1000
+    assert waiting_anywhere(connection) == 0
+
+
+def altered(message: bytes, **headers: Any) -> bytes:
+    envelope = json.loads(message)
+    envelope["headers"] |= headers
+    return json.dumps(envelope).encode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "named"),
+    [
+        ({"lepton": {"colour": "red"}}, "colour"),
+        ({"lepton": {"priority": 10}}, "priority"),
+        ({"lepton": {"priority": "high"}}, "priority"),
+        ({"lepton": {"result": "pickle"}}, "result"),
+        ({"lepton": [1]}, "lepton"),
+        ({"eta": "2030-01-01T00:00:00+00:00"}, "eta"),
+        ({"timelimit": [None, 5]}, "time limit"),
+        ({"timelimit": [5, None]}, "time limit"),
+    ],
+    ids=["unknown option", "priority", "type", "encoding", "no map", "eta", "soft limit", "hard limit"],
+)
+def test_a_job_that_asks_for_what_is_not_done_fails_for_its_waiter_and_harms_nobody(
+    start_router, add_worker, lane: Lane, connection: Connection, headers: dict[str, Any], named: str
+) -> None:
+    worker = add_worker()
+    start_router()
+    refused = new_id()
+    lane.push([altered(lane.message(refused), **headers)])
+    (fine,) = lane.send()
+    assert worker.take() == [fine]
+    until(lambda: connection.call("EXISTS", topology.result(refused)), "the refused job has a result")
+    record = json.loads(connection.call("GET", topology.result(refused)))
+    assert (record["status"], record["result"]["exc_type"]) == ("FAILURE", "OptionNotSupported")
+    assert named in record["result"]["exc_message"][0]
+
+
+def test_a_client_of_celery_that_waits_hears_of_the_refusal(start_router, lane: Lane, broker_url: str) -> None:
+    refused = new_id()
+    waiter = Connection(broker_url, "waiter")
+    waiter.send([("SUBSCRIBE", topology.result(refused))])
+    start_router()
+    lane.push([altered(lane.message(refused), lepton={"colour": "red"})])
+    waiter._fill(5)
+    until(lambda: any(push[0] == b"message" for push in waiter.drain_pushes()), "the refusal is published", 5)
+    waiter.close()
+
+
+def test_sizes_beyond_any_number_do_not_stop_the_router(start_router, add_worker, lane: Lane) -> None:
+    sizes = KernelSpec("test.array", {"x": "float32[n]"}, {"y": "float32[n]"}, "n", "4*n")
+    worker = add_worker(kernels=(SPIN, sizes))
+    start_router()
+    absurd, fine = new_ids(2)
+    header = {"shapes": {"x": [10**400]}}
+    envelope = altered(wire.envelope(absurd, "test.array", {"x": [1.0]}, Options()), lepton=header)
+    lane.push([envelope, lane.message(fine)])
+    assert worker.serve(2) == [absurd, fine]
+
+
+# -- nothing lost, nothing twice --------------------------------------------------------------------------------
+
+
+def test_a_deep_lane_arrives_whole_once_and_in_order(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker(slots=2)
+    sent: dict[str, list[str]] = {"test.spin": [], "test.other": []}
+    for block in range(20):
+        kernel = "test.other" if block % 2 else "test.spin"
+        sent[kernel] += lane.send(500, kernel=kernel)
+    start_router()
+    taken: list[str] = []
+    while len(taken) < 10_000 and (batch := worker.take(256)):
+        worker.commit(batch)
+        taken += batch
+    spins = set(sent["test.spin"])
+    assert len(taken) == 10_000
+    assert [job for job in taken if job in spins] == sent["test.spin"]
+    assert [job for job in taken if job not in spins] == sent["test.other"]
+    assert waiting_anywhere(connection) == worker.depth == 0
+    assert int(connection.call("HGET", topology.COUNTERS, "placed")) == 10_000
+
+
+def test_a_router_that_stops_gives_back_what_it_had_claimed_and_the_next_dispatches_it(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    first = start_router()
+    sent = lane.send(600, ms=60_000)
+    lane.settle()
+    first._stop.set()
+    lane.push([b"wake up"])
+    first.stop()
+    assert worker.depth == 2
+    assert waiting_anywhere(connection) >= 598
+    assert connection.call("KEYS", "lepton:claim:*") == []
+    start_router()
+    assert worker.serve(600) == sent
+
+
+def test_a_router_that_stopped_holds_no_lease_and_says_so(start_router, lane: Lane, connection: Connection) -> None:
+    router = start_router()
+    lane.settle()
+    router._stop.set()
+    lane.push([b"wake up"])
+    router.stop()
+    assert connection.call("KEYS", "lepton:lease:*") == []
+    types = [each.type for _, each in EventStream(connection, "0").read(10)]
+    assert types[0] == "router.online"
+    assert types[-1] == "router.offline"
+
+
+def test_two_routers_dispatch_each_message_once(start_router, add_worker, lane: Lane, connection: Connection) -> None:
+    worker = add_worker(slots=2)
+    start_router()
+    start_router()
+    sent = [job for _ in range(50) for job in lane.send(40)]
+    taken: list[str] = []
+    while len(taken) < 2000 and (batch := worker.take(64)):
+        worker.commit(batch)
+        taken += batch
+    assert sorted(taken) == sorted(sent)
+    lane.settle()
+    assert waiting_anywhere(connection) == worker.depth == 0
+
+
+def test_of_two_routers_one_stops_in_the_middle_and_nothing_is_lost_or_doubled(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker(slots=2)
+    leaving = start_router()
+    start_router()
+    sent = [job for _ in range(25) for job in lane.send(40)]
+    taken: list[str] = []
+    while len(taken) < 1000 and (batch := worker.take(64)):
+        worker.commit(batch)
+        taken += batch
+        leaving._stop.set()
+    assert sorted(taken) == sorted(sent)
+
+
+def incarnations(connection: Connection) -> list[str]:
+    found = connection.call("KEYS", "lepton:lease:router-*")
+    return [name.decode().removeprefix("lepton:lease:") for name in found]
+
+
+def test_a_router_whose_claims_were_adopted_ends_and_starts_as_another_and_loses_nothing(
+    start_router, add_worker, lane: Lane, connection: Connection, broker: Broker
+) -> None:
+    """Its lease has lapsed, and another has given back what it held."""
+    worker = add_worker()
+    start_router()
+    sent = lane.send(20, ms=60_000)
+    lane.settle()
+    (before,) = incarnations(connection)
+    connection.call("DEL", topology.lease(before))
+    assert broker.recover() == 18
+    sent += lane.send(5, ms=60_000)
+    assert sorted(worker.serve(25)) == sorted(sent)
+    assert incarnations(connection) != [before]
+
+
+def test_a_lapsed_lease_is_noticed_at_the_next_heartbeat(start_router, add_worker, lane: Lane, connection) -> None:
+    worker = add_worker()
+    start_router(msgspec.structs.replace(PATIENT, heartbeat_s=0.1))
+    sent = lane.send(10, ms=60_000)
+    lane.settle()
+    (before,) = incarnations(connection)
+    connection.call("DEL", topology.lease(before))
+    until(lambda: [name for name in incarnations(connection) if name != before], "a new incarnation takes a lease")
+    assert sorted(worker.serve(10)) == sorted(sent)
+
+
+def test_a_broken_connection_is_made_again_and_what_was_claimed_comes_back(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker(slots=1)
+    start_router(HASTY)
+    sent = lane.send(20, ms=60_000)
+    lane.settle()
+    for client in connection.call("CLIENT", "LIST").decode().splitlines():
+        fields = dict(part.partition("=")[::2] for part in client.split())
+        if fields["name"].startswith("router-"):
+            connection.call("CLIENT", "KILL", "ID", fields["id"])
+    sent += lane.send(5, ms=60_000)
+    assert sorted(worker.serve(25)) == sorted(sent)
+
+
+def test_every_connection_killed_again_and_again_under_load_loses_and_doubles_nothing(
+    start_router, add_worker, lane: Lane, broker_url: str
+) -> None:
+    start_router(HASTY)
+    start_router(HASTY)
+    worker = add_worker()
+    sent: list[str] = []
+    for _ in range(5):
+        sent += lane.send(200)
+        lane.wait_for("job.placed", 1)
+        lane.connection.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    survivor = Connection(broker_url, "survivor")
+    taken: list[str] = []
+    while len(taken) < 1000 and (popped := survivor.call("BLMPOP", 5, 1, "lepton.cpu", "RIGHT", "COUNT", 256)):
+        ids = [wire.read_envelope(message).headers.id for message in popped[1]]
+        told = Event("job.succeeded", worker.broker.incarnation, "test.spin", "cpu", tuple(ids))
+        survivor.call("XADD", topology.EVENTS, "*", "e", event.encode(told))
+        taken += ids
+    survivor.close()
+    assert sorted(taken) == sorted(sent)
+
+
+def test_a_router_whose_host_vanished_swallows_nothing(
+    start_router, add_worker, lane: Lane, broker_url: str, connection: Connection
+) -> None:
+    """No one closes its connections: the broker goes on serving them until the TCP keepalive, minutes later."""
+    vanished = Connection(broker_url, "vanished")
+    gone = Broker(vanished, "router-vanished", HASTY)
+    gone.announce(b"")
+    wake = Connection(broker_url, "vanished-wake")
+    gone.ask_wake(wake)
+    worker = add_worker()
+    until(lambda: not connection.call("EXISTS", topology.lease("router-vanished")), "its lease lapses")
+    start_router(msgspec.structs.replace(HASTY, lease_s=10.0))
+    until(lambda: not connection.call("SISMEMBER", topology.HOLDERS, "router-vanished"), "it is forgotten")
+    (sent,) = lane.send()
+    try:
+        assert worker.take(timeout_s=3) == [sent]
+    finally:
+        wake.close()
+        vanished.close()
