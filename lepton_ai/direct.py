@@ -61,7 +61,7 @@ class Direct:
     def wait(self, job: JobHandle, timeout_s: float | None) -> Meta | None:
         """See JobReader."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        if job.id not in self._pending:
+        if self._pending.get(job.id) is not job:  # another client's, or a second handle: only the key tells it
             return self._poll(job.id, deadline)
         look_at = time.monotonic() + _LOOK_EVERY_S
         while job.meta is None:

@@ -28,7 +28,11 @@ __all__ = ["Event", "Observation", "decode", "encode"]
 
 
 class Observation(msgspec.Struct, frozen=True):
-    """What one launch taught: the measured times of a batch of `jobs` jobs of one kernel, compilation not counted."""
+    """What one launch taught: the measured times of a batch of `jobs` jobs of one kernel, compilation not counted.
+
+    `flops` and `bytes` are the Work of all its jobs, `transfer_bytes` the size of their array arguments. `transfer_s`
+    is everything between message and device: decoding, upload, download and encoding.
+    """
 
     kernel: str
     device: str
@@ -37,6 +41,7 @@ class Observation(msgspec.Struct, frozen=True):
     bytes: float
     transfer_s: float
     run_s: float
+    transfer_bytes: float = 0.0
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -88,6 +88,7 @@ class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
     wait_s: float
     """From the placement until a slot took it."""
     transfer_s: float
+    """Decoding, upload and download."""
     run_s: float
     batch: int
     """Jobs that ran in the same launch."""

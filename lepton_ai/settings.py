@@ -28,6 +28,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     http_host: str = "127.0.0.1"
     http_port: int = 8780
+    http_unauthenticated: bool = False
+    """There are no keys yet, so listening beyond loopback needs this said: a private network, a container's address."""
     body_limit_bytes: int = 8 * 1024 * 1024
     """The largest body of one HTTP request, and of one message once unpacked."""
     result_serializer: Literal["json", "msgpack"] = "json"

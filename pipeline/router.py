@@ -223,16 +223,18 @@ class _Session:
         left: list[ClaimedJob] = []
         seconds: dict[str, float] = {}
         now = time.time()
+        ready = pricing.problem.ready.tolist()
         for at, job in enumerate(jobs):
             chosen = int(plan.device[at])
+            candidates = _waited(pricing.candidates[at], ready)
             if chosen == UNPLACED:
-                placement = self._park(job, pricing.candidates[at], now)
+                placement = self._park(job, candidates, now)
                 step.parked.setdefault(job.kernel, []).append(job.message)
             else:
                 device = self._cluster.devices[chosen]
+                ready[chosen] += float(pricing.problem.seconds[at, chosen]) / device.slots
                 if not self._has_room(device):
                     continue
-                candidates = _waited(pricing.candidates[at], pricing.problem.ready.tolist())
                 placement = self._placement(job, candidates, chosen, float(plan.wait[at]), now)
                 step.queued.setdefault(device.name, []).append(job.message)
                 seconds[job.id] = float(pricing.problem.seconds[at, chosen])
@@ -353,7 +355,7 @@ def _rejection(envelope: wire.Envelope, error: LeptonError) -> Outcome:
 
 
 def _waited(candidates: tuple[Candidate, ...], ready: Sequence[float]) -> tuple[Candidate, ...]:
-    """Each candidate's estimate with the wait that its device had when the step began."""
+    """Each candidate's estimate with the wait that its device has, counting the jobs placed before in this step."""
     return tuple(
         candidate
         if candidate.estimate is None

@@ -44,6 +44,9 @@ class Connection:
         except CommandError as error:
             self.close()
             raise BrokerUnavailable(f"the broker refuses us: {error}") from error
+        except BrokerUnavailable:
+            self.close()
+            raise
 
     def call(self, *command: str | bytes | int | float) -> Any:
         """One command and its reply; CommandError where the broker refuses it."""

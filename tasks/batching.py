@@ -30,6 +30,13 @@ class TakenJob(msgspec.Struct, eq=False):
     """Its arrays came as tensor maps, so its answer goes back as tensor maps; else as nested lists."""
     keep: bool
     """False where the caller asked to ignore the result."""
+    decode_s: float = 0.0
+    """What reading it from its message took."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of its array arguments."""
+        return sum(value.nbytes for value in self.inputs.values() if isinstance(value, np.ndarray))
 
 
 class Refused(msgspec.Struct, frozen=True):

@@ -88,7 +88,8 @@ class DeviceStep(bootsteps.StartStopStep):
 
     def terminate(self, worker: Any) -> None:
         """Cold shutdown: what was taken is given back unrun."""
-        if self._heartbeat is not None:
+        if self._slots is not None and self._heartbeat is not None:
+            self._slots.abandon()  # first: what a slot took after the batches were given back would be lost
             self._heartbeat.abandon()
 
     def _tell_refused(self, url: str, incarnation: str, device: str, refused: dict[str, str]) -> None:
@@ -133,7 +134,9 @@ class _Request:
         self.id = job
         self.name = kernel
         self.time_start: float | None = None
-        self.task = SimpleNamespace(name=kernel, backend=backend)
+        self.acknowledged = False
+        # A commit is what acknowledges: to Celery such a task is acknowledged late.
+        self.task = SimpleNamespace(name=kernel, backend=backend, acks_late=True)
         self._hostname = hostname
         self._queue = queue
 
@@ -151,6 +154,9 @@ class _Request:
             "delivery_info": {"exchange": "", "routing_key": self._queue, "priority": None, "redelivered": False},
             "worker_pid": os.getpid(),
         }
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """A cold shutdown has begun: `DeviceStep.terminate` gives the batch back."""
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
         """A slot is a thread and cannot be killed: the job is told that it is cancelled and may stop."""

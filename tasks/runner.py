@@ -18,6 +18,7 @@ from lepton_ai.event import Event, Observation
 from lepton_ai.identity import minute_of
 from lepton_ai.job import Cost, Options, Placement, Record
 from lepton_ai.settings import Settings
+from lepton_ai.tensor import DTYPES
 from queues.broker import Broker, Commit, Outcome
 from queues.connection import Connection
 from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, names, read, split
@@ -95,6 +96,14 @@ class Slots:
         for thread in self._threads:
             thread.join()
 
+    def abandon(self) -> None:
+        """Takes nothing more and returns once no slot waits for jobs; what runs goes on, and may commit no more."""
+        self._stopping.set()
+        self._open.set()
+        for slot, thread in zip(self._slots, self._threads, strict=True):
+            if not slot.busy:
+                thread.join(2 * _TAKE_S)
+
     @property
     def stopping(self) -> bool:
         return self._stopping.is_set()
@@ -136,6 +145,8 @@ class _Slot:
         self._slots = slots
         self._pending: Commit | None = None
         self._job_s = 0.0
+        # Over before our lease can lapse, or a frozen worker that has been forgotten would still be given jobs.
+        self._take_s = min(_TAKE_S, slots.settings.lease_s / 2)
 
     def run(self) -> None:
         """Serves until the slots stop, connecting again whenever the broker was lost."""
@@ -165,7 +176,7 @@ class _Slot:
                 self._slots.wait_open()
                 if self._slots.stopping:
                     return
-                messages = broker.take(self._slots.device, self.number, self._limit(), self._slots.count, _TAKE_S)
+                messages = broker.take(self._slots.device, self.number, self._limit(), self._slots.count, self._take_s)
             if messages:
                 self._pending = self._batch(broker, messages)
                 messages = self._commit(broker, self._pending)
@@ -216,7 +227,13 @@ class _Slot:
         jobs: list[TakenJob] = []
         ended = _Ended()
         kernels, limit = self._slots.repertoire.kernels, self._slots.settings.body_limit_bytes
-        found = [read(message, kernels, limit) for message in messages]
+        found: list[TakenJob | Refused | Unreadable] = []
+        for message in messages:
+            start = time.perf_counter()
+            job = read(message, kernels, limit)
+            if isinstance(job, TakenJob):
+                job.decode_s = time.perf_counter() - start
+            found.append(job)
         known = [job for job in found if not isinstance(job, Unreadable)]
         self._slots.observer.taken(
             [(job.id, job.kernel if isinstance(job, Refused) else job.kernel.name) for job in known]
@@ -245,7 +262,8 @@ class _Slot:
         try:
             outputs, observation = self._launch(group)
             parts = split(group, outputs)
-        except Exception as error:  # noqa: BLE001 - what a kernel raises is its job's failure, never the worker's
+        # What a kernel raises, even sys.exit(), is its job's failure and never the worker's.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             if len(group.jobs) > 1:
                 for job in group.jobs:
                     self._run_group(Group(group.kernel, [job]), placements, taken_at, ended)
@@ -253,7 +271,12 @@ class _Slot:
             self._kernel_raised(group.jobs[0], error, ended)
             return
         count = len(group.jobs)
+        start = time.perf_counter()
+        succeeded: list[str] = []
         for job, part in zip(group.jobs, parts, strict=True):
+            if self._slots.observer.is_revoked(job.id):  # its kernel may have seen it, and stopped half way
+                self._fail(job.id, job.kernel.name, job.options, job.keep, JobCancelled("revoked while it ran"), ended)
+                continue
             placement = placements.get(job.id)
             cost = Cost(
                 self._slots.incarnation,
@@ -266,14 +289,17 @@ class _Slot:
             meta = wire.success(job.id, answer(job, part), Record(placement, cost))
             record = wire.encode_meta(meta, self._encoding(job.options)) if job.keep else b""
             ended.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
+            succeeded.append(job.id)
+        if not succeeded:
+            return
         ended.events.append(
             Event(
                 "job.succeeded",
                 self._slots.incarnation,
                 group.kernel.name,
                 self._slots.device,
-                names(group.jobs),
-                observation,
+                tuple(succeeded),
+                msgspec.structs.replace(observation, transfer_s=observation.transfer_s + time.perf_counter() - start),
             )
         )
 
@@ -291,13 +317,17 @@ class _Slot:
         if found.keys() != group.kernel.signature.outputs.keys():
             raise KernelFailed(f"{name} returned {sorted(found)}, not {sorted(group.kernel.signature.outputs)}")
         outputs = {key: driver.download(value) for key, value in found.items()}
-        transfer_s = uploaded - start + time.perf_counter() - ran
+        for key, value in outputs.items():
+            if value.dtype.name not in DTYPES:  # found out here it fails a job; at the commit, the slot for ever
+                raise KernelFailed(f"{name} returned {key!r} of dtype {value.dtype}, which cannot be sent")
+        transfer_s = uploaded - start + time.perf_counter() - ran + sum(job.decode_s for job in group.jobs)
         flops, moved = sum(job.work.flops for job in group.jobs), sum(job.work.bytes for job in group.jobs)
         device = self._slots.device
-        return outputs, Observation(name, device, len(group.jobs), flops, moved, transfer_s, ran - uploaded)
+        size = sum(job.size_bytes for job in group.jobs)
+        return outputs, Observation(name, device, len(group.jobs), flops, moved, transfer_s, ran - uploaded, size)
 
-    def _kernel_raised(self, job: TakenJob, error: Exception, ended: _Ended) -> None:
-        known = error if isinstance(error, LeptonError) else KernelFailed(f"{type(error).__name__}: {error}")
+    def _kernel_raised(self, job: TakenJob, error: BaseException, ended: _Ended) -> None:
+        known = error if isinstance(error, LeptonError) else KernelFailed(_described(error))
         trace = None if isinstance(error, LeptonError) else "".join(traceback.format_exception(error))
         self._fail(job.id, job.kernel.name, job.options, job.keep, known, ended, trace)
 
@@ -321,6 +351,13 @@ class _Slot:
 
     def _encoding(self, options: Options) -> str:
         return options.result or self._slots.settings.result_serializer
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - an exception may raise while it is printed
+        return f"{type(error).__name__}, which cannot be printed"
 
 
 class _Context:

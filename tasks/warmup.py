@@ -51,7 +51,8 @@ def warm(kernels: Iterable[Kernel], driver: Driver, refused: dict[str, str]) -> 
         start = time.perf_counter()
         try:
             found.runs[kernel.name] = _built(kernel, driver)
-        except Exception as error:  # noqa: BLE001 - a broken kernel must not take the others with it
+        # Not even by sys.exit(): a broken kernel must not take the others with it.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             found.refused[kernel.name] = f"{type(error).__name__}: {error}"
             log.error("kernel_refused", kernel=kernel.name, reason=found.refused[kernel.name])
             continue
@@ -87,7 +88,9 @@ def difference(found: Outputs, expected: Outputs) -> float:
         if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
             return np.inf
         if finite.any():
-            worst = max(worst, float((np.abs(a - b)[finite] / np.maximum(1.0, np.abs(b[finite]))).max()))
+            a, b = a[finite], b[finite]
+            with np.errstate(over="ignore"):
+                worst = max(worst, float((np.abs(a - b) / np.maximum(1.0, np.abs(b))).max()))
     return worst
 
 

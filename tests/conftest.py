@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from lepton_ai import Client
@@ -13,6 +14,12 @@ from pipeline.supervisor import Fleet, run_fleet
 from queues.broker import Broker
 from queues.connection import Connection
 from queues.embedded import EmbeddedBroker
+
+# A shared machine is slow now and then, which is no failure; and explaining one takes longer than finding it.
+hypothesis.settings.register_profile(
+    "lepton", deadline=None, phases=[phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain]
+)
+hypothesis.settings.load_profile("lepton")
 
 
 @pytest.fixture(scope="session")

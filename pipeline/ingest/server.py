@@ -22,9 +22,10 @@ log = structlog.get_logger()
 
 def serve(settings: Settings, url: str) -> None:
     """Serves until told to stop. InvalidSettings where it would listen beyond this machine: there are no keys yet."""
-    if settings.http_host not in _LOOPBACK:
+    if settings.http_host not in _LOOPBACK and not settings.http_unauthenticated:
         raise InvalidSettings(
-            f"LEPTON_HTTP_HOST is {settings.http_host}: there is no authentication yet, so only loopback is served",
+            f"LEPTON_HTTP_HOST is {settings.http_host}, and there is no authentication yet: keep to 127.0.0.1, or set "
+            "LEPTON_HTTP_UNAUTHENTICATED=true where only friends can reach that address",
             "http_host",
         )
     asyncio.run(_serve(settings, url))

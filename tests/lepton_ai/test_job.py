@@ -75,6 +75,14 @@ def test_a_more_urgent_job_is_never_in_a_later_list(one: int, other: int) -> Non
         assert order.index(lane_list(one)) <= order.index(lane_list(other))
 
 
+@pytest.mark.parametrize(
+    ("priorities", "suffix"),
+    [((9, 8, 7), "\x06\x16high"), ((6, 5, 4), ""), ((3,), "\x06\x163"), ((2,), "\x06\x166"), ((1,), "\x06\x169")],
+)
+def test_high_begins_at_7_and_the_middle_at_4(priorities: tuple[int, ...], suffix: str) -> None:
+    assert {lane_list(priority) for priority in priorities} == {"lepton.ingest" + suffix}
+
+
 def test_the_lists_of_a_lane_are_those_that_kombu_knows_and_one_more() -> None:
     kombus = ["lepton.ingest", *(f"lepton.ingest{PRIORITY_SEPARATOR}{step}" for step in (3, 6, 9))]
     assert list(lane_lists()[1:]) == kombus

@@ -108,7 +108,7 @@ def test_a_lease_outlasts_two_heartbeats(lease_s: float, heartbeat_s: float) -> 
     if lease_s >= 2 * heartbeat_s:
         assert math.isclose(Settings.read(environ).lease_s, lease_s)
     else:
-        with pytest.raises(InvalidSettings, match="LEPTON_LEASE_S .* at least twice LEPTON_HEARTBEAT_S"):
+        with pytest.raises(InvalidSettings, match=r"LEPTON_LEASE_S .* at least twice LEPTON_HEARTBEAT_S"):
             Settings.read(environ)
 
 

@@ -376,8 +376,8 @@ def test_bytes_that_are_no_options_raise_nothing_but_our_errors(raw: bytes) -> N
 def test_a_good_message_with_some_bytes_changed_raises_nothing_but_our_errors(
     good: bytes, changes: list[tuple[int, bytes, int]]
 ) -> None:
-    for at, put, cut in changes:
-        at %= len(good) + 1
+    for place, put, cut in changes:
+        at = place % (len(good) + 1)
         good = good[:at] + put + good[at + cut :]
     survives(good)
 
@@ -456,7 +456,7 @@ HUGE = b"\xff\xff\xff\xff"
         with_options(b'{"device": "\xff"}'),
         a_message().replace(b'"a.b"', b'"\\ud800"'),
         a_message(headers={"x": float("nan"), "task": "\ud800"}),
-        a_message(headers={"x": float("nan")}, properties={"body_encoding": None}).replace(b'"body": "', b'"body": "\\ud800'),
+        a_message(headers={"x": float("nan")}, properties={"body_encoding": None}).replace(b'"W1', b'"\\ud800'),
         a_message(headers={"compression": "application/x-lzma"}),
         a_message(b"no zlib", headers={"compression": "application/x-gzip"}),
     ],

@@ -23,7 +23,8 @@ def http(fleet: Fleet) -> Iterator[httpx.Client]:
 @pytest.fixture(autouse=True, scope="module")
 def _no_traceback(fleet: Fleet) -> Iterator[None]:
     yield
-    assert "Traceback" not in (fleet.logs / "ingest").read_text()
+    for log in fleet.logs.iterdir():
+        assert "Traceback" not in log.read_text(), log.name
 
 
 def problem(response: httpx.Response, status: int) -> dict[str, Any]:

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from lepton_ai import event, topology
+from lepton_ai.device import Announcement, Peaks
+from lepton_ai.event import Event, Observation
+from lepton_ai.kernel import Work
+from lepton_ai.placement.costs import CostModel
+from lepton_ai.settings import Settings
+from pipeline import telemetry
+from pipeline.cluster import Cluster
+from pipeline.telemetry import Telemetry, learn
+from queues.connection import Connection
+
+PEAKS = Peaks(1e9, 1e9, math.inf, 0.0, 0.0)
+#: A launch that took a thousand times as long as the device's peaks would have it.
+SLOW = Observation("test.kernel", "cpu", 1, 1e6, 0.0, 0.0, 1.0)
+WORKER = Announcement("worker-1", "one", "cpu", "cpu", 1, False, PEAKS, (), 0.0)
+
+
+def predicted_s(model: CostModel) -> float:
+    return model.predict("test.kernel", "cpu", Work(1e6, 0.0), PEAKS, 0.0).run_s
+
+
+def succeeded(*jobs: str, observation: Observation | None = None) -> Event:
+    return Event("job.succeeded", "worker-1", "test.kernel", "cpu", jobs, observation)
+
+
+# -- learn ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    found = Cluster()
+    found.refresh([WORKER])
+    return found
+
+
+@pytest.mark.parametrize("ended", ["job.succeeded", "job.failed", "job.cancelled"])
+def test_a_job_that_ended_is_outstanding_no_longer(cluster: Cluster, ended: str) -> None:
+    cluster.dispatched("a", "cpu", 1.0)
+    cluster.dispatched("b", "cpu", 2.0)
+    learn(Event(ended, "worker-1", jobs=("a",)), cluster, CostModel())
+    assert cluster.outstanding_s("cpu") == 2.0
+
+
+@pytest.mark.parametrize("kind", ["job.placed", "job.parked", "device.heartbeat", "something.new"])
+def test_other_events_leave_the_work_outstanding(cluster: Cluster, kind: str) -> None:
+    cluster.dispatched("a", "cpu", 1.0)
+    learn(Event(kind, "worker-1", jobs=("a",)), cluster, CostModel())
+    assert cluster.outstanding_s("cpu") == 1.0
+
+
+def test_an_observation_teaches_the_cost_model(cluster: Cluster) -> None:
+    model = CostModel()
+    learn(succeeded("a", observation=SLOW), cluster, model)
+    assert predicted_s(model) == pytest.approx(1.0)
+
+
+def test_an_observation_of_a_device_that_is_gone_teaches_nothing(cluster: Cluster) -> None:
+    model = CostModel()
+    cluster.refresh([])
+    learn(succeeded("a", observation=SLOW), cluster, model)
+    assert predicted_s(model) == predicted_s(CostModel())
+
+
+# -- the service ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Callable[[], None]]]:
+    """Starts the service, which keeps its model after each look at the stream; gives what stops it."""
+    monkeypatch.setattr(telemetry, "_REPORT_S", 0.0)
+    running: list[tuple[threading.Event, threading.Thread]] = []
+    waker = Connection(broker_url, "waker")
+
+    def start() -> Callable[[], None]:
+        stop = threading.Event()
+        thread = threading.Thread(target=Telemetry(Settings(), broker_url).run, args=[stop], daemon=True)
+        thread.start()
+        running.append((stop, thread))
+        until(lambda: b"name=telemetry-events" in waker.call("CLIENT", "LIST"), "telemetry follows the stream")
+
+        def end() -> None:
+            stop.set()
+            thread.join(5)
+            assert not thread.is_alive()
+
+        return end
+
+    yield start
+    for stop, _ in running:
+        stop.set()
+    for _, thread in running:
+        thread.join(5)
+    waker.close()
+
+
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"in {timeout_s} s it did not happen that {what}"
+        time.sleep(0.005)
+
+
+def come_online(connection: Connection) -> None:
+    lease = topology.lease(WORKER.incarnation)
+    connection.many([("SET", lease, msgspec.msgpack.encode(WORKER)), ("SADD", topology.HOLDERS, WORKER.incarnation)])
+    tell(connection, Event("device.online", WORKER.incarnation, device="cpu"))
+
+
+def tell(connection: Connection, *told: Event) -> None:
+    connection.call("XADD", topology.EVENTS, "*", "e", event.encode(*told))
+
+
+def kept_s(connection: Connection) -> float:
+    """What the kept model predicts."""
+    model = CostModel()
+    if snapshot := connection.call("GET", topology.MODEL):
+        model.restore(snapshot)
+    return predicted_s(model)
+
+
+def test_what_was_observed_is_kept_on_the_broker(start: Any, connection: Connection) -> None:
+    start()
+    come_online(connection)
+    tell(connection, succeeded("a", observation=SLOW))
+    until(lambda: kept_s(connection) == pytest.approx(1.0), "the model is kept")
+
+
+def test_the_model_is_kept_when_the_service_stops(
+    start: Any, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "_REPORT_S", 1000.0)
+    end = start()
+    end()
+    assert connection.call("EXISTS", topology.MODEL) == 1
+
+
+def test_a_new_service_goes_on_from_the_kept_model(start: Any, connection: Connection) -> None:
+    model = CostModel()
+    model.learn(SLOW, PEAKS)
+    connection.call("SET", topology.MODEL, model.snapshot())
+    start()
+    come_online(connection)
+    quick = msgspec.structs.replace(SLOW, run_s=0.01)
+    tell(connection, succeeded("a", observation=quick))
+    until(lambda: kept_s(connection) == pytest.approx(0.1), "the mean of both is kept")  # of their logarithms
+
+
+def test_a_worker_that_is_there_before_the_service_is_learned_from(start: Any, connection: Connection) -> None:
+    come_online(connection)
+    start()
+    tell(connection, succeeded("a", observation=SLOW))
+    until(lambda: kept_s(connection) == pytest.approx(1.0), "the model is kept")
+
+
+def test_a_broken_connection_is_made_again_and_nothing_in_between_is_missed(start: Any, connection: Connection) -> None:
+    start()
+    come_online(connection)
+    tell(connection, succeeded("a", observation=SLOW))
+    until(lambda: kept_s(connection) == pytest.approx(1.0), "the model is kept")
+    connection.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    tell(connection, succeeded("b", observation=msgspec.structs.replace(SLOW, run_s=0.01)))
+    until(lambda: kept_s(connection) == pytest.approx(0.1), "what happened meanwhile is learned")
+
+
+def test_a_broker_that_refuses_to_keep_the_model_does_not_end_the_service(start: Any, connection: Connection) -> None:
+    start()
+    come_online(connection)
+    connection.call("CONFIG", "SET", "maxmemory", "1")
+    try:
+        time.sleep(0.7)  # longer than a look at the stream: the refusal leaves no trace that could be waited for
+    finally:
+        connection.call("CONFIG", "SET", "maxmemory", "0")
+    tell(connection, succeeded("a", observation=SLOW))
+    until(lambda: kept_s(connection) == pytest.approx(1.0), "the model is kept")

@@ -1,0 +1,1035 @@
+"""The message path on a real broker: every step is all or nothing, fenced, and keeps the order."""
+
+from __future__ import annotations
+
+import select
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from celery import Celery
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from lepton_ai import topology, wire
+from lepton_ai.errors import Fenced, InvalidArguments
+from lepton_ai.settings import Settings
+from queues.app import celery_addresses
+from queues.broker import CLAIM_LIMIT, LISTS_EACH, WAKE, Broker, Commit, Dispatch, Outcome, load_functions
+from queues.connection import CommandError, Connection
+
+TTL_S = round(Settings().result_ttl_s)
+
+
+@pytest.fixture
+def another(broker_url: str, settings: Settings) -> Iterator[Callable[[str], Broker]]:
+    """Another incarnation, with a lease and a connection of its own."""
+    opened: list[Connection] = []
+
+    def open_broker(incarnation: str) -> Broker:
+        connection = Connection(broker_url, incarnation)
+        opened.append(connection)
+        found = Broker(connection, incarnation, settings)
+        found.announce(b"")
+        return found
+
+    yield open_broker
+    for connection in opened:
+        connection.close()
+
+
+def push(connection: Connection, key: str, *messages: bytes) -> None:
+    if messages:
+        connection.call("LPUSH", key, *messages)
+
+
+def oldest_first(connection: Connection, key: str) -> list[bytes]:
+    found: list[bytes] = connection.call("LRANGE", key, 0, -1)
+    return found[::-1]
+
+
+def numbered(count: int) -> list[bytes]:
+    return [b"m%d" % at for at in range(count)]
+
+
+def lapse(connection: Connection, broker: Broker) -> None:
+    """What time does to the lease of a process that was killed or frozen."""
+    assert connection.call("DEL", topology.lease(broker.incarnation)) == 1
+
+
+def everything(connection: Connection) -> dict[bytes, bytes | None]:
+    """The whole broker, to see that nothing was written."""
+    return {key: connection.call("DUMP", key) for key in connection.call("KEYS", "*")}
+
+
+def counters(connection: Connection) -> dict[str, int]:
+    return {name.decode(): int(count) for name, count in connection.call("HGETALL", topology.COUNTERS).items()}
+
+
+# -- leases -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_holds_what_was_announced_and_expires(connection: Connection, broker: Broker) -> None:
+    broker.announce(b"who I am")
+    key = topology.lease(broker.incarnation)
+    assert connection.call("GET", key) == b"who I am"
+    assert 0 < connection.call("PTTL", key) <= Settings().lease_s * 1000
+    assert broker.incarnation.encode() in connection.call("SMEMBERS", topology.HOLDERS)
+
+
+def test_a_lease_is_prolonged_with_its_value(connection: Connection, broker: Broker) -> None:
+    broker.announce(b"who I am")
+    key = topology.lease(broker.incarnation)
+    connection.call("PEXPIRE", key, 1000)
+    assert broker.renew() is True
+    assert connection.call("PTTL", key) > 1000
+    assert connection.call("GET", key) == b"who I am"
+
+
+def test_a_lapsed_lease_is_not_prolonged(connection: Connection, broker: Broker) -> None:
+    lapse(connection, broker)
+    assert broker.renew() is False
+    assert connection.call("EXISTS", topology.lease(broker.incarnation)) == 0
+
+
+def test_one_who_resigned_leaves_nothing(connection: Connection, broker: Broker) -> None:
+    broker.resign()
+    assert everything(connection) == {}
+
+
+# -- claim ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_takes_the_oldest_first(connection: Connection, broker: Broker) -> None:
+    push(connection, topology.LANE, *numbered(10))
+    assert broker.claim(0, 0, 4) == numbered(10)[:4]
+    assert broker.claim(0, 4, 100) == numbered(10)[4:]
+    assert oldest_first(connection, topology.claim(broker.incarnation, 0)) == numbered(10)
+
+
+def test_a_claim_takes_what_was_recovered_first_and_then_by_urgency(connection: Connection, broker: Broker) -> None:
+    sources = [topology.AGAIN, *topology.lane_lists()]
+    for source in reversed(sources):
+        push(connection, source, source.encode() + b"1", source.encode() + b"2")
+    expected = [source.encode() + number for source in sources for number in (b"1", b"2")]
+    assert broker.claim(0, 0, 7) == expected[:7]
+    assert broker.claim(1, 0, 100) == expected[7:]
+
+
+def test_a_claim_of_an_empty_lane_is_empty(connection: Connection, broker: Broker) -> None:
+    assert broker.claim(0, 0, CLAIM_LIMIT) == []
+
+
+@pytest.mark.parametrize("have", [0, 2])
+def test_a_claim_that_holds_another_number_than_we_know_is_fenced(
+    connection: Connection, broker: Broker, have: int
+) -> None:
+    push(connection, topology.claim(broker.incarnation, 0), b"old")
+    push(connection, topology.LANE, b"new")
+    with pytest.raises(Fenced, match="claim"):
+        broker.claim(0, have, 10)
+
+
+def woken(broker: Broker, wake: Connection) -> bool:
+    """Whether the wake-up that was asked for comes."""
+    return bool(select.select([wake], [], [], 5)[0]) and wake.receive(1) != [None]
+
+
+@pytest.fixture
+def wake(broker_url: str) -> Iterator[Connection]:
+    wake = Connection(broker_url, "wake")
+    yield wake
+    wake.close()
+
+
+def test_a_wake_up_is_a_durable_claim(connection: Connection, broker: Broker, wake: Connection) -> None:
+    broker.ask_wake(wake)
+    push(connection, topology.LANE, b"m")
+    assert woken(broker, wake)
+    assert oldest_first(connection, topology.claim(broker.incarnation, WAKE)) == [b"m"]
+
+
+def test_the_message_that_woke_us_is_claimed_before_all_others(
+    connection: Connection, broker: Broker, wake: Connection
+) -> None:
+    broker.ask_wake(wake)
+    push(connection, topology.LANE, *numbered(3))
+    assert woken(broker, wake)
+    assert broker.claim(0, 0, 2, woken=True) == numbered(2)
+    assert oldest_first(connection, topology.claim(broker.incarnation, 0)) == numbered(2)
+    assert connection.call("LLEN", topology.claim(broker.incarnation, WAKE)) == 0
+
+
+def test_a_wait_without_a_message_ends_before_the_lease_can_lapse(broker_url: str, connection: Connection) -> None:
+    quick = Broker(connection, "quick", Settings(lease_s=0.2, heartbeat_s=0.1))
+    wake = Connection(broker_url, "wake")
+    quick.ask_wake(wake)
+    assert select.select([wake], [], [], 0.2)[0]
+    assert wake.receive(1) == [None]
+    assert quick.claim(0, 0, 10, woken=True) == []
+    wake.close()
+
+
+def test_what_a_frozen_router_was_woken_with_after_it_was_forgotten_is_given_back(
+    connection: Connection, broker: Broker, wake: Connection, another: Callable[[str], Broker]
+) -> None:
+    frozen = another("frozen")
+    frozen.ask_wake(wake)
+    lapse(connection, frozen)
+    assert broker.recover() == 0
+    push(connection, topology.LANE, b"m")
+    assert woken(frozen, wake)
+    assert frozen.recover() == 1  # what it does when it thaws
+    assert oldest_first(connection, topology.AGAIN) == [b"m"]
+
+
+# -- dispatch ---------------------------------------------------------------------------------------------------------
+
+
+def claimed(connection: Connection, broker: Broker, count: int, number: int = 0) -> tuple[str, list[bytes]]:
+    """A claim that holds `count` messages."""
+    messages = [b"c%d-" % number + each for each in numbered(count)]
+    push(connection, topology.LANE, *messages)
+    assert broker.claim(number, 0, count) == messages
+    return topology.claim(broker.incarnation, number), messages
+
+
+def test_messages_leave_their_claim_for_where_they_go_in_order(connection: Connection, broker: Broker) -> None:
+    claim, messages = claimed(connection, broker, 6)
+    broker.dispatch(
+        Dispatch(
+            {claim: 6},
+            {claim: messages[4:]},
+            queued={"cpu": messages[:2], "gpu.h100": messages[2:3]},
+            parked={"a.b": messages[3:4]},
+        )
+    )
+    assert oldest_first(connection, "lepton.cpu") == messages[:2]
+    assert oldest_first(connection, "lepton.gpu.h100") == messages[2:3]
+    assert oldest_first(connection, topology.parked("a.b")) == messages[3:4]
+    assert broker.parked_kernels() == {"a.b"}
+    assert oldest_first(connection, claim) == messages[4:]
+
+
+def test_a_device_queue_keeps_what_it_had(connection: Connection, broker: Broker) -> None:
+    push(connection, "lepton.cpu", b"older")
+    claim, messages = claimed(connection, broker, 2)
+    broker.dispatch(Dispatch({claim: 2}, {}, queued={"cpu": messages}))
+    assert oldest_first(connection, "lepton.cpu") == [b"older", *messages]
+    assert broker.depths(["cpu", "gpu"]) == [3, 0]
+
+
+def test_several_claims_are_dispatched_in_one_step(connection: Connection, broker: Broker) -> None:
+    one, first = claimed(connection, broker, 2, 0)
+    two, second = claimed(connection, broker, 2, 1)
+    step = Dispatch({one: 2, two: 2}, {one: first[1:], two: second[1:]}, queued={"cpu": [first[0], second[0]]})
+    broker.dispatch(step)
+    assert oldest_first(connection, "lepton.cpu") == [first[0], second[0]]
+    assert (oldest_first(connection, one), oldest_first(connection, two)) == (first[1:], second[1:])
+
+
+def test_what_is_told_of_a_dispatch_is_stored_with_it(connection: Connection, broker: Broker) -> None:
+    claim, messages = claimed(connection, broker, 2)
+    broker.dispatch(
+        Dispatch(
+            {claim: 2},
+            {},
+            queued={"cpu": messages},
+            placements={7: {"one": b"p1"}, 8: {"two": b"p2"}},
+            counts={"placed": 2, "parked": 0},
+            event=b"event",
+        )
+    )
+    assert broker.placements(["one", "two", "three"], [7, 8, 9]) == {"one": b"p1", "two": b"p2"}
+    assert 0 < connection.call("TTL", topology.jobs(7)) <= TTL_S
+    assert counters(connection) == {"placed": 2, "parked": 0}
+    assert [fields for _, fields in connection.call("XRANGE", topology.EVENTS, "-", "+")] == [[b"e", b"event"]]
+
+
+def test_a_message_that_nobody_can_read_goes_to_the_dead_letters_with_its_reason(
+    connection: Connection, broker: Broker
+) -> None:
+    claim, messages = claimed(connection, broker, 1)
+    broker.dispatch(Dispatch({claim: 1}, {}, dead=[("it is no message", messages[0])]))
+    assert [fields for _, fields in connection.call("XRANGE", topology.DEAD, "-", "+")] == [
+        [b"reason", b"it is no message", b"message", messages[0]]
+    ]
+    assert connection.call("EXISTS", claim) == 0
+
+
+@pytest.mark.parametrize("reply_to", ["", "lepton:reply:me"])
+def test_a_rejected_job_is_answered(
+    connection: Connection, broker: Broker, heard: Callable[[str], list[bytes]], reply_to: str
+) -> None:
+    claim, _ = claimed(connection, broker, 1)
+    listen = heard(topology.result("j"))
+    broker.dispatch(Dispatch({claim: 1}, {}, rejected=[Outcome("j", "failed", b"record", reply_to)]))
+    assert connection.call("GET", topology.result("j")) == b"record"
+    assert connection.call("TTL", topology.result("j")) > 0
+    assert listen() == ([] if reply_to else [b"record"])
+    assert oldest_first(connection, "lepton:reply:me") == ([b"record"] if reply_to else [])
+
+
+@pytest.mark.parametrize("change", ["one more", "one less", "gone"])
+def test_a_claim_that_is_not_as_we_left_it_is_fenced_and_nothing_dispatched(
+    connection: Connection, broker: Broker, change: str
+) -> None:
+    claim, messages = claimed(connection, broker, 2)
+    connection.call(*{"one more": ("LPUSH", claim, "x"), "one less": ("RPOP", claim), "gone": ("DEL", claim)}[change])
+    before = everything(connection)
+    with pytest.raises(Fenced):
+        broker.dispatch(Dispatch({claim: 2}, {}, queued={"cpu": messages}, counts={"placed": 2}, event=b"e"))
+    assert everything(connection) == before
+
+
+class Between(Connection):
+    """A connection that lets something happen just before a transaction begins."""
+
+    def __init__(self, url: str, act: Callable[[], object]) -> None:
+        super().__init__(url, "between")
+        self._act = act
+
+    def many(self, commands: Any) -> list[Any]:
+        commands = list(commands)
+        if commands[0] == ("MULTI",):
+            self._act()
+        return super().many(commands)
+
+
+def test_a_claim_that_another_adopts_in_between_is_fenced_and_nothing_dispatched(
+    connection: Connection, broker_url: str, settings: Settings, another: Callable[[str], Broker]
+) -> None:
+    other = another("other")
+    link = Between(broker_url, lambda: (lapse(connection, slow), other.recover()))
+    slow = Broker(link, "slow", settings)
+    slow.announce(b"")
+    claim, messages = claimed(connection, slow, 3)
+    with pytest.raises(Fenced, match="changed"):
+        slow.dispatch(Dispatch({claim: 3}, {}, queued={"cpu": messages}, counts={"placed": 3}, event=b"e"))
+    assert oldest_first(connection, topology.AGAIN) == messages
+    assert connection.call("EXISTS", "lepton.cpu", topology.COUNTERS, topology.EVENTS) == 0
+    link.close()
+
+
+@pytest.mark.parametrize("key", ["lepton.cpu", "lepton:parked:a.b"])
+def test_a_queue_of_another_type_is_refused_before_anything_is_dispatched(
+    connection: Connection, broker: Broker, key: str
+) -> None:
+    claim, messages = claimed(connection, broker, 2)
+    connection.call("SET", key, "not a list")
+    before = everything(connection)
+    with pytest.raises(CommandError, match="WRONGTYPE"):
+        broker.dispatch(Dispatch({claim: 2}, {}, queued={"cpu": messages[:1]}, parked={"a.b": messages[1:]}))
+    assert everything(connection) == before
+
+
+def test_a_dispatch_after_a_refused_one_goes_through(connection: Connection, broker: Broker) -> None:
+    claim, messages = claimed(connection, broker, 2)
+    connection.call("SET", "lepton.cpu", "not a list")
+    with pytest.raises(CommandError):
+        broker.dispatch(Dispatch({claim: 2}, {}, queued={"cpu": messages}))
+    push(connection, topology.LANE, b"next")
+    broker.claim(0, 2, 10)
+    broker.dispatch(Dispatch({claim: 3}, {}, queued={"gpu": [*messages, b"next"]}))
+    assert oldest_first(connection, "lepton.gpu") == [*messages, b"next"]
+
+
+# -- unpark -----------------------------------------------------------------------------------------------------------
+
+
+def test_parked_jobs_go_to_again_in_order_and_no_others(connection: Connection, broker: Broker) -> None:
+    claim, messages = claimed(connection, broker, 5)
+    broker.dispatch(Dispatch({claim: 5}, {}, parked={"a.b": messages[:3], "c.d": messages[3:]}))
+    assert broker.unpark("a.b") == 3
+    assert oldest_first(connection, topology.AGAIN) == messages[:3]
+    assert broker.parked_kernels() == {"c.d"}
+    assert broker.unpark("a.b") == 0
+
+
+# -- take -------------------------------------------------------------------------------------------------------------
+
+NOW = 0.001
+
+
+def take(broker: Broker, limit: int = 256, *, slot: int = 0, slots: int = 1) -> list[bytes]:
+    return broker.take("cpu", slot, limit, slots, NOW)
+
+
+def test_a_batch_is_the_oldest_messages_in_order(connection: Connection, broker: Broker) -> None:
+    push(connection, "lepton.cpu", *numbered(10))
+    assert take(broker, 4) == numbered(4)
+    assert broker.held(0) == numbered(4)
+    assert oldest_first(connection, "lepton.cpu") == numbered(10)[4:]
+
+
+def test_no_messages_are_an_empty_batch(broker: Broker) -> None:
+    assert take(broker) == []
+
+
+@pytest.mark.parametrize(("slots", "share"), [(1, 9), (2, 5), (4, 3), (64, 2)])
+def test_a_slot_leaves_the_others_their_share(connection: Connection, broker: Broker, slots: int, share: int) -> None:
+    push(connection, "lepton.cpu", *numbered(9))
+    assert take(broker, slots=slots) == numbered(share)
+
+
+def test_a_single_message_may_be_taken_alone(connection: Connection, broker: Broker) -> None:
+    push(connection, "lepton.cpu", *numbered(2))
+    assert take(broker, 1) == [b"m0"]
+
+
+def test_a_slot_waits_for_a_message(connection: Connection, broker: Broker, broker_url: str) -> None:
+    sender = Connection(broker_url, "sender")
+    sender.send([("LPUSH", "lepton.cpu", "m")])
+    assert broker.take("cpu", 0, 10, 1, 5) == [b"m"]
+    sender.close()
+
+
+def test_slots_take_apart_from_each_other(connection: Connection, broker: Broker) -> None:
+    push(connection, "lepton.cpu", *numbered(4))
+    assert (take(broker, 2, slot=0), take(broker, 2, slot=1)) == (numbered(4)[:2], numbered(4)[2:])
+    assert (broker.held(0), broker.held(1)) == (numbered(4)[:2], numbered(4)[2:])
+
+
+@pytest.mark.parametrize("waiting", [0, 1, 5])
+def test_what_a_lost_reply_left_is_handed_out_again_first(
+    connection: Connection, broker: Broker, another: Callable[[str], Broker], waiting: int
+) -> None:
+    lost = numbered(3)
+    push(connection, "lepton.cpu", *lost)
+    take(broker, 3)  # the reply is lost, and the slot connects again
+    push(connection, "lepton.cpu", *[b"w%d" % at for at in range(waiting)])
+    again = take(another(broker.incarnation), 256)
+    assert again[:3] == lost
+    assert broker.held(0) == again
+
+
+# -- commit -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard(broker_url: str) -> Iterator[Callable[[str], Callable[[], list[bytes]]]]:
+    """Listens on a channel; the function that comes back says what was published there."""
+    link = Connection(broker_url, "listener")
+
+    def listen(channel: str) -> Callable[[], list[bytes]]:
+        link.send([("SUBSCRIBE", channel), ("PING",)])
+        link.receive(1)
+
+        def said() -> list[bytes]:
+            link.receive(link.send([("PING",)]))  # what was published before has arrived by now
+            return [push[2] for push in link.pushes if push[0] == b"message"]
+
+        return said
+
+    yield listen
+    link.close()
+
+
+def held_batch(connection: Connection, broker: Broker, count: int = 1) -> None:
+    push(connection, "lepton.cpu", *numbered(count))
+    assert len(take(broker, count)) == count
+
+
+def commit(broker: Broker, *outcomes: Outcome, event: bytes = b"event") -> list[str]:
+    return broker.commit(Commit(0, len(outcomes), outcomes, event))
+
+
+def succeeded(job: str, reply_to: str = "", record: bytes = b"") -> Outcome:
+    return Outcome(job, "succeeded", record or b'{"status":"SUCCESS","job":"%s"}' % job.encode(), reply_to)
+
+
+def test_a_commit_stores_each_result_and_ends_the_batch(connection: Connection, broker: Broker) -> None:
+    held_batch(connection, broker, 2)
+    assert commit(broker, succeeded("one"), Outcome("two", "failed", b'{"status":"FAILURE"}')) == []
+    assert connection.call("GET", topology.result("one")) == b'{"status":"SUCCESS","job":"one"}'
+    assert connection.call("GET", topology.result("two")) == b'{"status":"FAILURE"}'
+    assert broker.held(0) == []
+    assert counters(connection) == {"succeeded": 1, "failed": 1}
+    assert [fields for _, fields in connection.call("XRANGE", topology.EVENTS, "-", "+")] == [[b"e", b"event"]]
+
+
+def test_a_result_and_a_reply_list_expire(connection: Connection, broker: Broker) -> None:
+    held_batch(connection, broker)
+    commit(broker, succeeded("one", "lepton:reply:me"))
+    for key in (topology.result("one"), "lepton:reply:me"):
+        assert TTL_S - 5 < connection.call("TTL", key) <= TTL_S
+
+
+def test_results_reach_each_clients_reply_list_in_order(connection: Connection, broker: Broker) -> None:
+    outcomes = [succeeded(f"j{at}", f"lepton:reply:{at % 2}") for at in range(6)]
+    held_batch(connection, broker, 6)
+    commit(broker, *outcomes)
+    for client in (0, 1):
+        found = connection.call("LRANGE", f"lepton:reply:{client}", 0, -1)
+        assert found == [each.record for each in outcomes[client::2]]
+
+
+def test_a_full_batch_reaches_one_reply_list(connection: Connection, broker: Broker) -> None:
+    held_batch(connection, broker, 256)
+    commit(broker, *(succeeded(f"j{at}", "lepton:reply:me") for at in range(256)))
+    assert connection.call("LLEN", "lepton:reply:me") == 256
+
+
+def test_a_result_without_a_reply_list_is_published(
+    connection: Connection, broker: Broker, heard: Callable[[str], Callable[[], list[bytes]]]
+) -> None:
+    said = heard(topology.result("one"))
+    held_batch(connection, broker)
+    commit(broker, succeeded("one"))
+    assert said() == [b'{"status":"SUCCESS","job":"one"}']
+
+
+def test_a_result_with_a_reply_list_is_not_published(
+    connection: Connection, broker: Broker, heard: Callable[[str], Callable[[], list[bytes]]]
+) -> None:
+    said = heard(topology.result("one"))
+    held_batch(connection, broker)
+    commit(broker, succeeded("one", "lepton:reply:me"))
+    assert said() == []
+
+
+def test_an_ignored_result_is_counted_and_not_stored(
+    connection: Connection, broker: Broker, heard: Callable[[str], Callable[[], list[bytes]]]
+) -> None:
+    said = heard(topology.result("one"))
+    held_batch(connection, broker)
+    assert commit(broker, Outcome("one", "succeeded", b"", "lepton:reply:me")) == []
+    assert connection.call("EXISTS", topology.result("one"), "lepton:reply:me") == 0
+    assert (said(), counters(connection)) == ([], {"succeeded": 1})
+
+
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+def test_the_first_final_result_is_kept_and_the_second_counted_as_a_duplicate(
+    connection: Connection, broker: Broker, heard: Callable[[str], Callable[[], list[bytes]]], encoding: str
+) -> None:
+    first = wire.encode_meta(wire.success("one", {"x": 1}, None), encoding)
+    second = wire.encode_meta(wire.success("one", {"x": 2}, None), encoding)
+    held_batch(connection, broker)
+    commit(broker, succeeded("one", record=first))
+    said = heard(topology.result("one"))
+    held_batch(connection, broker, 2)
+    assert commit(broker, succeeded("one", record=second), succeeded("one", "lepton:reply:me", second)) == ["one"] * 2
+    assert connection.call("GET", topology.result("one")) == first
+    assert counters(connection) == {"succeeded": 1, "duplicate": 2}
+    assert (said(), connection.call("EXISTS", "lepton:reply:me")) == ([], 0)
+    assert broker.held(0) == []
+
+
+def test_one_job_twice_in_a_batch_has_one_result(connection: Connection, broker: Broker) -> None:
+    held_batch(connection, broker, 2)
+    assert commit(broker, succeeded("one"), succeeded("one")) == ["one"]
+    assert counters(connection) == {"succeeded": 1, "duplicate": 1}
+
+
+def celerys_record(broker_url: str, encoding: str, state: str, value: Any) -> None:
+    """The record that a Celery program stores for the task `one`."""
+    address, backend = celery_addresses(broker_url)
+    app = Celery("program", broker=address, backend=backend, set_as_current=False)
+    app.conf.update(result_serializer=encoding, accept_content=["json", "msgpack"])
+    app.backend.store_result("one", value, state)
+    app.close()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+@pytest.mark.parametrize(
+    ("state", "value"),
+    [
+        ("STARTED", {"pid": 1, "hostname": "SUCCESS"}),
+        ("RETRY", ValueError("status SUCCESS")),
+        ("PENDING", None),
+        ("PROGRESS", "FAILURE"),
+    ],
+)
+def test_a_state_that_is_not_final_is_overwritten(
+    connection: Connection, broker: Broker, broker_url: str, encoding: str, state: str, value: Any
+) -> None:
+    celerys_record(broker_url, encoding, state, value)
+    held_batch(connection, broker)
+    assert commit(broker, succeeded("one")) == []
+    assert connection.call("GET", topology.result("one")) == succeeded("one").record
+    assert connection.call("TTL", topology.result("one")) > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+@pytest.mark.parametrize(
+    ("state", "value"), [("SUCCESS", {"status": "STARTED"}), ("FAILURE", ValueError("no")), ("REVOKED", None)]
+)
+def test_a_final_state_that_celery_stored_is_kept(
+    connection: Connection, broker: Broker, broker_url: str, encoding: str, state: str, value: Any
+) -> None:
+    celerys_record(broker_url, encoding, state, value)
+    before = connection.call("GET", topology.result("one"))
+    held_batch(connection, broker)
+    assert commit(broker, succeeded("one")) == ["one"]
+    assert connection.call("GET", topology.result("one")) == before
+
+
+@pytest.mark.parametrize("error", [InvalidArguments("argument 'b' is missing")])
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+def test_a_failure_of_ours_is_final_too(
+    connection: Connection, broker: Broker, encoding: str, error: InvalidArguments
+) -> None:
+    held_batch(connection, broker)
+    commit(broker, Outcome("one", "failed", wire.encode_meta(wire.failure("one", error), encoding)))
+    held_batch(connection, broker)
+    assert commit(broker, succeeded("one")) == ["one"]
+
+
+def test_a_commit_after_the_lease_has_lapsed_is_fenced_and_nothing_written(
+    connection: Connection, broker: Broker
+) -> None:
+    held_batch(connection, broker)
+    lapse(connection, broker)
+    before = everything(connection)
+    with pytest.raises(Fenced):
+        commit(broker, succeeded("one"))
+    assert everything(connection) == before
+
+
+@pytest.mark.parametrize("known", [0, 1, 3])
+def test_a_commit_of_another_number_than_is_held_is_fenced_and_nothing_written(
+    connection: Connection, broker: Broker, known: int
+) -> None:
+    held_batch(connection, broker, 2)
+    before = everything(connection)
+    with pytest.raises(Fenced):
+        broker.commit(Commit(0, known, [succeeded("one")], b"event"))
+    assert everything(connection) == before
+
+
+def test_a_commit_that_is_sent_again_is_fenced_and_changes_nothing(connection: Connection, broker: Broker) -> None:
+    held_batch(connection, broker)
+    commit(broker, succeeded("one"))
+    before = everything(connection)
+    with pytest.raises(Fenced):
+        commit(broker, succeeded("one"))
+    assert everything(connection) == before
+
+
+@pytest.mark.parametrize("key", [topology.EVENTS, topology.COUNTERS, "held"])
+def test_a_commit_over_a_key_of_another_type_is_refused_before_the_first_write(
+    connection: Connection, broker: Broker, key: str
+) -> None:
+    held_batch(connection, broker)
+    connection.call("SET", topology.held(broker.incarnation, 0) if key == "held" else key, "something else")
+    before = everything(connection)
+    with pytest.raises(CommandError, match="WRONGTYPE"):
+        commit(broker, succeeded("one"))
+    assert everything(connection) == before
+
+
+@pytest.mark.parametrize("key", ["lepton:reply:me", topology.result("one")])
+def test_a_clients_key_of_another_type_keeps_nobody_elses_result_back(
+    connection: Connection, broker: Broker, key: str
+) -> None:
+    connection.call("HSET", key, "a", "b")
+    held_batch(connection, broker, 2)
+    commit(broker, succeeded("one", "lepton:reply:me"), succeeded("two", "lepton:reply:you"))
+    assert connection.call("LLEN", "lepton:reply:you") == 1
+    assert broker.held(0) == []
+
+
+def test_old_events_go(broker_url: str) -> None:
+    connection = Connection(broker_url, "events")
+    few = Broker(connection, "few", Settings(events_kept=100))
+    for at in range(500):
+        few.emit(b"%d" % at)
+    assert 100 <= connection.call("XLEN", topology.EVENTS) <= 300
+    connection.close()
+
+
+# -- release ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_released_batch_goes_to_again_in_order(connection: Connection, broker: Broker) -> None:
+    held_batch(connection, broker, 3)
+    broker.release(0, 3)
+    assert oldest_first(connection, topology.AGAIN) == numbered(3)
+    assert broker.held(0) == []
+
+
+def test_a_release_after_the_lease_has_lapsed_is_fenced_and_nothing_moved(
+    connection: Connection, broker: Broker
+) -> None:
+    held_batch(connection, broker, 3)
+    lapse(connection, broker)
+    with pytest.raises(Fenced):
+        broker.release(0, 3)
+    assert broker.held(0) == numbered(3)
+
+
+@pytest.mark.parametrize("known", [0, 2, 4])
+def test_a_release_of_another_number_than_is_held_is_fenced_and_nothing_moved(
+    connection: Connection, broker: Broker, known: int
+) -> None:
+    held_batch(connection, broker, 3)
+    with pytest.raises(Fenced):
+        broker.release(0, known)
+    assert broker.held(0) == numbered(3)
+
+
+def test_a_release_onto_a_key_of_another_type_is_refused_and_nothing_moved(
+    connection: Connection, broker: Broker
+) -> None:
+    held_batch(connection, broker, 3)
+    connection.call("SET", topology.AGAIN, "something else")
+    with pytest.raises(CommandError, match="WRONGTYPE"):
+        broker.release(0, 3)
+    assert broker.held(0) == numbered(3)
+
+
+# -- recover ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_lapsed_holder_held_goes_to_again_once_and_in_order(
+    connection: Connection, broker: Broker, another: Callable[[str], Broker]
+) -> None:
+    dead = another("dead")
+    held_batch(connection, dead, 3)
+    lapse(connection, dead)
+    assert (broker.recover(), broker.recover()) == (3, 0)
+    assert oldest_first(connection, topology.AGAIN) == numbered(3)
+
+
+@pytest.mark.parametrize("number", [0, 1, WAKE - 1, WAKE])
+def test_every_claim_of_a_lapsed_holder_goes_to_again(
+    connection: Connection, broker: Broker, another: Callable[[str], Broker], number: int
+) -> None:
+    dead = another("dead")
+    _, messages = claimed(connection, dead, 3, number)
+    lapse(connection, dead)
+    assert broker.recover() == 3
+    assert oldest_first(connection, topology.AGAIN) == messages
+
+
+def test_every_slot_of_a_lapsed_holder_is_looked_at(
+    connection: Connection, broker: Broker, another: Callable[[str], Broker]
+) -> None:
+    dead = another("dead")
+    for slot in range(LISTS_EACH):
+        push(connection, topology.held("dead", slot), b"m%d" % slot)
+    lapse(connection, dead)
+    assert broker.recover() == LISTS_EACH
+    assert sorted(oldest_first(connection, topology.AGAIN)) == sorted(numbered(LISTS_EACH))
+
+
+def test_what_a_live_holder_holds_is_never_touched(
+    connection: Connection, broker: Broker, another: Callable[[str], Broker]
+) -> None:
+    alive = another("alive")
+    held_batch(connection, alive, 2)
+    claim, messages = claimed(connection, alive, 2)
+    assert broker.recover() == alive.recover() == 0
+    assert (alive.held(0), oldest_first(connection, claim)) == (numbered(2), messages)
+
+
+def test_a_holder_that_took_the_lease_again_is_not_recovered(
+    connection: Connection, broker: Broker, broker_url: str, settings: Settings, another: Callable[[str], Broker]
+) -> None:
+    thawed = another("thawed")
+    held_batch(connection, thawed, 2)
+    lapse(connection, thawed)
+
+    class Slow(Connection):
+        def many(self, commands: Any) -> list[Any]:
+            commands = list(commands)
+            if commands and commands[0][0] == "FCALL":
+                thawed.announce(b"")  # between the look at its lease and the recovery
+            return super().many(commands)
+
+    link = Slow(broker_url, "slow")
+    assert Broker(link, "slow", settings).recover() == 0
+    assert thawed.held(0) == numbered(2)
+    link.close()
+
+
+def test_what_a_lapsed_holder_took_after_it_was_recovered_is_recovered_too(
+    connection: Connection, broker: Broker, another: Callable[[str], Broker]
+) -> None:
+    thawed = another("thawed")
+    held_batch(connection, thawed, 1)
+    lapse(connection, thawed)
+    assert broker.recover() == 1
+    held_batch(connection, thawed, 2)
+    assert broker.recover() == 2
+
+
+def test_a_lapsed_holder_that_holds_nothing_is_forgotten(
+    connection: Connection, broker: Broker, another: Callable[[str], Broker]
+) -> None:
+    dead = another("dead")
+    lapse(connection, dead)
+    broker.recover()
+    assert set(connection.call("SMEMBERS", topology.HOLDERS)) == {broker.incarnation.encode()}
+
+
+def test_one_whose_messages_were_recovered_can_do_nothing_with_them(
+    connection: Connection, broker: Broker, another: Callable[[str], Broker]
+) -> None:
+    frozen = another("frozen")
+    held_batch(connection, frozen, 2)
+    claim, messages = claimed(connection, frozen, 2)
+    lapse(connection, frozen)
+    assert broker.recover() == 4
+    before = everything(connection)
+    with pytest.raises(Fenced):
+        commit(frozen, succeeded("one"), succeeded("two"))
+    with pytest.raises(Fenced):
+        frozen.dispatch(Dispatch({claim: 2}, {}, queued={"cpu": messages}))
+    assert everything(connection) == before
+
+
+@pytest.mark.parametrize("key", [topology.AGAIN, topology.HOLDERS])
+def test_a_recovery_over_a_key_of_another_type_is_refused_and_nothing_moved(
+    connection: Connection, broker: Broker, another: Callable[[str], Broker], key: str
+) -> None:
+    dead = another("dead")
+    held_batch(connection, dead, 2)
+    lapse(connection, dead)
+    connection.call("DEL", key)
+    connection.call("SET", key, "something else")
+    with pytest.raises(CommandError, match="WRONGTYPE"):
+        broker.recover()
+    assert dead.held(0) == numbered(2)
+
+
+# -- functions --------------------------------------------------------------------------------------------------------
+
+
+def test_functions_may_be_loaded_by_everybody_who_starts(connection: Connection, broker: Broker) -> None:
+    assert load_functions(connection) == load_functions(connection)
+    libraries = connection.call("FUNCTION", "LIST", "LIBRARYNAME", "lepton_*")
+    assert len(libraries) == 1
+
+
+def test_a_held_batch_can_be_committed_while_the_broker_is_full(
+    connection: Connection, broker: Broker, another: Callable[[str], Broker]
+) -> None:
+    held_batch(connection, broker)
+    before = connection.call("CONFIG", "GET", "maxmemory")[b"maxmemory"]
+    connection.call("CONFIG", "SET", "maxmemory", 1)
+    try:
+        with pytest.raises(CommandError, match="OOM"):
+            push(connection, "lepton.cpu", b"more")
+        assert commit(broker, succeeded("one", "lepton:reply:me")) == []
+    finally:
+        connection.call("CONFIG", "SET", "maxmemory", before)
+    assert connection.call("EXISTS", topology.result("one"), "lepton:reply:me") == 2
+
+
+def test_a_dispatch_that_a_full_broker_refuses_moves_nothing(connection: Connection, broker: Broker) -> None:
+    claim, messages = claimed(connection, broker, 2)
+    maxmemory = connection.call("CONFIG", "GET", "maxmemory")[b"maxmemory"]
+    connection.call("CONFIG", "SET", "maxmemory", 1)
+    try:
+        with pytest.raises(CommandError, match="OOM"):
+            broker.dispatch(Dispatch({claim: 2}, {}, queued={"cpu": messages}))
+    finally:
+        connection.call("CONFIG", "SET", "maxmemory", maxmemory)
+    assert oldest_first(connection, claim) == messages
+    broker.dispatch(Dispatch({claim: 2}, {}, queued={"cpu": messages}))
+    assert oldest_first(connection, "lepton.cpu") == messages
+
+
+# -- all of it, in any order ------------------------------------------------------------------------------------------
+
+
+class _Holder(msgspec.Struct):
+    """One incarnation as the model knows it."""
+
+    broker: Broker
+    alive: bool = True
+    known: bool = True
+    """Whether a sweep still looks after it."""
+
+
+def _machine(url: str, values: Settings) -> type[RuleBasedStateMachine]:
+    class MessagePath(RuleBasedStateMachine):
+        """Two routers and two workers over a dictionary of the lists: the broker must always be equal to it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.connection = Connection(url, "model")
+            self.connection.call("FLUSHALL")
+            self.lists: dict[str, list[bytes]] = {}
+            self.results: dict[str, bytes] = {}
+            self.count = self.duplicates = self.made = 0
+            self.holders: dict[str, _Holder] = {}
+            for role in ("router0", "router1", "worker0", "worker1"):
+                self.start(role)
+
+        def teardown(self) -> None:
+            for holder in self.holders.values():
+                holder.broker.connection.close()
+            self.connection.close()
+
+        def start(self, role: str) -> None:
+            """A new incarnation in a role; the old one's connections go with it."""
+            self.made += 1
+            if role in self.holders:
+                self.holders[f"{role}-{self.made}"] = self.holders.pop(role)
+            incarnation = f"{role}-{self.made}"
+            broker = Broker(Connection(url, incarnation), incarnation, values)
+            broker.announce(b"")
+            self.holders[role] = _Holder(broker)
+
+        def at(self, key: str) -> list[bytes]:
+            return self.lists.setdefault(key, [])
+
+        @rule(priority=st.integers(1, 9), twice=st.booleans())
+        def submit(self, priority: int, twice: bool) -> None:
+            self.count += 1
+            key = topology.lane_list(priority)
+            for _ in range(1 + twice):  # a client whose reply was lost sends the same job again
+                push(self.connection, key, b"j%d" % self.count)
+                self.at(key).append(b"j%d" % self.count)
+
+        @rule(role=st.sampled_from(["router0", "router1"]), number=st.integers(0, 1), limit=st.integers(1, 4))
+        def claim(self, role: str, number: int, limit: int) -> None:
+            broker = self.holders[role].broker
+            mine = self.at(topology.claim(broker.incarnation, number))
+            expected: list[bytes] = []
+            for source in (topology.AGAIN, *topology.lane_lists()):
+                while self.at(source) and len(expected) < limit:
+                    expected.append(self.at(source).pop(0))
+            assert broker.claim(number, len(mine), limit) == expected
+            mine += expected
+
+        @rule(
+            role=st.sampled_from(["router0", "router1"]),
+            chosen=st.lists(st.sampled_from(["rest", "cpu", "gpu", "parked", "dead"]), min_size=8, max_size=8),
+        )
+        def dispatch(self, role: str, chosen: list[str]) -> None:
+            broker = self.holders[role].broker
+            step = Dispatch({}, {}, queued={}, parked={}, dead=[])
+            going = iter(chosen * 100)
+            for number in (0, 1):
+                key = topology.claim(broker.incarnation, number)
+                messages, self.lists[key] = self.at(key), []
+                if not messages:
+                    continue
+                step.claims[key] = len(messages)
+                for message in messages:
+                    where = next(going)
+                    if where == "rest":
+                        self.at(key).append(message)
+                    elif where == "parked":
+                        step.parked.setdefault("a.b", []).append(message)
+                        self.at(topology.parked("a.b")).append(message)
+                    elif where == "dead":
+                        step.dead.append(("unreadable", message))
+                        self.results.setdefault(f"dead {message.decode()} {len(self.results)}", message)
+                    else:
+                        step.queued.setdefault(where, []).append(message)
+                        self.at(f"lepton.{where}").append(message)
+                step.rests[key] = list(self.at(key))
+            if step.claims:
+                broker.dispatch(step)
+
+        @rule()
+        def unpark(self) -> None:
+            moved = self.lists.pop(topology.parked("a.b"), [])
+            assert self.holders["router0"].broker.unpark("a.b") == len(moved)
+            self.at(topology.AGAIN).extend(moved)
+
+        @rule(
+            role=st.sampled_from(["worker0", "worker1"]),
+            device=st.sampled_from(["cpu", "gpu"]),
+            limit=st.integers(1, 4),
+        )
+        def take(self, role: str, device: str, limit: int) -> None:
+            broker = self.holders[role].broker
+            held, queue = self.at(topology.held(broker.incarnation, 0)), self.at(f"lepton.{device}")
+            if not queue:
+                return  # the server would let us wait for its next tick
+            more = 1 if held else limit
+            expected, self.lists[f"lepton.{device}"] = [*held, *queue[:more]], queue[more:]
+            self.lists[topology.held(broker.incarnation, 0)] = expected
+            assert broker.take(device, 0, limit, 1, NOW) == expected
+
+        @rule(role=st.sampled_from(["worker0", "worker1"]))
+        def commit(self, role: str) -> None:
+            broker = self.holders[role].broker
+            held = self.lists.pop(topology.held(broker.incarnation, 0), [])
+            if not held:
+                return
+            expected = []
+            for message in held:
+                job = message.decode()
+                if job in self.results:
+                    expected.append(job)
+                self.results.setdefault(job, message)
+            self.duplicates += len(expected)
+            assert commit(broker, *(succeeded(message.decode()) for message in held)) == expected
+
+        @rule(role=st.sampled_from(["worker0", "worker1"]))
+        def release(self, role: str) -> None:
+            broker = self.holders[role].broker
+            held = self.lists.pop(topology.held(broker.incarnation, 0), [])
+            broker.release(0, len(held))
+            self.at(topology.AGAIN).extend(held)
+
+        @rule(role=st.sampled_from(["router0", "router1", "worker0", "worker1"]))
+        def kill(self, role: str) -> None:
+            holder = self.holders[role]
+            lapse(self.connection, holder.broker)
+            holder.alive = False
+            self.start(role)
+
+        @rule(role=st.sampled_from(["router0", "worker1"]))
+        def recover(self, role: str) -> None:
+            before = len(self.at(topology.AGAIN))
+            expected: list[bytes] = []
+            for holder in self.holders.values():
+                if not holder.alive:
+                    for number in range(2):
+                        for name in (topology.held, topology.claim):
+                            expected += self.lists.pop(name(holder.broker.incarnation, number), [])
+            assert self.holders[role].broker.recover() == len(expected)
+            moved = oldest_first(self.connection, topology.AGAIN)[before:]
+            assert Counter(moved) == Counter(expected)  # each list in its order, but the holders in any
+            self.at(topology.AGAIN).extend(moved)
+
+        @precondition(lambda self: any(not holder.alive for holder in self.holders.values()))
+        @rule(data=st.data())
+        def a_dead_worker_wakes_and_commits(self, data: st.DataObject) -> None:
+            dead = [holder for holder in self.holders.values() if not holder.alive]
+            broker = data.draw(st.sampled_from(dead)).broker
+            with pytest.raises(Fenced):
+                commit(broker, *(succeeded(each.decode()) for each in broker.held(0)))
+
+        @invariant()
+        def every_message_is_where_the_model_has_it(self) -> None:
+            found = {
+                key.decode(): oldest_first(self.connection, key.decode())
+                for key in self.connection.call("KEYS", "lepton*")
+                if self.connection.call("TYPE", key) == b"list"
+            }
+            assert found == {key: messages for key, messages in self.lists.items() if messages}
+
+        @invariant()
+        def every_result_is_there_once(self) -> None:
+            final = {job: message for job, message in self.results.items() if not job.startswith("dead ")}
+            stored = self.connection.call("KEYS", "celery-task-meta-*")
+            assert {key.decode().removeprefix("celery-task-meta-") for key in stored} == final.keys()
+            told = counters(self.connection)
+            assert told.get("succeeded", 0) == len(final)
+            assert told.get("duplicate", 0) == self.duplicates
+            assert self.connection.call("XLEN", topology.DEAD) == len(self.results) - len(final)
+
+    return MessagePath
+
+
+def test_in_any_order_of_steps_and_kills_every_message_is_in_one_place(broker_url: str) -> None:
+    patient = Settings(lease_s=600)  # a lease lapses where the machine says so, not on a busy host
+    run_state_machine_as_test(_machine(broker_url, patient), settings=STEPS)
+
+
+STEPS = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+)

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from lepton_ai import topology
+from lepton_ai.device import Announcement, Peaks, ResourceState
+from lepton_ai.errors import BrokerUnavailable, Fenced
+from lepton_ai.event import Event
+from lepton_ai.settings import Settings
+from queues.broker import Broker, Commit
+from queues.connection import Connection
+from queues.event_stream import EventStream
+from tasks.heartbeat import Heartbeat
+
+QUICK = Settings(lease_s=0.5, heartbeat_s=0.05)
+INCARNATION = "worker-of-the-test"
+ANNOUNCEMENT = Announcement(
+    INCARNATION, "cpu@host", "cpu.test", "cpu", 2, False, Peaks(1.0, 1.0, 1.0, 0.0, 0.0), (), 0.0
+)
+LEASE = topology.lease(INCARNATION)
+
+
+class Slots(SimpleNamespace):
+    """As much of the slots as a heartbeat looks at."""
+
+    busy_s: float
+    busy: int
+    count: int
+
+
+@pytest.fixture
+def slots() -> Slots:
+    return Slots(busy_s=0.0, busy=1, count=2)
+
+
+@pytest.fixture
+def beat(broker_url: str, slots: Slots) -> Iterator[Callable[..., Heartbeat]]:
+    """Starts heartbeats, and ends their threads."""
+    beats: list[Heartbeat] = []
+
+    def start(settings: Settings = QUICK) -> Heartbeat:
+        beats.append(Heartbeat(settings, broker_url, ANNOUNCEMENT, slots))  # type: ignore[arg-type]
+        beats[-1].start()
+        return beats[-1]
+
+    yield start
+    for each in beats:
+        each._halt()
+
+
+@pytest.fixture
+def stream(broker_url: str) -> Iterator[EventStream]:
+    connection = Connection(broker_url, "stream")
+    yield EventStream(connection)
+    connection.close()
+
+
+def next_event(stream: EventStream, kind: str) -> Event:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        for _, each in stream.read(1000):
+            if each.type == kind:
+                return each
+    raise AssertionError(f"no {kind} came")
+
+
+def test_a_worker_is_announced_in_its_lease_once_start_returns(beat: Any, connection: Connection) -> None:
+    beat()
+    assert msgspec.msgpack.decode(connection.call("GET", LEASE), type=Announcement) == ANNOUNCEMENT
+    assert connection.call("SISMEMBER", topology.HOLDERS, INCARNATION) == 1
+
+
+def test_the_fleet_is_told_that_the_device_is_online(beat: Any, stream: EventStream) -> None:
+    beat()
+    told = next_event(stream, "device.online")
+    assert (told.source, told.device, told.data) == (INCARNATION, "cpu.test", {"worker": "cpu@host"})
+
+
+def test_without_a_broker_start_says_so(slots: Slots, tmp_path: Any) -> None:
+    with pytest.raises(BrokerUnavailable):
+        Heartbeat(QUICK, f"unix://{tmp_path}/none.sock", ANNOUNCEMENT, slots).start()  # type: ignore[arg-type]
+
+
+def test_the_lease_is_renewed_beyond_its_term(beat: Any, connection: Connection, stream: EventStream) -> None:
+    beat()
+    started_s = time.monotonic()
+    while time.monotonic() - started_s < 2 * QUICK.lease_s:
+        next_event(stream, "device.heartbeat")
+        assert connection.call("EXISTS", LEASE) == 1
+
+
+def test_a_heartbeat_carries_the_state_of_slots_and_host(beat: Any, stream: EventStream, slots: Slots) -> None:
+    beat()
+    state = msgspec.convert(next_event(stream, "device.heartbeat").data["state"], ResourceState)
+    assert state.busy_slots == 1
+    assert 0 < state.memory_used_bytes < state.memory_total_bytes
+    assert 0 <= state.host_cpu <= 1
+
+
+def test_utilization_is_the_share_of_the_slots_time_since_the_last_heartbeat(
+    beat: Any, stream: EventStream, slots: Slots
+) -> None:
+    beat()
+    first = next_event(stream, "device.heartbeat")
+    assert first.data["state"]["utilization"] == 0.0
+    slots.busy_s += 1000.0
+    seen = [next_event(stream, "device.heartbeat").data["state"]["utilization"] for _ in range(4)]
+    assert 1.0 in seen
+    assert seen[-1] == 0.0
+
+
+def test_a_lease_that_lapsed_is_taken_again_and_told(beat: Any, connection: Connection, stream: EventStream) -> None:
+    beat()
+    next_event(stream, "device.online")
+    connection.many([("DEL", LEASE), ("SREM", topology.HOLDERS, INCARNATION)])
+    next_event(stream, "device.online")
+    assert msgspec.msgpack.decode(connection.call("GET", LEASE), type=Announcement) == ANNOUNCEMENT
+    assert connection.call("SISMEMBER", topology.HOLDERS, INCARNATION) == 1
+
+
+def test_a_broken_connection_is_made_again(beat: Any, connection: Connection) -> None:
+    beat()
+    connection.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    deadline = time.monotonic() + 3 * QUICK.lease_s
+    while time.monotonic() < deadline:
+        assert connection.call("EXISTS", LEASE) == 1
+        time.sleep(0.01)
+
+
+def test_a_kernel_that_computes_does_not_hold_the_heartbeat_up(
+    beat: Any, connection: Connection, stream: EventStream
+) -> None:
+    """Pure Python is the worst that a kernel can do to another thread."""
+    beat()
+    stop = threading.Event()
+
+    def compute() -> None:
+        while not stop.is_set():
+            sum(range(1000))
+
+    busy = threading.Thread(target=compute)
+    busy.start()
+    try:
+        for _ in range(10):
+            next_event(stream, "device.heartbeat")
+            assert connection.call("PTTL", LEASE) > 0
+    finally:
+        stop.set()
+        busy.join()
+
+
+def test_stop_gives_the_lease_back_and_says_offline(beat: Any, connection: Connection, stream: EventStream) -> None:
+    heartbeat = beat()
+    heartbeat.stop()
+    assert connection.call("EXISTS", LEASE) == 0
+    assert connection.call("SISMEMBER", topology.HOLDERS, INCARNATION) == 0
+    assert next_event(stream, "device.offline").source == INCARNATION
+
+
+def test_after_stop_nothing_takes_the_lease_again(beat: Any, connection: Connection) -> None:
+    heartbeat = beat()
+    heartbeat.stop()
+    assert not heartbeat._thread.is_alive()
+    assert connection.call("EXISTS", LEASE) == 0
+
+
+def test_stop_without_a_broker_leaves_the_lease_to_lapse(beat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeat = beat()
+    heartbeat._halt()
+    heartbeat._broker.connection.close()
+    heartbeat.stop()
+
+
+def hold(connection: Connection, settings: Settings) -> Broker:
+    """Two messages in the first slot of the worker, as if it had taken them."""
+    connection.call("LPUSH", topology.held(INCARNATION, 0), b"first", b"second")
+    return Broker(connection, INCARNATION, settings)
+
+
+def test_abandon_gives_back_what_is_held_in_its_order(beat: Any, connection: Connection) -> None:
+    heartbeat = beat()
+    hold(connection, QUICK)
+    heartbeat.abandon()
+    assert connection.call("LRANGE", topology.AGAIN, 0, -1) == [b"second", b"first"]
+    assert connection.call("EXISTS", topology.held(INCARNATION, 0)) == 0
+
+
+def test_abandon_refuses_what_the_slots_still_commit(beat: Any, connection: Connection) -> None:
+    heartbeat = beat()
+    broker = hold(connection, QUICK)
+    heartbeat.abandon()
+    with pytest.raises(Fenced):
+        broker.commit(Commit(0, 2, [], b""))
+
+
+def test_abandon_says_offline(beat: Any, stream: EventStream) -> None:
+    beat().abandon()
+    assert next_event(stream, "device.offline").source == INCARNATION
