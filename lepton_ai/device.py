@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+
 import msgspec
 
 from lepton_ai.errors import InvalidSettings
 from lepton_ai.kernel import DEVICE_KINDS, KernelSpec
 
-__all__ = ["Announcement", "Peaks", "ResourceState", "kind_of"]
+__all__ = ["Announcement", "Peaks", "ResourceState", "kind_of", "read_leases"]
 
 
 class Peaks(msgspec.Struct, frozen=True):
@@ -50,6 +53,22 @@ class Announcement(msgspec.Struct, frozen=True):
     kernels: tuple[KernelSpec, ...]
     started_at: float
     """Seconds since the epoch."""
+
+
+_ANNOUNCEMENT = msgspec.msgpack.Decoder(Announcement)
+
+
+def read_leases(leases: Iterable[bytes | None]) -> list[Announcement]:
+    """The announcements in the values of leases, by device and worker.
+
+    A router's lease is empty, a lapsed one is None, and one that does not decode is a worker of another release, which
+    this one can neither price nor check: all three are left out.
+    """
+    found = []
+    for lease in filter(None, leases):
+        with suppress(msgspec.DecodeError):
+            found.append(_ANNOUNCEMENT.decode(lease))
+    return sorted(found, key=lambda each: (each.device, each.worker))
 
 
 def kind_of(device: str) -> str:

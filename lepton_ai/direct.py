@@ -13,7 +13,7 @@ import msgspec
 import redis
 
 from lepton_ai import topology, wire
-from lepton_ai.device import Announcement
+from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import BrokerUnavailable
 from lepton_ai.handle import JobHandle
 from lepton_ai.identity import minute_of, new_ids
@@ -29,7 +29,6 @@ _LOOK_EVERY_S = 1.0
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.002, 0.1
 _POP_AT_ONCE = 256
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
-_ANNOUNCEMENT = msgspec.msgpack.Decoder(Announcement)
 
 
 class Direct:
@@ -94,8 +93,7 @@ class Direct:
         with _broker_errors():
             incarnations: Any = self._redis.smembers(topology.HOLDERS)
             leases: Any = self._redis.mget([topology.lease(name.decode()) for name in incarnations] or [topology.LANE])
-        found = [_ANNOUNCEMENT.decode(raw) for raw in leases if raw]
-        return sorted(found, key=lambda each: (each.device, each.worker))
+        return read_leases(leases)
 
     def close(self) -> None:
         self._redis.close()

@@ -15,6 +15,7 @@ EVENTS: Final = "lepton:events"
 COUNTERS: Final = "lepton:counters"
 AGAIN: Final = "lepton:again"
 PARKED: Final = "lepton:parked"
+DEVICES: Final = "lepton:devices"
 DEAD: Final = "lepton:dead"
 MODEL: Final = "lepton:model"
 

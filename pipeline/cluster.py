@@ -17,6 +17,8 @@ __all__ = ["Cluster", "ServedDevice"]
 
 #: Work of a device whose queue is empty is forgotten so long after it was dispatched: its event has been missed.
 _FORGET_S = 30.0
+#: What another's job is taken to cost where we have none of our own to go by.
+_FOREIGN_S = 1e-3
 
 
 class ServedDevice(msgspec.Struct, frozen=True):
@@ -27,6 +29,10 @@ class ServedDevice(msgspec.Struct, frozen=True):
     slots: int
     peaks: Peaks
     kernels: frozenset[str]
+
+    def can_run(self, kernel: str, wanted: str | None) -> bool:
+        """Whether a job of this kernel, perhaps pinned, may run here."""
+        return kernel in self.kernels and self.matches(wanted)
 
     def matches(self, wanted: str | None) -> bool:
         """Whether a job pinned to `wanted` (a device, a kind, or nothing) may run here."""
@@ -49,6 +55,8 @@ class Cluster:
         self._outstanding: dict[str, _Outstanding] = {}
         self._seconds: dict[str, float] = {}
         self._jobs: dict[str, int] = {}
+        self._foreign: dict[str, int] = {}
+        """Jobs in each device's queue that others put there: other routers, or we in an earlier life."""
 
     def refresh(self, announcements: Iterable[Announcement]) -> bool:
         """Takes over who is alive now; True where that changed what can run."""
@@ -92,14 +100,20 @@ class Cluster:
             self._seconds[known.device] = left if self._jobs[known.device] else 0.0
 
     def outstanding_s(self, device: str) -> float:
-        """Predicted seconds of work that a device has still to do, for one slot."""
-        return self._seconds.get(device, 0.0)
+        """Predicted seconds of work that a device has still to do, for one slot; others' jobs count as our mean one."""
+        seconds, jobs = self._seconds.get(device, 0.0), self._jobs.get(device, 0)
+        return seconds + self._foreign.get(device, 0) * (seconds / jobs if jobs else _FOREIGN_S)
 
     def outstanding_jobs(self, device: str) -> int:
-        return self._jobs.get(device, 0)
+        return self._jobs.get(device, 0) + self._foreign.get(device, 0)
 
     def reconcile(self, device: str, depth: int) -> None:
-        """Forgets old work of a device whose queue is empty: the event that ended it was missed."""
+        """Corrects the picture by the length of a device's queue.
+
+        What is more than we put there is others'; and where it is empty, our own old work is forgotten: the event that
+        ended it was missed.
+        """
+        self._foreign[device] = max(0, depth - self._jobs.get(device, 0))
         if depth == 0:
             before = time.monotonic() - _FORGET_S
             for job in [j for j, o in self._outstanding.items() if o.device == device and o.since < before]:

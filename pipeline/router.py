@@ -10,13 +10,14 @@ import secrets
 import select
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
 import msgspec
 import structlog
 
 from lepton_ai import event, topology, wire
-from lepton_ai.device import Announcement
+from lepton_ai.device import read_leases
 from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError, OptionNotSupported
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of
@@ -39,7 +40,6 @@ __all__ = ["Router"]
 _STEP = 512
 _RETRY_S = (0.05, 2.0)
 _MESSAGE = msgspec.msgpack.Encoder()
-_ANNOUNCEMENT = msgspec.msgpack.Decoder(Announcement)
 
 log = structlog.get_logger()
 
@@ -208,13 +208,28 @@ class _Session:
 
     def _place(self) -> None:
         """Places jobs, most urgent first, until no device has room for more."""
-        while len(self._window) and (not self._cluster.devices or any(map(self._has_room, self._cluster.devices))):
-            jobs = self._window.first(_STEP)
+        while len(self._window):
+            jobs = self._window.first(_STEP, self._worth_placing())
             left = self._dispatch(jobs)
             self._window.left(left)
-            if len(left) < len(jobs):
+            if not left or len(left) < len(jobs):
                 break
         self._more |= self._full and self._window.room > 0
+
+    def _worth_placing(self) -> Callable[[ClaimedJob], bool]:
+        """Says of a job whether a device that can run it has room, or none can run it at all (and it is parked).
+
+        The others stay out of the step, so that many jobs for a full device do not keep an idle one from theirs.
+        """
+        devices = self._cluster.devices
+        free = [device for device in devices if self._has_room(device)]
+
+        @cache
+        def may_go(kernel: str, pin: str | None) -> bool:
+            able = any(device.can_run(kernel, pin) for device in devices)
+            return not able or any(device.can_run(kernel, pin) for device in free)
+
+        return lambda job: may_go(job.kernel, job.options.device)
 
     def _dispatch(self, jobs: Sequence[ClaimedJob]) -> list[ClaimedJob]:
         pricing = price(jobs, self._cluster, self._model)
@@ -229,6 +244,7 @@ class _Session:
             candidates = _waited(pricing.candidates[at], ready)
             if chosen == UNPLACED:
                 placement = self._park(job, candidates, now)
+                self._cluster.finished(job.id)  # it may have come back from a device that died
                 step.parked.setdefault(job.kernel, []).append(job.message)
             else:
                 device = self._cluster.devices[chosen]
@@ -319,6 +335,8 @@ class _Session:
             log.warning("messages_recovered", count=moved)
         self._refresh()
         names = [device.name for device in self._cluster.devices]
+        if moved := self._broker.take_back(names):
+            log.warning("messages_taken_back", count=moved, live=names)
         for name, depth in zip(names, self._broker.depths(names), strict=True):
             self._cluster.reconcile(name, depth)
         self._more = True
@@ -327,7 +345,7 @@ class _Session:
         """Looks who is alive, and takes jobs out of the parking that can run now."""
         holders = [name.decode() for name in self._main.call("SMEMBERS", topology.HOLDERS)]
         leases = self._main.call("MGET", *map(topology.lease, holders)) if holders else []
-        if not self._cluster.refresh(_ANNOUNCEMENT.decode(lease) for lease in leases if lease):
+        if not self._cluster.refresh(read_leases(leases)):
             return
         log.info("fleet_changed", devices={device.name: device.slots for device in self._cluster.devices})
         for kernel in self._broker.parked_kernels():

@@ -10,12 +10,11 @@ import threading
 import time
 from collections import Counter
 
-import msgspec
 import structlog
 
 from lepton_ai import topology
-from lepton_ai.device import Announcement
-from lepton_ai.errors import BrokerUnavailable
+from lepton_ai.device import read_leases
+from lepton_ai.errors import BrokerUnavailable, LeptonError
 from lepton_ai.event import Event
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.settings import Settings
@@ -28,7 +27,6 @@ __all__ = ["Telemetry", "learn"]
 _ENDED = ("job.succeeded", "job.failed", "job.cancelled")
 _REPORT_S = 10.0
 _RETRY_S = 0.5
-_ANNOUNCEMENT = msgspec.msgpack.Decoder(Announcement)
 
 log = structlog.get_logger()
 
@@ -59,13 +57,20 @@ class Telemetry:
             try:
                 connection = Connection(self._url, "telemetry")
                 stream = EventStream(Connection(self._url, "telemetry-events"), position)
-                log.info("telemetry_online", position=stream.position)
-                self._follow(connection, stream, stop)
             except BrokerUnavailable as error:
                 log.warning("broker_unavailable", reason=error.message)
                 stop.wait(_RETRY_S)
-            else:
+                continue
+            log.info("telemetry_online", position=stream.position)
+            try:
+                self._follow(connection, stream, stop)
+            except LeptonError as error:  # CommandError too: a broker that is full refuses to keep the model
+                log.warning("broker_unavailable", reason=error.message)
+                stop.wait(_RETRY_S)
+            finally:
                 position = stream.position
+                stream.connection.close()
+                connection.close()
         log.info("telemetry_offline")
 
     def _follow(self, connection: Connection, stream: EventStream, stop: threading.Event) -> None:
@@ -91,7 +96,7 @@ class Telemetry:
     def _refresh(self, connection: Connection) -> None:
         holders = [name.decode() for name in connection.call("SMEMBERS", topology.HOLDERS)]
         leases = connection.call("MGET", *map(topology.lease, holders)) if holders else []
-        self._cluster.refresh(_ANNOUNCEMENT.decode(lease) for lease in leases if lease)
+        self._cluster.refresh(read_leases(leases))
 
     def _report(self, connection: Connection) -> None:
         connection.call("SET", topology.MODEL, self._model.snapshot())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -71,9 +71,10 @@ class Window:
         order = next(self._order)
         self._jobs[order] = ClaimedJob(job_id, kernel, options, message, claim, order)
 
-    def first(self, count: int) -> list[ClaimedJob]:
-        """The jobs to look at next: most urgent first, then in the order of their arrival."""
-        return heapq.nsmallest(count, self._jobs.values(), key=lambda job: (-job.options.urgency, job.order))
+    def first(self, count: int, wanted: Callable[[ClaimedJob], bool] = lambda _: True) -> list[ClaimedJob]:
+        """The wanted jobs to look at next: most urgent first, then in the order of their arrival."""
+        found = filter(wanted, self._jobs.values())
+        return heapq.nsmallest(count, found, key=lambda job: (-job.options.urgency, job.order))
 
     def left(self, jobs: Iterable[ClaimedJob]) -> None:
         """These jobs have been dispatched."""

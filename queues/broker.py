@@ -79,6 +79,7 @@ class Broker:
         self._ttl_s = max(1, round(settings.result_ttl_s))
         self._lease = topology.lease(incarnation)
         self._wake_claim = topology.claim(incarnation, WAKE)
+        self._known_devices: set[str] = set()
         self._version = load_functions(connection)
 
     # -- leases -------------------------------------------------------------------------------------------------
@@ -155,6 +156,21 @@ class Broker:
     def parked_kernels(self) -> set[str]:
         return {name.decode() for name in self.connection.call("SMEMBERS", topology.PARKED)}
 
+    def take_back(self, live: Iterable[str]) -> int:
+        """Moves what waits in the queues of devices that nobody serves any more to `again`; returns how many.
+
+        A device counts as known once a router has dispatched to it.
+        """
+        known = {name.decode() for name in self.connection.call("SMEMBERS", topology.DEVICES)}
+        queues = [topology.device_queue(device) for device in known.difference(live)]
+        depths = self.connection.many([("LLEN", queue) for queue in queues])
+        moves = [
+            ("LMOVE", queue, topology.AGAIN, "RIGHT", "LEFT")
+            for queue, depth in zip(queues, depths, strict=True)
+            for _ in range(depth)
+        ]
+        return sum(moved is not None for moved in self.connection.many(moves))
+
     def depths(self, devices: Sequence[str]) -> list[int]:
         """How many messages each device queue holds now."""
         return self.connection.many([("LLEN", topology.device_queue(device)) for device in devices])
@@ -179,12 +195,15 @@ class Broker:
         replies = self.connection.many([("MULTI",), *self._dispatch_commands(step), ("EXEC",)])
         if replies[-1] is None:
             raise Fenced(f"claims {list(step.claims)} changed under our hands")
+        self._known_devices |= step.queued.keys()
 
     def _dispatch_commands(self, step: Dispatch) -> Iterable[Command]:
         for claim in step.claims:
             yield ("DEL", claim)
             if rest := step.rests.get(claim):
                 yield ("LPUSH", claim, *rest)
+        if unknown := step.queued.keys() - self._known_devices:
+            yield ("SADD", topology.DEVICES, *unknown)
         for device, messages in step.queued.items():
             yield ("LPUSH", topology.device_queue(device), *messages)
         for kernel, messages in step.parked.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import msgspec
 import psutil
@@ -79,6 +80,8 @@ class Heartbeat:
             except LeptonError as error:
                 self._broker = None
                 log.warning("heartbeat_missed", reason=error.message)
+            except Exception:  # a defect of ours must not cost the worker its lease
+                log.exception("heartbeat_failed")
 
     def _beat(self) -> None:
         fresh = self._broker is None
@@ -106,8 +109,8 @@ class Heartbeat:
 
     def _state(self) -> ResourceState:
         now, busy_s = time.monotonic(), self._slots.busy_s
-        counters = psutil.net_io_counters()
-        moved = counters.bytes_sent + counters.bytes_recv
+        counters: Any = psutil.net_io_counters()  # None where the machine has no network at all
+        moved = counters.bytes_sent + counters.bytes_recv if counters else 0
         then, busy_before, moved_before = self._seen
         self._seen = (now, busy_s, moved)
         elapsed = max(1e-6, now - then)

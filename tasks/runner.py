@@ -29,6 +29,8 @@ __all__ = ["Observer", "Slots"]
 
 _TAKE_S = 1.0
 _RETRY_S = (0.05, 2.0)
+#: How long a slot whose commit was refused waits before it runs again what it still holds.
+_FENCED_S = 0.5
 #: Weight of the newest batch in the mean time of a job, which bounds the next batch.
 _WEIGHT = 0.3
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
@@ -107,10 +109,6 @@ class Slots:
     @property
     def stopping(self) -> bool:
         return self._stopping.is_set()
-
-    def wait(self, seconds: float) -> None:
-        """Waits, but not past the order to stop."""
-        self._stopping.wait(seconds)
 
     def wait_open(self) -> None:
         """Waits while paused."""
@@ -200,6 +198,8 @@ class _Slot:
         except Fenced as error:
             log.warning("commit_fenced", slot=self.number, jobs=len(step.outcomes), reason=error.message)
             held = broker.held(self.number)
+            if held:  # the lease has lapsed and nobody has recovered the batch yet: run it again, but not in a frenzy
+                time.sleep(_FENCED_S)
         self._pending = None
         self._slots.observer.finished([outcome.job for outcome in step.outcomes])
         return held

@@ -14,7 +14,7 @@ import redis.asyncio as redis
 import structlog
 
 from lepton_ai import topology, wire
-from lepton_ai.device import Announcement
+from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import BrokerUnavailable, LeptonError, UnknownJob, UnknownKernel
 from lepton_ai.identity import minute_of, new_id, new_ids
 from lepton_ai.job import FINAL_STATES, Meta, Options, Placement, Record, state_of
@@ -30,7 +30,6 @@ _LOOK_EVERY_S = 0.1
 _POP_AT_ONCE = 256
 _POP_S = 5.0
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
-_ANNOUNCEMENT = msgspec.msgpack.Decoder(Announcement)
 
 log = structlog.get_logger()
 
@@ -53,8 +52,11 @@ class Door:
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
+            running = set(tasks)
+            while running:  # redis-py may swallow a cancellation while it connects, so once is not enough
+                for task in running:
+                    task.cancel()
+                _, running = await asyncio.wait(running, timeout=0.1)
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._redis.aclose()
 
@@ -97,8 +99,7 @@ class Door:
         async with _broker_errors():
             names = await self._redis.smembers(topology.HOLDERS)
             leases = await self._redis.mget([topology.lease(name.decode()) for name in names]) if names else []
-        found = [_ANNOUNCEMENT.decode(lease) for lease in leases if lease]
-        return sorted(found, key=lambda each: (each.device, each.worker))
+        return read_leases(leases)
 
     async def kernels(self) -> list[KernelSpec]:
         """Every kernel that has been announced, by name."""
@@ -204,7 +205,11 @@ class Door:
                 await asyncio.sleep(_REFRESH_S)
                 continue
             for raw in popped[1] if popped else ():
-                meta = wire.read_meta(raw)
+                try:
+                    meta = wire.read_meta(raw)
+                except LeptonError as error:
+                    log.error("reply_unreadable", reason=error.message)
+                    continue
                 for future in self._waiters.pop(meta.task_id, ()):
                     if not future.done():
                         future.set_result(meta)

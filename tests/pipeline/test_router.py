@@ -241,6 +241,7 @@ def test_a_device_that_has_reported_its_work_done_is_free_again(start_router, ad
     start_router()
     lane.send(2, ms=300)
     fast.serve(2)
+    lane.settle()
     (next_one,) = lane.send(ms=90)
     assert fast.take() == [next_one]
 
@@ -287,6 +288,7 @@ def test_what_was_measured_changes_the_choice(start_router, add_worker, lane: La
         (sent,) = lane.send(ms=100, device="cpu.promising")
         promising.take()
         promising.commit([sent], Observation("test.spin", "cpu.promising", 1, 100, 0, 0.0, 0.5))
+    lane.settle()
     (sent,) = lane.send(ms=100)
     assert honest.take() == [sent]
 
@@ -704,7 +706,7 @@ def test_every_connection_killed_again_and_again_under_load_loses_and_doubles_no
     sent: list[str] = []
     for _ in range(5):
         sent += lane.send(200)
-        lane.wait_for("job.placed", 1)
+        until(lambda: lane.connection.call("LLEN", topology.LANE) == 0, "a router has claimed them")
         lane.connection.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     survivor = Connection(broker_url, "survivor")
     taken: list[str] = []

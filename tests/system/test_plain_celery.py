@@ -134,7 +134,7 @@ def test_a_non_finite_result_comes_back_as_celery_writes_it(app: Celery) -> None
 
 
 def test_a_plain_celery_worker_shares_the_broker_with_ours(fleet: Fleet, tmp_path: Path) -> None:
-    broker, backend = celery_addresses(fleet.broker_url)
+    broker, _ = celery_addresses(fleet.broker_url)
     program = (
         "import os; from celery import Celery\n"
         "app = Celery('other', broker=os.environ['BROKER'], backend=os.environ['BROKER'])\n"
