@@ -114,7 +114,7 @@ class _Session:
             # Pushes that came in between replies have been read already: no select would tell of them.
             self._more |= bool(self._main.drain_pushes())
             if self._more:
-                self._claim(woken=self._has_woken())
+                self._claim(woken=False)
                 self._place()
             self._ask()
             wait_s = 0.0 if self._more else max(0.0, tick_at - time.monotonic())
@@ -149,19 +149,17 @@ class _Session:
             self._waking = True
 
     def _has_woken(self) -> bool:
-        """Whether a message has landed in the wake claim: it is older than all that the default list still holds."""
-        if not self._waking or not select.select([self._wake], [], [], 0)[0]:
-            return False
+        """Takes the answer of the wake connection; True where a message has landed in the wake claim."""
         self._waking = False
         return self._wake.receive(1) != [None]
 
     def _claim(self, *, woken: bool) -> None:
-        """Claims what waits, up to the window."""
+        """Claims what waits, up to the window; what the wake-up brought even beyond it."""
         self._more = self._full = False
         while woken or self._window.room > 0:
             claim = self._window.open_claim()
             limit = max(1, min(claim.room, self._window.room))
-            messages = self._broker.claim(claim.number, len(claim.messages), limit, woken=woken)
+            messages = self._broker.claim(claim.number, len(claim.messages), limit)
             woken = False
             self._read(claim, messages)
             if len(messages) < limit:

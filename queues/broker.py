@@ -116,22 +116,22 @@ class Broker:
     def ask_wake(self, wake: Connection) -> None:
         """Waits, on a connection of its own, for the next message of the default lane; it lands in the wake claim.
 
-        The wake-up is itself a durable claim. `claim(woken=True)` takes it over once the connection has answered,
-        with a message or without: the wait ends before our lease can lapse, or a frozen router that has been forgotten
-        would still be given messages.
+        The wake-up is itself a durable claim, and the next `claim` takes it over, whether or not the connection has
+        answered yet. The wait ends before our lease can lapse, or a frozen router that has been forgotten would still
+        be given messages.
         """
         wake.send([("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", self._settings.lease_s / 2)])
 
-    def claim(self, number: int, have: int, limit: int, *, woken: bool = False) -> list[bytes]:
+    def claim(self, number: int, have: int, limit: int) -> list[bytes]:
         """Moves up to `limit` waiting messages, most urgent first, to a claim that already holds `have`.
 
         Raises Fenced where the claim does not hold what it should.
         """
         claim = topology.claim(self.incarnation, number)
-        first = [("LMOVE", self._wake_claim, claim, "RIGHT", "LEFT")] if woken else []
-        replies = self.connection.many([*first, ("LLEN", claim), *(("LLEN", each) for each in _SOURCES)])
-        messages: list[bytes] = [message for message in replies[: len(first)] if message is not None]
-        length, *depths = replies[len(first) :]
+        # What the wake-up brought is older than all that the default list still holds, so it comes first.
+        wake = ("LMOVE", self._wake_claim, claim, "RIGHT", "LEFT")
+        brought, length, *depths = self.connection.many([wake, ("LLEN", claim), *(("LLEN", each) for each in _SOURCES)])
+        messages: list[bytes] = [] if brought is None else [brought]
         moves: list[Command] = []
         for source, depth in zip(_SOURCES, depths, strict=True):
             moves += [("LMOVE", source, claim, "RIGHT", "LEFT")] * min(depth, limit - len(messages) - len(moves))

@@ -158,7 +158,7 @@ def test_the_message_that_woke_us_is_claimed_before_all_others(
     broker.ask_wake(wake)
     push(connection, topology.LANE, *numbered(3))
     assert woken(broker, wake)
-    assert broker.claim(0, 0, 2, woken=True) == numbered(2)
+    assert broker.claim(0, 0, 2) == numbered(2)
     assert oldest_first(connection, topology.claim(broker.incarnation, 0)) == numbered(2)
     assert connection.call("LLEN", topology.claim(broker.incarnation, WAKE)) == 0
 
@@ -169,7 +169,7 @@ def test_a_wait_without_a_message_ends_before_the_lease_can_lapse(broker_url: st
     quick.ask_wake(wake)
     assert select.select([wake], [], [], 0.2)[0]
     assert wake.receive(1) == [None]
-    assert quick.claim(0, 0, 10, woken=True) == []
+    assert quick.claim(0, 0, 10) == []
     wake.close()
 
 

@@ -177,6 +177,18 @@ def test_a_given_directory_keeps_its_data_between_runs(tmp_path: Path) -> None:
     assert home.is_dir()
 
 
+def test_a_broker_that_takes_long_to_read_its_data_is_waited_for(tmp_path: Path) -> None:
+    write = "for at = 1, 200000 do redis.call('SET', at, at) end"
+    with EmbeddedBroker(Settings(), tmp_path) as broker:
+        connection = Connection(broker.url, "writer")
+        connection.call("EVAL", write, 0)
+        connection.close()
+    with EmbeddedBroker(Settings(), tmp_path) as broker:
+        connection = Connection(broker.url, "reader")
+        assert connection.call("DBSIZE") == 200_000
+        connection.close()
+
+
 def test_a_given_directory_is_closed_to_others_while_it_serves(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     with EmbeddedBroker(Settings(), tmp_path):
