@@ -1,6 +1,6 @@
 """The envelope: what kombu 5.7 and Celery's task protocol 2 put on a Redis list, written and read directly.
 
-`tests/test_wire.py` pins both directions to kombu and Celery themselves. Source: docs.celeryq.dev, "Message Protocol",
+`tests/lepton_ai/test_wire.py` pins both directions to kombu and Celery themselves. Source: docs.celeryq.dev, "Message Protocol",
 version 2; kombu's virtual transport.
 """
 

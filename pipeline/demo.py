@@ -264,7 +264,7 @@ def _print(console: Console, summary: Mapping[str, Any], explained: Sequence[Job
     console.print(table)
     console.print(
         f"{summary['jobs_per_s']} jobs/s, latency p50 {summary['p50_ms']} ms, p99 {summary['p99_ms']} ms "
-        f"(submit to result in hand, up to {2 * _IN_FLIGHT} jobs in flight)",
+        f"(submit to result in hand, up to {3 * _IN_FLIGHT} jobs in flight)",
         highlight=False,
     )
     for handle in explained:

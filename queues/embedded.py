@@ -23,9 +23,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from urllib.parse import urlsplit
 
-from lepton_ai.errors import BrokerUnavailable, NoBroker
+from lepton_ai.errors import BrokerUnavailable, LeptonError, NoBroker
 from lepton_ai.settings import Settings
-from queues.connection import Connection
+from queues.connection import CommandError, Connection
 
 __all__ = ["EmbeddedBroker", "find_server"]
 
@@ -144,7 +144,7 @@ def _guard(server: str, directory: str | None) -> int:
         sys.stdin.buffer.read()
     except SystemExit:
         pass  # SIGTERM: leave like at the end of the pipe
-    except (BrokerUnavailable, OSError) as error:
+    except (LeptonError, OSError) as error:
         print(str(error).replace("\n", " "), flush=True)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -185,10 +185,13 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, home: Path) ->
         if process.poll() is not None:
             raise BrokerUnavailable(f"exit code {process.returncode}: {_last_line(home / 'broker.log')}")
         try:
-            connection = Connection(url, "guardian")
-            connection.call("PING")
-            connection.close()
+            with contextlib.closing(Connection(url, "guardian")) as connection:
+                connection.call("PING")
             return
+        except CommandError as error:  # it reads what the last run left, which takes as long as it takes
+            if not error.message.startswith("LOADING"):
+                raise
+            time.sleep(0.05)
         except BrokerUnavailable:
             if time.monotonic() > deadline:
                 raise

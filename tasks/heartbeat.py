@@ -56,6 +56,7 @@ class Heartbeat:
             self._emit(broker, "device.offline")
         except LeptonError as error:
             log.warning("lease_left", reason=error.message)
+        self._disconnect()
 
     def abandon(self) -> None:
         """Gives the lease and everything still held back at once; commits of this worker are refused from here on."""
@@ -67,6 +68,7 @@ class Heartbeat:
             self._emit(broker, "device.offline")
         except LeptonError as error:
             log.warning("lease_left", reason=error.message)
+        self._disconnect()
 
     def _halt(self) -> None:
         self._stopping.set()
@@ -78,7 +80,7 @@ class Heartbeat:
             try:
                 self._beat()
             except LeptonError as error:
-                self._broker = None
+                self._disconnect()
                 log.warning("heartbeat_missed", reason=error.message)
             except Exception:  # a defect of ours must not cost the worker its lease
                 log.exception("heartbeat_failed")
@@ -100,6 +102,11 @@ class Heartbeat:
             incarnation = self._announcement.incarnation
             self._broker = Broker(Connection(self._url, f"{incarnation}-lease"), incarnation, self._settings)
         return self._broker
+
+    def _disconnect(self) -> None:
+        if self._broker is not None:
+            self._broker.connection.close()
+            self._broker = None
 
     def _emit(self, broker: Broker, kind: str) -> None:
         broker.emit(event.encode(self._event(kind, {"worker": self._announcement.worker})))
