@@ -18,9 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from celery import Celery
+from celery.utils import uuid
 
 from lepton_ai import Client
 from lepton_ai.settings import Settings
@@ -63,81 +65,98 @@ def bulk(call: Callable[[int], None], count: int) -> float:
     return count / (time.perf_counter() - start)
 
 
+def start_plain_workers(broker: str, folder: str) -> list[subprocess.Popen[bytes]]:
+    """Two plain Celery workers on one broker: one that computes, one that decides where."""
+    (Path(folder) / "plain.py").write_text(_PLAIN)
+    environ = os.environ | {"BROKER_URL": broker, "PYTHONPATH": folder}
+    arguments = ["-m", "celery", "-A", "plain", "worker", "-P", "threads", "-c", "2", "--without-gossip"]
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments, "-Q", queue, "-n", queue],
+            env=environ,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for queue in ("plain.device", "plain.router")
+    ]
+
+
+class Contenders:
+    """What is measured: each call submits and waits."""
+
+    def __init__(self, lepton: Client, app: Celery) -> None:
+        self._lepton = lepton
+        self._app = app
+        self._array = np.array(A, np.float32)
+
+    def lepton_one(self) -> None:
+        self._lepton.submit("linalg.matmul", {"a": self._array, "b": self._array}).result(timeout=60)
+
+    def lepton_bulk(self, count: int) -> None:
+        for each in self._lepton.submit_many("linalg.matmul", [{"a": self._array, "b": self._array}] * count):
+            each.result(timeout=120)
+
+    def celery_one(self) -> None:
+        self._app.send_task("matmul", args=[A, A], queue="plain.device").get(timeout=60)
+
+    def celery_two(self) -> None:
+        job = uuid()
+        result = self._app.AsyncResult(job)
+        self._app.send_task("decide", args=[job, A, A], queue="plain.router")
+        result.get(timeout=60)
+
+    def celery_bulk(self, count: int) -> None:
+        for each in [self._app.send_task("matmul", args=[A, A], queue="plain.device") for _ in range(count)]:
+            each.get(timeout=120)
+
+
+def measure(contenders: Contenders, rounds: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Every contender in turn, `rounds` times."""
+    singles = {
+        "lepton": contenders.lepton_one,
+        "celery": contenders.celery_one,
+        "celery_two_hop": contenders.celery_two,
+    }
+    bulks = {"lepton": (contenders.lepton_bulk, 5000), "celery": (contenders.celery_bulk, 300)}
+    milliseconds: dict[str, list[float]] = {name: [] for name in singles}
+    rates: dict[str, list[float]] = {name: [] for name in bulks}
+    for call in singles.values():
+        one_by_one(call, 20)  # connections, imports
+    for _ in range(rounds):
+        for name, call in singles.items():
+            milliseconds[name] += one_by_one(call, 100)
+        for name, (many, count) in bulks.items():
+            rates[name].append(bulk(many, count))
+    latency = {name: np.percentile(found, [50, 99]).round(2).tolist() for name, found in milliseconds.items()}
+    return {
+        "latency_ms": {name: {"p50": p50, "p99": p99} for name, (p50, p99) in latency.items()},
+        "jobs_per_s": {
+            name: {"median": round(statistics.median(found)), "range": [round(min(found)), round(max(found))]}
+            for name, found in rates.items()
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    array = np.array(A, np.float32)
     with (
         tempfile.TemporaryDirectory() as folder,
         run_fleet(Settings(), {"cpu": 2}, lambda step: print(step, file=sys.stderr)) as fleet,
         Client(fleet.broker_url) as lepton,
     ):
         broker, _ = celery_addresses(fleet.broker_url)
-        (Path(folder) / "plain.py").write_text(_PLAIN)
-        environ = os.environ | {"BROKER_URL": broker, "PYTHONPATH": folder}
-        arguments = ["-m", "celery", "-A", "plain", "worker", "-P", "threads", "-c", "2", "--without-gossip"]
-        workers = [
-            subprocess.Popen(
-                [sys.executable, *arguments, "-Q", queue, "-n", queue],
-                env=environ,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            for queue in ("plain.device", "plain.router")
-        ]
+        workers = start_plain_workers(broker, folder)
         app = Celery("bench", broker=broker, backend=broker, set_as_current=False)
-
-        def celery_one() -> None:
-            app.send_task("matmul", args=[A, A], queue="plain.device").get(timeout=60)
-
-        def celery_two() -> None:
-            from celery.utils import uuid
-
-            job = uuid()
-            result = app.AsyncResult(job)
-            app.send_task("decide", args=[job, A, A], queue="plain.router")
-            result.get(timeout=60)
-
-        def celery_bulk(count: int) -> None:
-            for each in [app.send_task("matmul", args=[A, A], queue="plain.device") for _ in range(count)]:
-                each.get(timeout=120)
-
-        def lepton_bulk(count: int) -> None:
-            for each in lepton.submit_many("linalg.matmul", [{"a": array, "b": array}] * count):
-                each.result(timeout=120)
-
-        def lepton_one() -> None:
-            lepton.submit("linalg.matmul", {"a": array, "b": array}).result(timeout=60)
-
-        singles = {"lepton": lepton_one, "celery": celery_one, "celery_two_hop": celery_two}
-        bulks = {"lepton": (lepton_bulk, 5000), "celery": (celery_bulk, 300)}
-        milliseconds: dict[str, list[float]] = {name: [] for name in singles}
-        rates: dict[str, list[float]] = {name: [] for name in bulks}
         try:
-            for call in singles.values():
-                one_by_one(call, 20)  # connections, imports
-            for _ in range(options.rounds):
-                for name, call in singles.items():
-                    milliseconds[name] += one_by_one(call, 100)
-                for name, (many, count) in bulks.items():
-                    rates[name].append(bulk(many, count))
+            report = measure(Contenders(lepton, app), options.rounds)
         finally:
             for worker in workers:
                 worker.terminate()
             for worker in workers:
                 worker.wait()
-    report = {
-        "latency_ms": {
-            name: dict(zip(("p50", "p99"), np.percentile(found, [50, 99]).round(2).tolist(), strict=True))
-            for name, found in milliseconds.items()
-        },
-        "jobs_per_s": {
-            name: {"median": round(statistics.median(found)), "range": [round(min(found)), round(max(found))]}
-            for name, found in rates.items()
-        },
-    }
     if options.json:
         print(json.dumps(report))
         return

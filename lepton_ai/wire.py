@@ -1,7 +1,7 @@
 """The envelope: what kombu 5.7 and Celery's task protocol 2 put on a Redis list, written and read directly.
 
-`tests/lepton_ai/test_wire.py` pins both directions to kombu and Celery themselves. Source: docs.celeryq.dev, "Message Protocol",
-version 2; kombu's virtual transport.
+`tests/lepton_ai/test_wire.py` pins both directions to kombu and Celery themselves. Source: docs.celeryq.dev, "Message
+Protocol", version 2; kombu's virtual transport.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ import msgspec
 import structlog
 
 from lepton_ai import event, topology, wire
-from lepton_ai.device import read_leases
 from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError, OptionNotSupported
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of
@@ -30,7 +29,7 @@ from pipeline.cluster import Cluster, ServedDevice
 from pipeline.pricing import price
 from pipeline.telemetry import learn
 from pipeline.window import Claim, ClaimedJob, Window
-from queues.broker import Broker, Dispatch, Outcome
+from queues.broker import Broker, Dispatch, Outcome, announcements
 from queues.connection import Connection
 from queues.event_stream import EventStream
 
@@ -341,9 +340,7 @@ class _Session:
 
     def _refresh(self) -> None:
         """Looks who is alive, and takes jobs out of the parking that can run now."""
-        holders = [name.decode() for name in self._main.call("SMEMBERS", topology.HOLDERS)]
-        leases = self._main.call("MGET", *map(topology.lease, holders)) if holders else []
-        if not self._cluster.refresh(read_leases(leases)):
+        if not self._cluster.refresh(announcements(self._main)):
             return
         log.info("fleet_changed", devices={device.name: device.slots for device in self._cluster.devices})
         for kernel in self._broker.parked_kernels():

@@ -13,12 +13,12 @@ from collections import Counter
 import structlog
 
 from lepton_ai import topology
-from lepton_ai.device import read_leases
 from lepton_ai.errors import BrokerUnavailable, LeptonError
 from lepton_ai.event import Event
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.settings import Settings
 from pipeline.cluster import Cluster
+from queues.broker import announcements
 from queues.connection import Connection
 from queues.event_stream import EventStream
 
@@ -76,7 +76,7 @@ class Telemetry:
     def _follow(self, connection: Connection, stream: EventStream, stop: threading.Event) -> None:
         if snapshot := connection.call("GET", topology.MODEL):
             self._model.restore(snapshot)
-        self._refresh(connection)
+        self._cluster.refresh(announcements(connection))
         report_at = time.monotonic() + _REPORT_S
         while not stop.is_set():
             for _, each in stream.read(block_ms=500):
@@ -89,14 +89,9 @@ class Telemetry:
     def _fold(self, each: Event, connection: Connection) -> None:
         if each.type in ("device.online", "device.offline"):
             log.info(each.type.replace(".", "_"), device=each.device, worker=each.source)
-            self._refresh(connection)
+            self._cluster.refresh(announcements(connection))
         self._seen[each.type] += max(1, len(each.jobs))
         learn(each, self._cluster, self._model)
-
-    def _refresh(self, connection: Connection) -> None:
-        holders = [name.decode() for name in connection.call("SMEMBERS", topology.HOLDERS)]
-        leases = connection.call("MGET", *map(topology.lease, holders)) if holders else []
-        self._cluster.refresh(read_leases(leases))
 
     def _report(self, connection: Connection) -> None:
         connection.call("SET", topology.MODEL, self._model.snapshot())

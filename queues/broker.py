@@ -16,11 +16,12 @@ from typing import Any, Final
 import msgspec
 
 from lepton_ai import topology
+from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import Fenced
 from lepton_ai.settings import Settings
 from queues.connection import Command, CommandError, Connection
 
-__all__ = ["Broker", "Commit", "Dispatch", "Outcome"]
+__all__ = ["Broker", "Commit", "Dispatch", "Outcome", "announcements"]
 
 CLAIM_LIMIT: Final = 256
 #: Claims that one router may have open, and slots that one worker may have.
@@ -328,6 +329,12 @@ def load_functions(connection: Connection) -> str:
         if "already exists" not in error.message:
             raise
     return version
+
+
+def announcements(connection: Connection) -> list[Announcement]:
+    """Every worker that is alive now."""
+    holders = [name.decode() for name in connection.call("SMEMBERS", topology.HOLDERS)]
+    return read_leases(connection.call("MGET", *map(topology.lease, holders)) if holders else [])
 
 
 def _checked(replies: list[Any]) -> list[Any]:
