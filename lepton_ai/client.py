@@ -64,7 +64,11 @@ class Client:
         priority: int | None = None,
         device: str | None = None,
     ) -> list[JobHandle]:
-        """Submits one job for each row of arguments, all in one go."""
+        """Submits one job for each row of arguments, in as few round trips as their size allows.
+
+        When this returns, the broker has them all. Where a row cannot be sent or is refused, the error is raised, and
+        rows before it may have been accepted.
+        """
         return self._connection.submit(kernel, rows, Options(priority=priority, device=device).checked())
 
     def job(self, job_id: str) -> JobHandle:

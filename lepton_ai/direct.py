@@ -16,7 +16,7 @@ from lepton_ai import topology, wire
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import BrokerUnavailable
 from lepton_ai.handle import JobHandle
-from lepton_ai.identity import minute_of, new_ids
+from lepton_ai.identity import minute_of, new_id
 from lepton_ai.job import FINAL_STATES, Meta, Options, Placement
 
 __all__ = ["Direct"]
@@ -28,6 +28,7 @@ _LOOK_EVERY_S = 1.0
 #: A job that another client submitted does not reach our reply list: its key is looked at, at growing intervals.
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.002, 0.1
 _POP_AT_ONCE = 256
+_PIPELINE_BYTES = 4 * 1024 * 1024
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 
@@ -44,17 +45,24 @@ class Direct:
         self._popping = False
 
     def submit(self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options) -> list[JobHandle]:
-        """Publishes one job a row in one pipeline; when this returns, the broker has them all."""
-        rows = list(rows)
+        """Publishes one job a row in pipelines of a few MiB; when this returns, the broker has them all."""
         options = msgspec.structs.replace(options, reply_to=self._reply_to, result=options.result or "msgpack")
         lane = topology.lane_list(options.urgency)
-        handles = [JobHandle(job_id, kernel, self) for job_id in new_ids(len(rows))]
-        messages = [wire.envelope(handle.id, kernel, row, options) for handle, row in zip(handles, rows, strict=True)]
-        self._pending.update((handle.id, handle) for handle in handles)
-        with _broker_errors(), self._redis.pipeline(transaction=False) as pipeline:
-            for message in messages:
-                pipeline.lpush(lane, message)
-            pipeline.execute()
+        handles: list[JobHandle] = []
+
+        def messages() -> Iterator[bytes]:
+            for row in rows:
+                handle = JobHandle(new_id(), kernel, self)
+                yield wire.envelope(handle.id, kernel, row, options)
+                self._pending[handle.id] = handle
+                handles.append(handle)
+
+        with _broker_errors():
+            for batch in wire.batches(messages(), _PIPELINE_BYTES):
+                with self._redis.pipeline(transaction=False) as pipeline:
+                    for message in batch:
+                        pipeline.lpush(lane, message)
+                    pipeline.execute()
         return handles
 
     def wait(self, job: JobHandle, timeout_s: float | None) -> Meta | None:

@@ -19,6 +19,7 @@ __all__ = ["JobRequest", "JobView", "Remote"]
 
 #: The longest that one request waits; a longer wait is several requests.
 _WAIT_S = 20.0
+_REQUEST_BYTES = 4 * 1024 * 1024
 
 
 class JobRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -54,20 +55,27 @@ class Remote:
         self._http = httpx.Client(base_url=url, timeout=_WAIT_S + 10, headers={"accept": wire.MSGPACK})
 
     def submit(self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options) -> list[JobHandle]:
-        """Posts one job a row in one request; when this returns, the broker has them all, or none of them."""
-        body = wire.pack(
-            [
+        """Posts one job a row in requests of a few MiB; each is accepted whole or not at all.
+
+        When this returns, the broker has them all; where a row is refused, it may have those before it.
+        """
+        requests = (
+            wire.pack(
                 {
                     "kernel": kernel,
                     "arguments": {name: wire.to_value(value) for name, value in row.items()},
                     "priority": options.priority,
                     "device": options.device,
                 }
-                for row in rows
-            ]
+            )
+            for row in rows
         )
-        found = self._call("POST", "/v1/jobs", content=body, headers={"content-type": wire.MSGPACK})
-        return [JobHandle(view.id, view.kernel, self) for view in _VIEWS.decode(found)]
+        handles: list[JobHandle] = []
+        for batch in wire.batches(requests, _REQUEST_BYTES):
+            body = wire.pack([msgspec.Raw(request) for request in batch])
+            found = self._call("POST", "/v1/jobs", content=body, headers={"content-type": wire.MSGPACK})
+            handles += [JobHandle(view.id, view.kernel, self) for view in _VIEWS.decode(found)]
+        return handles
 
     def wait(self, job: JobHandle, timeout_s: float | None) -> Meta | None:
         """See JobReader."""

@@ -13,7 +13,7 @@ import os
 import socket
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ __all__ = [
     "Envelope",
     "Headers",
     "Value",
+    "batches",
     "decode_value",
     "encode_meta",
     "envelope",
@@ -45,6 +46,7 @@ __all__ = [
 
 MSGPACK: Final = "application/x-msgpack"
 JSON: Final = "application/json"
+_MOST_PARTS: Final = 500
 _GZIP: Final = "application/x-gzip"
 _NO_CALLBACKS: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
@@ -124,6 +126,20 @@ def pack(value: Any) -> bytes:
         return _MSGPACK.encode(value)
     except (TypeError, OverflowError, ValueError, RecursionError) as error:
         raise InvalidArguments(f"an argument cannot be sent: {error}") from None
+
+
+def batches(parts: Iterable[bytes], most_bytes: int) -> Iterator[list[bytes]]:
+    """Parts in their order, in lists of at most `most_bytes` (a larger part alone) and of a few hundred."""
+    batch: list[bytes] = []
+    size = 0
+    for part in parts:
+        if batch and (size + len(part) > most_bytes or len(batch) >= _MOST_PARTS):
+            yield batch
+            batch, size = [], 0
+        batch.append(part)
+        size += len(part)
+    if batch:
+        yield batch
 
 
 def envelope(job_id: str, kernel: str, arguments: Mapping[str, Any], options: Options, *, lane: str = LANE) -> bytes:

@@ -626,3 +626,17 @@ def test_a_tensor_map_decodes_to_an_array_and_the_rest_stays() -> None:
     map_ = TensorMap("<f4", [1], memoryview(b"\x00\x00\x80\x3f"))
     assert wire.decode_value(map_) == np.float32([1.0])
     assert wire.decode_value([[1]]) == [[1]]
+
+
+# -- batches ----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.binary(max_size=40), max_size=60), st.integers(1, 100))
+def test_batches_keep_every_part_in_order_and_stay_within_their_size(parts: list[bytes], most_bytes: int) -> None:
+    found = list(wire.batches(parts, most_bytes))
+    assert [part for batch in found for part in batch] == parts
+    assert all(batch and (len(batch) == 1 or sum(map(len, batch)) <= most_bytes) for batch in found)
+
+
+def test_a_batch_of_small_parts_is_bounded_too() -> None:
+    assert max(len(batch) for batch in wire.batches([b"x"] * 5000, 10**9)) <= 500

@@ -110,3 +110,13 @@ def test_what_is_learned_shows_in_the_estimates(client: Client) -> None:
     assert record.cost is not None
     # A noisy machine: within a factor of ten, where the untaught model would be off by any.
     assert 0.1 < record.placement.estimate.run_s / record.cost.run_s < 10
+
+
+def test_more_than_one_request_may_carry_is_submitted_all_the_same(lepton: Client) -> None:
+    big = np.ones((512, 512), np.float32)  # a megabyte each, and the limit of a request is eight
+    jobs = lepton.submit_many("vision.ndvi", [{"red": big, "nir": big}] * 12)
+    assert all(float(job.result(timeout=30)["ndvi"].max()) == 0.0 for job in jobs)
+
+
+def test_nothing_to_submit_is_no_mistake(lepton: Client) -> None:
+    assert lepton.submit_many("vision.ndvi", []) == []
