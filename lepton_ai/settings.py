@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -15,6 +16,7 @@ from lepton_ai.errors import InvalidSettings
 __all__ = ["Settings"]
 
 _PREFIX = "LEPTON_"
+_SCHEMES = ("redis", "rediss", "unix")
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,11 +42,17 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat_s: float = 1.0
     window: int = 4096
     """Jobs that a router may have claimed and not yet dispatched."""
+    window_bytes: int = 64 * 1024 * 1024
+    """And their messages, together."""
+    policy: str = "earliest_finish"
+    """A file in `lepton_ai/placement/policies/`."""
     credit_s: float = 0.25
     """Predicted work that a device queue may hold for each slot before the router waits."""
     batch_jobs: int = 256
     batch_s: float = 0.05
     """Predicted work that a slot takes at once."""
+    batch_bytes: int = 1024 * 1024
+    """And its messages, as large as they have been lately; one is always taken."""
     events_kept: int = 20_000
     """Entries in the event stream before the oldest go."""
     kernels: str = ""
@@ -66,7 +74,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         try:
             settings = msgspec.convert(values, cls, strict=False)
         except msgspec.ValidationError as error:
-            raise InvalidSettings(f"a {_PREFIX}* variable does not fit: {error}") from None
+            what, _, name = str(error).partition(" - at `$.")
+            variable = _PREFIX + name.rstrip("`").upper()
+            given = environ.get(variable, "")
+            raise InvalidSettings(f"{variable} does not fit: {what}, and it is {given!r}", variable) from None
         return settings._checked()
 
     def _checked(self) -> Settings:
@@ -76,6 +87,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "lease_s",
             "heartbeat_s",
             "window",
+            "window_bytes",
+            "batch_bytes",
             "credit_s",
             "batch_jobs",
             "batch_s",
@@ -85,6 +98,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise InvalidSettings(
                     f"{_PREFIX}{name.upper()} must be above 0 and finite, not {getattr(self, name)}", name
                 )
+        if self.redis_url and urlsplit(self.redis_url).scheme not in _SCHEMES:
+            raise InvalidSettings(
+                f"{_PREFIX}REDIS_URL must begin with redis://, rediss:// or unix://, such as redis://127.0.0.1:6379/0",
+                "redis_url",
+            )
         if not 0 <= self.http_port <= 65535:
             raise InvalidSettings(f"{_PREFIX}HTTP_PORT must be 0 to 65535, not {self.http_port}", "http_port")
         if self.heartbeat_s * 2 > self.lease_s:

@@ -21,8 +21,8 @@ from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError, OptionNotSu
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of
 from lepton_ai.job import Candidate, Placement
+from lepton_ai.placement import policies
 from lepton_ai.placement.costs import CostModel
-from lepton_ai.placement.policies.earliest_finish import EarliestFinish
 from lepton_ai.placement.problem import UNPLACED, Policy
 from lepton_ai.settings import Settings
 from pipeline.cluster import Cluster, ServedDevice
@@ -49,7 +49,7 @@ class Router:
     def __init__(self, settings: Settings, url: str, policy: Policy | None = None) -> None:
         self._settings = settings
         self._url = url
-        self._policy = policy or EarliestFinish()
+        self._policy = policy or policies.load(settings.policy)
         self._model = CostModel()
 
     def run(self, stop: threading.Event) -> None:
@@ -82,7 +82,7 @@ class _Session:
         self._events = EventStream(Connection(url, f"{self._incarnation}-events"))
         self._broker = Broker(self._main, self._incarnation, settings)
         self._cluster = Cluster()
-        self._window = Window(self._incarnation, settings.window)
+        self._window = Window(self._incarnation, settings.window, settings.window_bytes)
         self._waking = False
         self._more = True
         """Something may be waiting in a lane that no push will tell of."""
@@ -156,8 +156,8 @@ class _Session:
         """Claims what waits, up to the window; what the wake-up brought even beyond it."""
         self._more = self._full = False
         while woken or self._window.room > 0:
-            claim = self._window.open_claim()
-            limit = max(1, min(claim.room, self._window.room))
+            claim, room = self._window.open_claim()
+            limit = max(1, min(room, self._window.room))
             messages = self._broker.claim(claim.number, len(claim.messages), limit)
             woken = False
             self._read(claim, messages)
@@ -167,7 +167,7 @@ class _Session:
 
     def _read(self, claim: Claim, messages: Sequence[bytes]) -> None:
         """Bytes become jobs; what nobody could run is refused at once."""
-        claim.messages.extend(messages)
+        self._window.hold(claim, messages)
         refused: list[tuple[Claim, bytes]] = []
         step = Dispatch({}, {})
         for message in messages:
@@ -231,7 +231,7 @@ class _Session:
     def _dispatch(self, jobs: Sequence[ClaimedJob]) -> list[ClaimedJob]:
         pricing = price(jobs, self._cluster, self._model)
         plan = self._policy.place(pricing.problem)
-        step = Dispatch({}, {}, queued={}, parked={}, placements={}, counts={})
+        step = Dispatch({}, {}, leaving={}, queued={}, parked={}, placements={}, counts={})
         left: list[ClaimedJob] = []
         seconds: dict[str, float] = {}
         now = time.time()
@@ -263,6 +263,7 @@ class _Session:
         gone = {id(job.message) for job in left}
         for job in left:
             step.claims[job.claim.key] = len(job.claim.messages)
+            step.leaving.setdefault(job.claim.key, []).append(job.message)
             if job.claim.key not in step.rests:
                 step.rests[job.claim.key] = [each for each in job.claim.messages if id(each) not in gone]
         placed = [job for job in left if job.id in seconds]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -13,6 +13,13 @@ from lepton_ai.job import Options
 from queues.broker import CLAIM_LIMIT, WAKE
 
 __all__ = ["Claim", "ClaimedJob", "Window"]
+
+
+#: A claim is written again when a part of it leaves, so it is bounded in bytes as well as in messages.
+_CLAIM_BYTES = 8 * 1024 * 1024
+#: What a message is taken to be before one was seen, and the weight of the newest in the mean. A large one counts at
+#: once: the next claim must not take hundreds of its kind.
+_FIRST_BYTES, _WEIGHT = 128 * 1024.0, 0.05
 
 
 class ClaimedJob(msgspec.Struct, eq=False):
@@ -34,17 +41,23 @@ class Claim(msgspec.Struct, eq=False):
     messages: list[bytes] = []
     """Every message of the list, read or not: what LLEN must count."""
 
-    @property
-    def room(self) -> int:
-        return CLAIM_LIMIT - len(self.messages)
+    size_bytes: int = 0
+
+    def room(self, mean_bytes: float) -> int:
+        """How many more messages of this size it should hold: few enough to be written again in one step."""
+        if self.size_bytes >= _CLAIM_BYTES:
+            return 0
+        return min(CLAIM_LIMIT - len(self.messages), max(1, int((_CLAIM_BYTES - self.size_bytes) / mean_bytes)))
 
 
 class Window:
     """Claims and the jobs in them. Pure bookkeeping: the router moves the messages."""
 
-    def __init__(self, incarnation: str, limit: int) -> None:
+    def __init__(self, incarnation: str, limit: int, limit_bytes: int) -> None:
         self._incarnation = incarnation
         self._limit = min(limit, CLAIM_LIMIT * WAKE)
+        self._limit_bytes = limit_bytes
+        self._mean_bytes = _FIRST_BYTES
         self._claims: dict[int, Claim] = {}
         self._jobs: dict[int, ClaimedJob] = {}
         self._order = itertools.count()
@@ -54,17 +67,30 @@ class Window:
 
     @property
     def room(self) -> int:
-        """How many more jobs may be claimed."""
-        return self._limit - sum(len(claim.messages) for claim in self._claims.values())
+        """How many more jobs may be claimed, by number and by the size that messages have lately."""
+        left = self._limit - sum(len(claim.messages) for claim in self._claims.values())
+        left_bytes = self._limit_bytes - sum(claim.size_bytes for claim in self._claims.values())
+        if left_bytes <= 0 or left <= 0:
+            return 0
+        return min(left, max(1, int(left_bytes / self._mean_bytes)))
 
-    def open_claim(self) -> Claim:
-        """A claim with room: the fullest that has some, so that few are open."""
-        having = [claim for claim in self._claims.values() if claim.room > 0]
+    def open_claim(self) -> tuple[Claim, int]:
+        """A claim with room, and how much: the fullest that has some, so that few are open."""
+        having = [claim for claim in self._claims.values() if claim.room(self._mean_bytes) > 0]
         if having:
-            return min(having, key=lambda claim: claim.room)
-        number = next(n for n in range(WAKE) if n not in self._claims)
-        claim = self._claims[number] = Claim(number, topology.claim(self._incarnation, number))
-        return claim
+            claim = min(having, key=lambda each: each.room(self._mean_bytes))
+        else:
+            # Where all are full by size, the last takes what a wake-up brings beyond the window.
+            number = next((n for n in range(WAKE) if n not in self._claims), WAKE - 1)
+            claim = self._claims.setdefault(number, Claim(number, topology.claim(self._incarnation, number)))
+        return claim, max(1, claim.room(self._mean_bytes))
+
+    def hold(self, claim: Claim, messages: Sequence[bytes]) -> None:
+        """These messages have been moved to a claim."""
+        claim.messages.extend(messages)
+        for message in messages:
+            claim.size_bytes += len(message)
+            self._mean_bytes = max(float(len(message)), (1 - _WEIGHT) * self._mean_bytes + _WEIGHT * len(message))
 
     def add(self, job_id: str, kernel: str, options: Options, message: bytes, claim: Claim) -> None:
         """A message of a claim has been read and waits for its device."""
@@ -91,5 +117,6 @@ class Window:
         for number, gone in by_claim.items():
             claim = self._claims[number]
             claim.messages = [message for message in claim.messages if id(message) not in gone]
+            claim.size_bytes = sum(map(len, claim.messages))
             if not claim.messages:
                 del self._claims[number]

@@ -17,7 +17,7 @@ import msgspec
 
 from lepton_ai import topology
 from lepton_ai.device import Announcement, read_leases
-from lepton_ai.errors import Fenced
+from lepton_ai.errors import BrokerUnavailable, Fenced
 from lepton_ai.settings import Settings
 from queues.connection import Command, CommandError, Connection
 
@@ -28,6 +28,8 @@ CLAIM_LIMIT: Final = 256
 LISTS_EACH: Final = 64
 #: The claim that a wake-up lands in; the others are numbered below it.
 WAKE: Final = LISTS_EACH - 1
+#: What a broker answers that will be able to work again, or that somebody must mend: no reason for a traceback.
+_NOT_NOW: Final = ("MISCONF", "READONLY", "OOM", "LOADING", "MASTERDOWN", "NOREPLICAS", "BUSY")
 #: Where a router claims from, most urgent first.
 _SOURCES: Final = (topology.AGAIN, *topology.lane_lists())
 
@@ -59,6 +61,8 @@ class Dispatch(msgspec.Struct):
     """Each claim that messages leave, and how many it must hold now: the fence."""
     rests: dict[str, list[bytes]]
     """What stays in each of those claims."""
+    leaving: dict[str, list[bytes]] = {}
+    """What leaves each of them, where that is known: the smaller of the two is what has to be written again."""
     queued: dict[str, list[bytes]] = {}
     parked: dict[str, list[bytes]] = {}
     dead: list[tuple[str, bytes]] = []
@@ -200,8 +204,12 @@ class Broker:
 
     def _dispatch_commands(self, step: Dispatch) -> Iterable[Command]:
         for claim in step.claims:
+            rest, leaving = step.rests.get(claim, []), step.leaving.get(claim, [])
+            if leaving and sum(map(len, leaving)) < sum(map(len, rest)):
+                yield from (("LREM", claim, -1, message) for message in leaving)
+                continue
             yield ("DEL", claim)
-            if rest := step.rests.get(claim):
+            if rest:
                 yield ("LPUSH", claim, *rest)
         if unknown := step.queued.keys() - self._known_devices:
             yield ("SADD", topology.DEVICES, *unknown)
@@ -326,6 +334,8 @@ def load_functions(connection: Connection) -> str:
     try:
         connection.call("FUNCTION", "LOAD", source)
     except CommandError as error:
+        if error.message.startswith(_NOT_NOW):
+            raise BrokerUnavailable(f"the broker refuses to work: {error.message}") from error
         if "already exists" not in error.message:
             raise
     return version

@@ -143,6 +143,7 @@ class _Slot:
         self._slots = slots
         self._pending: Commit | None = None
         self._job_s = 0.0
+        self._message_bytes = 0.0
         # Over before our lease can lapse, or a frozen worker that has been forgotten would still be given jobs.
         self._take_s = min(_TAKE_S, slots.settings.lease_s / 2)
 
@@ -184,7 +185,8 @@ class _Slot:
         settings = self._slots.settings
         if self._job_s <= 0:
             return 1
-        return max(1, min(settings.batch_jobs, int(settings.batch_s / self._job_s)))
+        fitting = int(settings.batch_bytes / self._message_bytes)
+        return max(1, min(settings.batch_jobs, int(settings.batch_s / self._job_s), fitting))
 
     def _commit(self, broker: Broker, step: Commit) -> list[bytes]:
         """Commits; returns what the slot still holds, which is nothing unless the commit was refused.
@@ -220,7 +222,10 @@ class _Slot:
             seconds = time.perf_counter() - start
             self.busy_s += seconds
         each = seconds / len(messages)
-        self._job_s = each if self._job_s == 0.0 else (1 - _WEIGHT) * self._job_s + _WEIGHT * each
+        mean_bytes = sum(map(len, messages)) / len(messages)
+        weight = _WEIGHT if self._job_s > 0 else 1.0
+        self._job_s += weight * (each - self._job_s)
+        self._message_bytes += weight * (mean_bytes - self._message_bytes)
         return Commit(self.number, len(messages), ended.outcomes, event.encode(*ended.events))
 
     def _read(self, messages: Sequence[bytes]) -> tuple[list[TakenJob], _Ended]:

@@ -45,7 +45,7 @@ def cluster() -> Cluster:
 
 
 def claimed(kernel: str, options: Options, message: bytes = b"") -> ClaimedJob:
-    return ClaimedJob("job", kernel, options, message, Window("router", 1).open_claim(), 0)
+    return ClaimedJob("job", kernel, options, message, Window("router", 1, 2**20).open_claim()[0], 0)
 
 
 def job(kernel: str = "linalg.matmul", **options: Any) -> ClaimedJob:

@@ -10,14 +10,15 @@ from pipeline.window import ClaimedJob, Window
 from queues.broker import CLAIM_LIMIT, WAKE
 
 numbers = itertools.count()
+ROOMY = 2**40
 
 
 def fill(window: Window, count: int, *, priority: int | None = None) -> list[bytes]:
     """Claims `count` messages, all of which are jobs, as the router does."""
     messages = [f"message {next(numbers)}".encode() for _ in range(count)]
     for message in messages:
-        claim = window.open_claim()
-        claim.messages.append(message)
+        claim, _ = window.open_claim()
+        window.hold(claim, [message])
         window.add(message.decode(), "test.kernel", Options(priority=priority), message, claim)
     return messages
 
@@ -27,70 +28,70 @@ def messages_of(jobs: list[ClaimedJob]) -> list[bytes]:
 
 
 def test_jobs_are_looked_at_in_the_order_of_their_arrival() -> None:
-    window = Window("router-1", 100)
+    window = Window("router-1", 100, ROOMY)
     sent = fill(window, 10)
     assert messages_of(window.first(10)) == sent
 
 
 def test_the_most_urgent_jobs_come_first_and_unset_is_the_middle() -> None:
-    window = Window("router-1", 100)
+    window = Window("router-1", 100, ROOMY)
     low, unset, high, mid = (fill(window, 2, priority=priority) for priority in (1, None, 9, 5))
     assert messages_of(window.first(8)) == high + unset + mid + low
 
 
 def test_no_more_jobs_are_looked_at_than_asked_for() -> None:
-    window = Window("router-1", 100)
+    window = Window("router-1", 100, ROOMY)
     sent = fill(window, 10)
     assert messages_of(window.first(3)) == sent[:3]
 
 
 def test_a_claim_takes_no_more_than_its_limit_and_then_another_is_opened() -> None:
-    window = Window("router-1", 2 * CLAIM_LIMIT)
+    window = Window("router-1", 2 * CLAIM_LIMIT, ROOMY)
     fill(window, CLAIM_LIMIT + 1)
     sizes = sorted({job.claim.number: len(job.claim.messages) for job in window.first(1000)}.items())
     assert sizes == [(0, CLAIM_LIMIT), (1, 1)]
 
 
 def test_of_two_claims_with_room_the_fuller_is_filled_first() -> None:
-    window = Window("router-1", 4 * CLAIM_LIMIT)
+    window = Window("router-1", 4 * CLAIM_LIMIT, ROOMY)
     fill(window, CLAIM_LIMIT + 10)
     window.left(window.first(5))  # the first claim has room again, and is still the fuller
-    assert window.open_claim().number == 0
+    assert window.open_claim()[0].number == 0
 
 
 def test_an_empty_claim_is_closed_and_its_number_used_again() -> None:
-    window = Window("router-1", 4 * CLAIM_LIMIT)
+    window = Window("router-1", 4 * CLAIM_LIMIT, ROOMY)
     fill(window, CLAIM_LIMIT + 10)
     window.left(window.first(CLAIM_LIMIT))
     fill(window, CLAIM_LIMIT - 10)
     assert {job.claim.number for job in window.first(1000)} == {1}
-    assert window.open_claim().number == 0
+    assert window.open_claim()[0].number == 0
 
 
 def test_claims_are_named_for_their_incarnation() -> None:
-    assert Window("router-7", 10).open_claim().key == "lepton:claim:router-7:0"
+    assert Window("router-7", 10, ROOMY).open_claim()[0].key == "lepton:claim:router-7:0"
 
 
 def test_the_claim_of_the_wake_up_is_never_opened_however_large_the_window() -> None:
-    window = Window("router-1", 10**9)
+    window = Window("router-1", 10**9, ROOMY)
     fill(window, window.room)
     assert {job.claim.number for job in window.first(10**6)} == set(range(WAKE))
 
 
 def test_a_message_that_is_no_job_takes_room_until_it_is_forgotten() -> None:
-    window = Window("router-1", 10)
-    claim = window.open_claim()
-    claim.messages.append(b"unreadable")
+    window = Window("router-1", 10, ROOMY)
+    claim, _ = window.open_claim()
+    window.hold(claim, [b"unreadable"])
     assert (len(window), window.room) == (0, 9)
     window.forget([(claim, claim.messages[0])])
     assert window.room == 10
 
 
 def test_of_two_equal_messages_only_the_one_that_left_is_gone() -> None:
-    window = Window("router-1", 10)
-    claim = window.open_claim()
+    window = Window("router-1", 10, ROOMY)
+    claim, _ = window.open_claim()
     twins = [bytes(bytearray(b"twin")), bytes(bytearray(b"twin"))]
-    claim.messages.extend(twins)
+    window.hold(claim, twins)
     for message in twins:
         window.add("twin", "test.kernel", Options(), message, claim)
     window.left(window.first(1))
@@ -100,7 +101,7 @@ def test_of_two_equal_messages_only_the_one_that_left_is_gone() -> None:
 
 @given(st.lists(st.one_of(st.integers(1, 400), st.integers(-400, -1)), max_size=30))
 def test_claims_hold_exactly_the_jobs_that_have_not_left(steps: list[int]) -> None:
-    window = Window("router-1", 2000)
+    window = Window("router-1", 2000, ROOMY)
     for step in steps:
         if step > 0:
             fill(window, min(step, window.room), priority=1 + step % 9)
@@ -112,3 +113,49 @@ def test_claims_hold_exactly_the_jobs_that_have_not_left(steps: list[int]) -> No
         assert sorted(held) == sorted(messages_of(jobs))
         assert all(len(claim.messages) <= CLAIM_LIMIT for claim in claims.values())
         assert window.room == 2000 - len(jobs)
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------
+
+MEGABYTE = 2**20
+
+
+def test_a_window_is_full_by_bytes_long_before_it_is_by_number() -> None:
+    window = Window("router-1", 4096, 10 * MEGABYTE)
+    count = 0
+    while window.room:
+        claim, room = window.open_claim()
+        assert room >= 1
+        window.hold(claim, [bytes(MEGABYTE)])
+        count += 1
+    assert count == 10
+
+
+def test_a_large_message_counts_at_once_and_small_ones_make_room_again() -> None:
+    window = Window("router-1", 4096, 64 * MEGABYTE)
+    before = window.room
+    claim, _ = window.open_claim()
+    large = bytes(4 * MEGABYTE)
+    window.hold(claim, [large])
+    assert window.room <= 15 < before
+    window.forget([(claim, large)])
+    claim, _ = window.open_claim()
+    window.hold(claim, [b"%d" % at for at in range(200)])
+    assert window.room > 1000
+
+
+def test_a_claim_of_large_messages_holds_few() -> None:
+    window = Window("router-1", 4096, 64 * MEGABYTE)
+    for _ in range(8):
+        claim, _ = window.open_claim()
+        window.hold(claim, [bytes(3 * MEGABYTE)])
+        window.add("job", "test.kernel", Options(), claim.messages[-1], claim)
+    assert max(len(job.claim.messages) for job in window.first(100)) <= 3
+
+
+def test_what_a_wake_up_brings_finds_a_claim_even_where_all_are_full() -> None:
+    window = Window("router-1", 4096, 2**50)
+    for _ in range(200):
+        claim, room = window.open_claim()
+        assert room >= 1
+        window.hold(claim, [bytes(8 * MEGABYTE)] * 1)
