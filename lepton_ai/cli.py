@@ -10,6 +10,13 @@ __all__ = ["main"]
 def main() -> int:
     """Runs one command, which ends the process where it fails; 2 where the command line itself is not installed."""
     try:
+        return _main()
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main() -> int:
+    try:
         from lepton_ai.commands import app
     except ModuleNotFoundError as error:
         if error.name not in ("cyclopts", "rich"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.metadata import version
 from typing import Annotated, Literal, NoReturn
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, validators
 
 from lepton_ai import services
 
@@ -24,7 +25,9 @@ app = App(
 @app.command
 def demo(
     *,
-    jobs: Annotated[int, Parameter(help="How many jobs to feed through the three doors.")] = 600,
+    jobs: Annotated[
+        int, Parameter(validator=validators.Number(gte=1), help="How many jobs to feed through the three doors.")
+    ] = 600,
     seed: Annotated[int, Parameter(help="Which jobs: the same seed gives the same stream.")] = 7,
     json: Annotated[bool, Parameter(help="Print one JSON object as the last line.", negative="")] = False,
 ) -> None:
@@ -45,4 +48,6 @@ def serve(service: Annotated[Literal["ingest", "router", "telemetry"], Parameter
 def _service(*arguments: str) -> NoReturn:
     """Becomes `python -m pipeline` where the services are: no parent is left that signals would have to pass."""
     command = [sys.executable, "-m", "pipeline", *arguments]
+    # Until it can handle them, which its first lines do; else a Ctrl-C while Python starts would end in a traceback.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     os.execve(sys.executable, command, services.environ())  # noqa: S606 - no shell is meant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -25,6 +26,13 @@ class Peaks(msgspec.Struct, frozen=True):
     transfer_latency_s: float
     launch_s: float
     """The fixed cost of one launch."""
+
+    def are_possible(self) -> bool:
+        """Whether a device could have been measured so."""
+        rates = (self.flops_per_s, self.bytes_per_s, self.transfer_bytes_per_s)
+        return all(rate > 0 for rate in rates) and all(
+            0 <= s < math.inf for s in (self.transfer_latency_s, self.launch_s)
+        )
 
 
 class ResourceState(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -66,8 +74,10 @@ def read_leases(leases: Iterable[bytes | None]) -> list[Announcement]:
     """
     found = []
     for lease in filter(None, leases):
-        with suppress(msgspec.DecodeError):
-            found.append(_ANNOUNCEMENT.decode(lease))
+        with suppress(msgspec.DecodeError, InvalidSettings):
+            each = _ANNOUNCEMENT.decode(lease)
+            if each.slots > 0 and each.peaks.are_possible() and kind_of(each.device) == each.kind:
+                found.append(each)
     return sorted(found, key=lambda each: (each.device, each.worker))
 
 

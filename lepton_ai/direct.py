@@ -100,7 +100,9 @@ class Direct:
         """Every worker that is alive, in the order of their devices' names."""
         with _broker_errors():
             incarnations: Any = self._redis.smembers(topology.HOLDERS)
-            leases: Any = self._redis.mget([topology.lease(name.decode()) for name in incarnations] or [topology.LANE])
+            leases: Any = self._redis.mget(
+                [topology.lease(name.decode(errors="replace")) for name in incarnations] or [topology.LANE]
+            )
         return read_leases(leases)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ LeptonError                     anything of ours
 │   ├── OptionNotSupported      a header option that this release does not honour
 │   ├── UnknownKernel           no live device announces the kernel
 │   ├── UnknownJob              no job of that id is known (or its result has expired)
+│   ├── UnsupportedMediaType    a body in a format that the ingest does not read
 │   └── TooLarge                a body above the limit
 ├── JobFailed                   the job itself ended without a result
 │   ├── KernelFailed            its kernel raised
@@ -45,6 +46,7 @@ __all__ = [
     "Unavailable",
     "UnknownJob",
     "UnknownKernel",
+    "UnsupportedMediaType",
     "from_wire",
 ]
 
@@ -105,6 +107,11 @@ class UnknownKernel(InvalidRequest):
 class UnknownJob(InvalidRequest):
     code = "unknown_job"
     status = 404
+
+
+class UnsupportedMediaType(InvalidRequest):
+    code = "unsupported_media_type"
+    status = 415
 
 
 class TooLarge(InvalidRequest):

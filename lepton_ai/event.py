@@ -2,16 +2,16 @@
 
 | type             | from    | jobs | data                                                                        |
 |------------------|---------|------|-----------------------------------------------------------------------------|
-| job.placed       | router  | yes  | seconds: predicted run time of each job                                     |
-| job.parked       | router  | yes  | reason                                                                      |
-| job.rejected     | router  | yes  | error                                                                       |
+| job.placed       | router  | yes  | seconds: predicted time of each job; devices: how many jobs went to each    |
+| job.parked       | router  | yes  | (the reason is in each job's Placement)                                     |
+| job.rejected     | router  | yes  | dead: how many more were no messages (the error is in each job's result)    |
 | job.succeeded    | worker  | yes  | observation of the launch (see `Observation`)                               |
-| job.failed       | worker  | yes  | error                                                                       |
-| job.cancelled    | worker  | yes  |                                                                             |
-| device.online    | worker  |      |                                                                             |
+| job.failed       | worker  | yes  | code, message, field: the error (see `LeptonError.to_wire`)                 |
+| job.cancelled    | worker  | yes  | code, message                                                               |
+| device.online    | worker  |      | worker                                                                      |
 | device.heartbeat | worker  |      | state: ResourceState                                                        |
-| device.offline   | worker  |      |                                                                             |
-| kernel.refused   | worker  |      | kernel, reason                                                              |
+| device.offline   | worker  |      | worker                                                                      |
+| kernel.refused   | worker  |      | reason (`kernel` is the kernel, or the module that was refused)             |
 | router.online    | router  |      |                                                                             |
 | router.offline   | router  |      |                                                                             |
 

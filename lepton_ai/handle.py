@@ -47,12 +47,22 @@ class JobHandle:
             self.meta = self._reader.wait(self, timeout)
         meta = self.meta
         if meta is None:
-            raise ResultTimeout(f"job {self.id} is {self.state} after {timeout} s; call result() again to wait on")
+            raise self._timed_out(timeout)
         if meta.status == "SUCCESS":
             return meta.result  # type: ignore[no-any-return]
         if meta.status == "REVOKED":
             raise JobCancelled(f"job {self.id} was cancelled")
         raise from_wire(_wire_error(meta))
+
+    def _timed_out(self, timeout_s: float | None) -> ResultTimeout:
+        meta, placement = self._reader.look(self.id)
+        state = state_of(meta, placement)
+        told = ""
+        if state == "waiting":
+            told = " (no router has placed it yet: is one running?)"
+        elif state == "parked" and placement is not None:
+            told = f" ({placement.reason})"
+        return ResultTimeout(f"job {self.id} is {state} after {timeout_s} s{told}; call result() again to wait on")
 
     @property
     def state(self) -> str:

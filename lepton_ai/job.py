@@ -6,12 +6,14 @@ from typing import Any, Final
 
 import msgspec
 
+from lepton_ai import topology
 from lepton_ai.errors import OptionNotSupported
-from lepton_ai.topology import DEFAULT_PRIORITY
 
 __all__ = ["FINAL_STATES", "Candidate", "Cost", "Estimate", "Meta", "Options", "Placement", "Record", "state_of"]
 
 #: Celery's states that end a job, and ours.
+_LONGEST_REPLY_TO: Final = 200
+
 FINAL_STATES: Final = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "cancelled"}
 
 
@@ -32,13 +34,17 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         """These options; OptionNotSupported names the first that is out of range."""
         if self.priority is not None and not 1 <= self.priority <= 9:
             raise OptionNotSupported(f"priority is 1 (low) to 9 (high), not {self.priority}", "priority")
+        if self.reply_to is not None and not (
+            self.reply_to.startswith(topology.reply("")) and len(self.reply_to) <= _LONGEST_REPLY_TO
+        ):
+            raise OptionNotSupported(f"reply_to must begin with {topology.reply('')}", "reply_to")
         if self.result not in (None, "json", "msgpack"):
             raise OptionNotSupported(f"result is json or msgpack, not {self.result!r}", "result")
         return self
 
     @property
     def urgency(self) -> int:
-        return DEFAULT_PRIORITY if self.priority is None else self.priority
+        return topology.DEFAULT_PRIORITY if self.priority is None else self.priority
 
 
 class Estimate(msgspec.Struct, frozen=True):

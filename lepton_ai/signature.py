@@ -171,8 +171,8 @@ def _bind_shape(argument: Argument, shape: tuple[int, ...], dims: Dims) -> None:
             argument.name,
         )
     for dim, size in zip(argument.dims, shape, strict=True):
-        if type(size) is not int or size < 0:
-            raise InvalidArguments(f"the shape of {argument.name!r} must hold sizes, not {size!r}", argument.name)
+        if type(size) is not int or not 0 <= size <= tensor.MOST:
+            raise InvalidArguments(f"the shape of {argument.name!r} must hold sizes, 0 to 2**63 - 1", argument.name)
         expected = dim if isinstance(dim, int) else dims.setdefault(dim, size)
         if size != expected:
             raise InvalidArguments(

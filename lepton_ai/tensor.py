@@ -36,6 +36,8 @@ DTYPES = {
 }
 _BY_WIRE = {dtype.str: dtype for dtype in DTYPES.values()} | DTYPES
 _MAX_DIMS = 32
+#: The largest size of a dimension, as of any array.
+MOST = 2**63 - 1
 
 
 class TensorMap(msgspec.Struct, forbid_unknown_fields=True):
@@ -96,5 +98,5 @@ def shape_of(value: Any, field: str | None = None) -> tuple[int, ...]:
 
 
 def _check_shape(shape: list[int], field: str | None) -> None:
-    if len(shape) > _MAX_DIMS or any(size < 0 for size in shape):
-        raise InvalidArguments(f"shape must be at most {_MAX_DIMS} sizes of 0 or more, not {shape}", field)
+    if len(shape) > _MAX_DIMS or any(not 0 <= size <= MOST for size in shape):
+        raise InvalidArguments(f"shape must be at most {_MAX_DIMS} sizes, each 0 to 2**63 - 1", field)

@@ -1,27 +1,50 @@
-"""`python -m pipeline ingest|router|telemetry`: one service of the decision side, until SIGTERM or Ctrl-C."""
+"""`python -m pipeline ingest|router|telemetry`: one service of the decision side, until SIGTERM or Ctrl-C.
+
+What takes time to import is imported inside: a Ctrl-C while it loads is one like any other.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
-import threading
+from typing import TYPE_CHECKING
 
-from lepton_ai.errors import LeptonError, NoBroker
-from lepton_ai.settings import Settings
-from queues import logs
+if TYPE_CHECKING:
+    from lepton_ai.settings import Settings
 
 _USAGE = "usage: python -m pipeline ingest|router|telemetry|demo"
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one service; the exit code is 2 where it cannot be started as asked."""
-    if arguments[:1] == ["demo"]:
-        from pipeline.demo import main as demo
+    """Runs one service; the exit code is 2 where it cannot be started as asked, 130 after an early Ctrl-C."""
+    try:
+        signal.signal(signal.SIGINT, _interrupt)
+        if arguments[:1] == ["demo"]:
+            signal.signal(signal.SIGTERM, _interrupt)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # `lepton` starts us with them held
+        if arguments[:1] == ["demo"]:
+            from pipeline.demo import main as demo
 
-        return demo(arguments[1:])
+            return demo(arguments[1:])
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _interrupt(number: int, _: object) -> None:
+    """Once: whoever leans on Ctrl-C must not break the cleaning up that the first one began."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _run(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in ("ingest", "router", "telemetry"):
         print(_USAGE, file=sys.stderr)
         return 2
+    from lepton_ai.errors import LeptonError, NoBroker
+    from lepton_ai.settings import Settings
+    from queues import logs
+
     try:
         settings = Settings.read()
         if not settings.redis_url:
@@ -40,6 +63,8 @@ def _serve(service: str, settings: Settings, url: str) -> None:
 
         serve(settings, url)
         return
+    import threading
+
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -39,6 +38,7 @@ _WORKERS = {"cpu.big": 2, "cpu.little": 1}
 _CELERY_SHARE, _HTTP_SHARE = 0.1, 0.3
 _IN_FLIGHT = 24
 _JOB_S = 60.0
+_PREDICTED = "(wait and run are predictions made when the job was placed; a model that has seen few jobs is far off)"
 
 Job = tuple[str, dict[str, Any]]
 
@@ -73,9 +73,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        parser.error("--jobs must be at least 1")
-    signal.signal(signal.SIGTERM, _interrupt)
     console = Console(stderr=options.json)
     try:
         return _run(options, console)
@@ -85,10 +82,6 @@ def main(arguments: Sequence[str]) -> int:
     except LeptonError as error:
         console.print(f"lepton demo: {error}", style="red", markup=False)
         return 1
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
@@ -285,3 +278,5 @@ def _print(console: Console, summary: Mapping[str, Any], explained: Sequence[Job
             times = [f"{s * 1e3:.2f}" for s in (c.wait_s, c.transfer_s, c.run_s, c.wait_s + c.transfer_s + c.run_s)]
             why.add_row("[bold]really[/bold]", *times, f"batch {c.batch}")
         console.print(why)
+    if explained:
+        console.print(_PREDICTED, style="dim", highlight=False, soft_wrap=True)

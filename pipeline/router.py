@@ -94,8 +94,7 @@ class _Session:
         # What is pushed to the other lists of the lane is announced to us; the default list wakes us by itself.
         prefixes = ("PREFIX", topology.LANE + topology.PRIORITY_SEPARATOR, "PREFIX", topology.AGAIN)
         self._main.call("CLIENT", "TRACKING", "ON", "BCAST", "NOLOOP", *prefixes)
-        if snapshot := self._main.call("GET", topology.MODEL):
-            self._model.restore(snapshot)
+        self._model.restore(self._main.call("GET", topology.MODEL))
         self._broker.emit(event.encode(Event("router.online", self._incarnation)))
         log.info("router_online", router=self._incarnation, policy=self._policy.name)
         try:
@@ -116,7 +115,7 @@ class _Session:
                 self._claim(woken=False)
                 self._place()
             self._ask()
-            wait_s = 0.0 if self._more else max(0.0, tick_at - time.monotonic())
+            wait_s = 0.0 if self._more or self._main.pushes else max(0.0, tick_at - time.monotonic())
             readable, _, _ = select.select([self._wake, self._main, self._events.connection], [], [], wait_s)
             if self._wake in readable:
                 self._claim(woken=self._has_woken())
@@ -150,7 +149,7 @@ class _Session:
     def _has_woken(self) -> bool:
         """Takes the answer of the wake connection; True where a message has landed in the wake claim."""
         self._waking = False
-        return self._wake.receive(1) != [None]
+        return self._broker.woke(self._wake)
 
     def _claim(self, *, woken: bool) -> None:
         """Claims what waits, up to the window; what the wake-up brought even beyond it."""

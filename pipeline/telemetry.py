@@ -67,6 +67,9 @@ class Telemetry:
             except LeptonError as error:  # CommandError too: a broker that is full refuses to keep the model
                 log.warning("broker_unavailable", reason=error.message)
                 stop.wait(_RETRY_S)
+            except Exception:  # a defect of ours must not end the service
+                log.exception("telemetry_failed")
+                stop.wait(_RETRY_S)
             finally:
                 position = stream.position
                 stream.connection.close()
@@ -74,8 +77,7 @@ class Telemetry:
         log.info("telemetry_offline")
 
     def _follow(self, connection: Connection, stream: EventStream, stop: threading.Event) -> None:
-        if snapshot := connection.call("GET", topology.MODEL):
-            self._model.restore(snapshot)
+        self._model.restore(connection.call("GET", topology.MODEL))
         self._cluster.refresh(announcements(connection))
         report_at = time.monotonic() + _REPORT_S
         while not stop.is_set():

@@ -30,6 +30,8 @@ LISTS_EACH: Final = 64
 WAKE: Final = LISTS_EACH - 1
 #: What a broker answers that will be able to work again, or that somebody must mend: no reason for a traceback.
 _NOT_NOW: Final = ("MISCONF", "READONLY", "OOM", "LOADING", "MASTERDOWN", "NOREPLICAS", "BUSY")
+_MOVED_AT_ONCE: Final = 64
+_DEAD_KEPT: Final = 10_000
 #: Where a router claims from, most urgent first.
 _SOURCES: Final = (topology.AGAIN, *topology.lane_lists())
 
@@ -101,20 +103,24 @@ class Broker:
         return bool(self.connection.call("PEXPIRE", self._lease, round(self._settings.lease_s * 1000)))
 
     def resign(self) -> None:
-        """Gives the lease back; only once nothing is held."""
-        self.connection.many([("DEL", self._lease), ("SREM", topology.HOLDERS, self.incarnation)])
+        """Gives the lease back, and whatever is still held after all (a take whose reply was lost)."""
+        self.connection.many([("DEL", self._lease), self._recover_command(self.incarnation)])
 
     def recover(self) -> int:
         """Moves what lapsed holders still hold to `again`; returns how many messages that were."""
         # Ourselves too: a process that thaws after it was forgotten gives back what it has moved since.
-        holders = {self.incarnation, *(name.decode() for name in self.connection.call("SMEMBERS", topology.HOLDERS))}
+        holders = {self.incarnation, *_names(self.connection.call("SMEMBERS", topology.HOLDERS))}
         alive = self.connection.many([("EXISTS", topology.lease(name)) for name in holders])
         lapsed = [name for name, lives in zip(holders, alive, strict=True) if not lives]
-        return sum(
-            self.connection.many(
-                [self._function("recover", (topology.HOLDERS, topology.AGAIN), (name, LISTS_EACH)) for name in lapsed]
-            )
-        )
+        return sum(self.connection.many(map(self._recover_command, lapsed)))
+
+    def _recover_command(self, incarnation: str) -> Command:
+        return self._function("recover", (topology.HOLDERS, topology.AGAIN), (incarnation, LISTS_EACH))
+
+    @property
+    def _remember(self) -> Command:
+        """Goes before every move into a list of ours: whoever has been frozen and forgotten is looked after again."""
+        return ("SADD", topology.HOLDERS, self.incarnation)
 
     # -- the router's side --------------------------------------------------------------------------------------
 
@@ -123,9 +129,15 @@ class Broker:
 
         The wake-up is itself a durable claim, and the next `claim` takes it over, whether or not the connection has
         answered yet. The wait ends before our lease can lapse, or a frozen router that has been forgotten would still
-        be given messages.
+        be given messages. `woke` takes the answer.
         """
-        wake.send([("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", self._settings.lease_s / 2)])
+        wait_s = self._settings.lease_s / 2
+        self.connection.call(*self._remember)  # not over `wake`: its next readable moment is the wake-up
+        wake.send([("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", wait_s)])
+
+    def woke(self, wake: Connection) -> bool:
+        """The answer to `ask_wake`: whether a message has landed in the wake claim."""
+        return wake.receive(1) != [None]
 
     def claim(self, number: int, have: int, limit: int) -> list[bytes]:
         """Moves up to `limit` waiting messages, most urgent first, to a claim that already holds `have`.
@@ -135,7 +147,8 @@ class Broker:
         claim = topology.claim(self.incarnation, number)
         # What the wake-up brought is older than all that the default list still holds, so it comes first.
         wake = ("LMOVE", self._wake_claim, claim, "RIGHT", "LEFT")
-        brought, length, *depths = self.connection.many([wake, ("LLEN", claim), *(("LLEN", each) for each in _SOURCES)])
+        lengths = [("LLEN", each) for each in (claim, *_SOURCES)]
+        _, brought, length, *depths = self.connection.many([self._remember, wake, *lengths])
         messages: list[bytes] = [] if brought is None else [brought]
         moves: list[Command] = []
         for source, depth in zip(_SOURCES, depths, strict=True):
@@ -150,31 +163,35 @@ class Broker:
     def unpark(self, kernel: str) -> int:
         """Moves the parked jobs of a kernel to `again`; returns how many."""
         parked = topology.parked(kernel)
-        depth = self.connection.call("LLEN", parked)
-        moves = [("LMOVE", parked, topology.AGAIN, "RIGHT", "LEFT")] * depth
-        self.connection.many([*moves, ("SREM", topology.PARKED, kernel)])
+        moved = self._move_all(parked, topology.AGAIN)
+        self.connection.call("SREM", topology.PARKED, kernel)
         # A job parked between the two reads keeps the kernel in the index: look once more.
         if self.connection.call("LLEN", parked):
             self.connection.call("SADD", topology.PARKED, kernel)
-        return int(depth)
+        return moved
+
+    def _move_all(self, source: str, target: str) -> int:
+        """Moves what a list holds now, in its order, a few hundred at a time; returns how many messages that were."""
+        moved, depth = 0, self.connection.call("LLEN", source)
+        while moved < depth:
+            count = min(_MOVED_AT_ONCE, depth - moved)
+            found = self.connection.many([("LMOVE", source, target, "RIGHT", "LEFT")] * count)
+            if None in found:
+                return moved + sum(each is not None for each in found)
+            moved += count
+        return moved
 
     def parked_kernels(self) -> set[str]:
-        return {name.decode() for name in self.connection.call("SMEMBERS", topology.PARKED)}
+        return set(_names(self.connection.call("SMEMBERS", topology.PARKED)))
 
     def take_back(self, live: Iterable[str]) -> int:
         """Moves what waits in the queues of devices that nobody serves any more to `again`; returns how many.
 
         A device counts as known once a router has dispatched to it.
         """
-        known = {name.decode() for name in self.connection.call("SMEMBERS", topology.DEVICES)}
-        queues = [topology.device_queue(device) for device in known.difference(live)]
-        depths = self.connection.many([("LLEN", queue) for queue in queues])
-        moves = [
-            ("LMOVE", queue, topology.AGAIN, "RIGHT", "LEFT")
-            for queue, depth in zip(queues, depths, strict=True)
-            for _ in range(depth)
-        ]
-        return sum(moved is not None for moved in self.connection.many(moves))
+        known = set(_names(self.connection.call("SMEMBERS", topology.DEVICES)))
+        queues = map(topology.device_queue, known.difference(live))
+        return sum(self._move_all(queue, topology.AGAIN) for queue in queues)
 
     def depths(self, devices: Sequence[str]) -> list[int]:
         """How many messages each device queue holds now."""
@@ -219,7 +236,7 @@ class Broker:
             yield ("LPUSH", topology.parked(kernel), *messages)
             yield ("SADD", topology.PARKED, kernel)
         for reason, message in step.dead:
-            yield ("XADD", topology.DEAD, "*", "reason", reason, "message", message)
+            yield ("XADD", topology.DEAD, "MAXLEN", "~", _DEAD_KEPT, "*", "reason", reason, "message", message)
         for outcome in step.rejected:
             yield from self._reject_commands(outcome)
         for minute, placements in step.placements.items():
@@ -248,10 +265,9 @@ class Broker:
         What a lost reply left in the held list is handed out again first.
         """
         queue, held = topology.device_queue(device), topology.held(self.incarnation, slot)
-        sent = self.connection.send(
-            [("BLMOVE", queue, held, "RIGHT", "LEFT", timeout_s), ("LLEN", queue), ("LLEN", held)]
-        )
-        first, depth, length = _checked(self.connection.receive(sent, timeout_s + 30))
+        take = ("BLMOVE", queue, held, "RIGHT", "LEFT", timeout_s)
+        sent = self.connection.send([self._remember, take, ("LLEN", queue), ("LLEN", held)])
+        _, first, depth, length = _checked(self.connection.receive(sent, timeout_s + 30))
         if first is None and length == 0:
             return []
         if length > 1 or first is None:
@@ -343,8 +359,12 @@ def load_functions(connection: Connection) -> str:
 
 def announcements(connection: Connection) -> list[Announcement]:
     """Every worker that is alive now."""
-    holders = [name.decode() for name in connection.call("SMEMBERS", topology.HOLDERS)]
+    holders = _names(connection.call("SMEMBERS", topology.HOLDERS))
     return read_leases(connection.call("MGET", *map(topology.lease, holders)) if holders else [])
+
+
+def _names(found: Iterable[bytes]) -> list[str]:
+    return [name.decode(errors="replace") for name in found]  # anybody with the broker's password may write there
 
 
 def _checked(replies: list[Any]) -> list[Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from lepton_ai import event, topology
 from lepton_ai.event import Event
 from queues.connection import Connection
@@ -45,7 +47,11 @@ class EventStream:
         for entries in (reply or {}).values():
             for entry_id, fields in entries:
                 self.position = entry_id.decode()
-                for each in event.decode(fields[1]):
+                try:
+                    found = event.decode(fields[1])
+                except msgspec.DecodeError:
+                    continue  # of another release, or no event at all
+                for each in found:
                     yield self.position, each
 
     def _last(self) -> str:

@@ -49,7 +49,7 @@ local function commit(keys, args)
     if not fresh then
       status = 'duplicate'
       duplicates[#duplicates + 1] = id
-    elseif record ~= '' and reply == '' then
+    elseif record ~= '' and string.sub(reply, 1, 13) ~= 'lepton:reply:' then
       redis.pcall('PUBLISH', key, record)
     elseif record ~= '' then
       if replies[reply] == nil then
@@ -86,8 +86,10 @@ local function release(keys, args)
   return tonumber(args[1])
 end
 
--- recover: what a holder without a lease still holds goes to `again`. A holder is forgotten once nothing was found.
+-- recover: what a holder without a lease still holds goes to `again`. A holder is forgotten once it has been found
+-- empty for a while: a blocking move that it had asked for may still have been served after its connection broke.
 -- KEYS holders again        ARGV incarnation lists_each
+local REMEMBER_MS = 30000
 local function recover(keys, args)
   if not (is_type(keys[1], 'set') and is_type(keys[2], 'list')) then
     return redis.error_reply('WRONGTYPE a key of lepton holds something else')
@@ -102,7 +104,17 @@ local function recover(keys, args)
       end
     end
   end
-  if moved == 0 then redis.call('SREM', keys[1], incarnation) end
+  local empty = 'lepton:empty:' .. incarnation
+  if moved > 0 then
+    redis.call('DEL', empty)
+  else
+    local left = redis.call('PTTL', empty)
+    if left == -2 then
+      redis.call('SET', empty, '', 'PX', 2 * REMEMBER_MS)
+    elseif left < REMEMBER_MS then
+      redis.call('SREM', keys[1], incarnation)
+    end
+  end
   return moved
 end
 

@@ -209,7 +209,7 @@ def _check_pool(worker: Any) -> None:
     if worker.autoscale:
         raise InvalidSettings("slots are fixed: leave out --autoscale", "--autoscale")
     pool = worker.pool_cls.__module__.rpartition(".")[2]
-    if pool not in ("thread", "solo"):
+    if pool != "thread":
         raise InvalidSettings(f"slots are threads: start the worker with -P threads, not {pool}", "-P")
     if not 1 <= worker.concurrency < LISTS_EACH:
         raise InvalidSettings(f"-c is 1 to {LISTS_EACH - 1} slots, not {worker.concurrency}", "-c")

@@ -20,7 +20,7 @@ from lepton_ai.job import Cost, Options, Placement, Record
 from lepton_ai.settings import Settings
 from lepton_ai.tensor import DTYPES
 from queues.broker import Broker, Commit, Outcome
-from queues.connection import Connection
+from queues.connection import CommandError, Connection
 from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, names, read, split
 from tasks.driver import Driver
 from tasks.warmup import Repertoire
@@ -259,7 +259,11 @@ class _Slot:
             return {}
         now = int(time.time()) // 60
         minutes = {minute_of(job) or now for job in ids} | {now, now - 1}
-        return {job: _PLACEMENT.decode(raw) for job, raw in broker.placements(ids, minutes).items()}
+        try:
+            return {job: _PLACEMENT.decode(raw) for job, raw in broker.placements(ids, minutes).items()}
+        except (CommandError, msgspec.DecodeError) as error:  # the job runs all the same, unexplained
+            log.error("placements_unreadable", reason=str(error))
+            return {}
 
     def _run_group(self, group: Group, placements: dict[str, Placement], taken_at: float, ended: _Ended) -> None:
         """Runs a group in one launch; if that raises, each of its jobs alone, so that only the culprit fails."""

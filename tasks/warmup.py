@@ -45,6 +45,8 @@ def warm(kernels: Iterable[Kernel], driver: Driver, refused: dict[str, str]) -> 
     others serve.
     """
     found = Repertoire({}, {}, dict(refused))
+    for name, reason in refused.items():
+        log.error("kernel_refused", kernel=name, reason=reason)
     for kernel in kernels:
         if driver.kind not in kernel.kinds:
             continue

@@ -141,6 +141,42 @@ def test_help_needs_no_python(checkout: Checkout) -> None:
         assert "usage: ./lepton" in run.stdout
 
 
+def test_the_usage_has_every_command_of_the_launcher(checkout: Checkout) -> None:
+    usage = checkout.run().stdout
+    assert all(f"\n  {command}" in usage for command in ("demo ", "serve SERVICE ", "test ", "check ", "help "))
+
+
+@pytest.mark.parametrize("command", [[], ["serve"]])
+def test_help_is_the_help_of_the_program(checkout: Checkout, command: list[str]) -> None:
+    checkout.add_python()
+    run = checkout.run("help", *command)
+    assert run.stdout.splitlines()[1:] == [f"argument={argument}" for argument in (*command, "--help")]
+
+
+STEPS = ("ruff", "mypy", "lint-imports", "check-jsonschema", "hadolint")
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [((), None), (("mypy",), "mypy"), (("ruff", "lint-imports"), "ruff check, ruff format --check, lint-imports")],
+    ids=["none", "one", "several"],
+)
+def test_a_check_runs_every_step_and_names_those_that_failed(
+    checkout: Checkout, broken: tuple[str, ...], told: str | None
+) -> None:
+    checkout.add_python()
+    checkout.run("test")
+    for step in STEPS:
+        program = checkout.root / ".venv" / "bin" / step
+        program.write_text(f"#!/bin/sh\nexit {int(step in broken)}\n")
+        program.chmod(0o755)
+    run = checkout.run("check")
+    assert run.returncode == bool(broken)
+    lines = run.stderr.splitlines()
+    assert [line for line in lines if "failed" in line] == ([f"lepton: failed: {told}"] if told else [])
+    assert lines[5].startswith("lepton: hadolint")
+
+
 def test_the_first_start_installs_the_lock_and_the_second_nothing(checkout: Checkout) -> None:
     checkout.add_python()
     first = checkout.run("demo")

@@ -80,6 +80,18 @@ class Line(msgspec.Struct):
         self.p01 = min(limit, max(-limit, self.p01 - gain * px0 * px1))
         self._stay_possible()
 
+    def is_possible(self) -> bool:
+        """Whether these are numbers that launches could have taught."""
+        return (
+            self.n > 0
+            and 0 <= self.fixed < math.inf
+            and _LEAST_SLOWNESS <= self.slowness < math.inf
+            and 0 < self.p00 <= _PRIOR
+            and 0 < self.p11 <= _PRIOR
+            and abs(self.p01) <= _PRIOR
+            and 0 <= self.variance < math.inf
+        )
+
     def _stay_possible(self) -> None:
         """Neither number may be negative: one that is goes to its least, the other to what is likeliest given that."""
         if self.fixed < 0:
@@ -111,6 +123,8 @@ class CostModel:
 
     def learn(self, seen: Observation, peaks: Peaks) -> None:
         """Folds in one launch. What is no time or no bound (nought, negative, absurd, not finite) is left out."""
+        if seen.jobs < 1:
+            return
         key = seen.kernel, seen.device
         bound_s = _bound_s(Work(seen.flops, seen.bytes), peaks)
         if _is_time(seen.run_s) and _is_time(bound_s):
@@ -128,13 +142,19 @@ class CostModel:
             [[(*key, line) for key, line in lines.items()] for lines in (self._runs, self._transfers)]
         )
 
-    def restore(self, data: bytes) -> None:
-        """Takes a snapshot over; what was learned since then is kept where it rests on more launches."""
-        found = msgspec.msgpack.decode(data, type=tuple[_Lines, _Lines])
+    def restore(self, data: bytes | None) -> None:
+        """Takes a snapshot over; what was learned since then is kept where it rests on more launches.
+
+        A snapshot of another form, and what in it could not have been learned, is left out: learning starts anew.
+        """
+        try:
+            found = msgspec.msgpack.decode(data or b"\x92\x90\x90", type=tuple[_Lines, _Lines])
+        except msgspec.DecodeError:
+            return
         for lines, learned in zip((self._runs, self._transfers), found, strict=True):
             for kernel, device, line in learned:
                 have = lines.get((kernel, device))
-                if have is None or have.n < line.n:
+                if line.is_possible() and (have is None or have.n < line.n):
                     lines[kernel, device] = line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ import structlog
 
 from lepton_ai import topology, wire
 from lepton_ai.device import Announcement, read_leases
-from lepton_ai.errors import BrokerUnavailable, LeptonError, UnknownJob, UnknownKernel
+from lepton_ai.errors import BrokerUnavailable, LeptonError, TooLarge, UnknownJob, UnknownKernel
 from lepton_ai.identity import minute_of, new_id, new_ids
 from lepton_ai.job import FINAL_STATES, Meta, Options, Placement, Record, state_of
 from lepton_ai.kernel import KernelSpec
@@ -26,7 +27,11 @@ from lepton_ai.signature import Signature, shapes_of
 __all__ = ["Door"]
 
 _REFRESH_S = 1.0
-_LOOK_EVERY_S = 0.1
+_LOOK_EVERY_S = (0.05, 1.0)
+#: Connections of one ingest, and how long a request waits for one.
+_CONNECTIONS, _CONNECTION_S = 32, 10
+#: How many minutes of placements back a foreign id (one that carries no minute) is looked for.
+_MINUTES_BACK = 60
 _POP_AT_ONCE = 256
 _POP_S = 5.0
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
@@ -39,7 +44,13 @@ class Door:
 
     def __init__(self, settings: Settings, url: str) -> None:
         self._ttl_s = max(1, round(settings.result_ttl_s))
-        self._redis: Any = redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=2)
+        self._limit_bytes = settings.body_limit_bytes
+        # Requests wait for a connection rather than fail; replies come over one that they cannot take away.
+        times: Any = {"socket_timeout": 30, "socket_connect_timeout": 2}
+        pool = redis.BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=_CONNECTION_S, **times)
+        self._redis: Any = redis.Redis(connection_pool=pool)
+        self._replies: Any = redis.Redis.from_url(url, **times)
+        self._closing = False
         self._reply_to = topology.reply(f"ingest-{new_id()}")
         self._kernels: dict[str, tuple[KernelSpec, Signature]] = {}
         """Every kernel ever seen: one whose workers are just restarting is still accepted, and parked."""
@@ -59,6 +70,15 @@ class Door:
                 _, running = await asyncio.wait(running, timeout=0.1)
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._redis.aclose()
+            await self._redis.connection_pool.disconnect()
+            await self._replies.aclose()
+
+    def stop_waiting(self) -> None:
+        """Answers everybody who waits with what is known now, so that the service can end."""
+        self._closing = True
+        for waiters in list(self._waiters.values()):
+            for future in waiters:
+                future.cancel()
 
     async def accept(self, requests: list[JobRequest], wait_s: float) -> list[JobView]:
         """Checks every job, then publishes all of them; a list is accepted whole or not at all.
@@ -71,7 +91,8 @@ class Door:
             await self._publish(ids, requests, options)
             if waiters:
                 await asyncio.wait(waiters, timeout=wait_s)
-        done = {meta.task_id: meta for meta in (each.result() for each in waiters if each.done())}
+        answered = (each.result() for each in waiters if each.done() and not each.cancelled())
+        done = {meta.task_id: meta for meta in answered}
         return [
             _view(job_id, request.kernel, done.get(job_id), None) for job_id, request in zip(ids, requests, strict=True)
         ]
@@ -80,14 +101,16 @@ class Door:
         """One job as it stands, at the latest after `wait_s` seconds; UnknownJob where nothing is known of it."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait_s
+        pause_s = _LOOK_EVERY_S[0]
         with self._waiting([job_id]) as waiters:
             while True:
                 meta, placement = await self._find(job_id)
                 left = deadline - loop.time()
-                if left <= 0 or (meta is not None and meta.status in FINAL_STATES):
+                if left <= 0 or self._closing or (meta is not None and meta.status in FINAL_STATES):
                     break
                 # Our own jobs' replies wake us; another door's job is looked for now and then.
-                await asyncio.wait(waiters, timeout=min(left, _LOOK_EVERY_S))
+                await asyncio.wait(waiters, timeout=min(left, pause_s))
+                pause_s = min(2 * pause_s, _LOOK_EVERY_S[1])
         if meta is None and placement is None:
             raise UnknownJob(f"no job {job_id!r}: the id is wrong, or its result has expired", "id")
         if placement is None and meta is not None and meta.lepton is not None:
@@ -98,7 +121,11 @@ class Door:
         """Every worker that is alive."""
         async with _broker_errors():
             names = await self._redis.smembers(topology.HOLDERS)
-            leases = await self._redis.mget([topology.lease(name.decode()) for name in names]) if names else []
+            leases = (
+                await self._redis.mget([topology.lease(name.decode(errors="replace")) for name in names])
+                if names
+                else []
+            )
         return read_leases(leases)
 
     async def kernels(self) -> list[KernelSpec]:
@@ -139,10 +166,17 @@ class Door:
         return known
 
     async def _publish(self, ids: list[str], requests: list[JobRequest], options: list[Options]) -> None:
-        async with _broker_errors(), self._redis.pipeline(transaction=False) as pipeline:
+        messages = [
+            wire.envelope(job_id, request.kernel, request.arguments, each)
+            for job_id, request, each in zip(ids, requests, options, strict=True)
+        ]
+        for index, message in enumerate(messages):
+            # What JSON said in few characters may be long in a message, and the worker has the same limit.
+            if len(message) * 3 // 4 > self._limit_bytes:
+                raise TooLarge(f"job {index} has about {len(message) * 3 // 4} bytes, the limit is {self._limit_bytes}")
+        async with _broker_errors(), self._redis.pipeline(transaction=True) as pipeline:
             waiting: dict[int, dict[str, bytes]] = {}
-            for job_id, request, each in zip(ids, requests, options, strict=True):
-                message = wire.envelope(job_id, request.kernel, request.arguments, each)
+            for job_id, request, each, message in zip(ids, requests, options, messages, strict=True):
                 pipeline.lpush(topology.lane_list(each.urgency), message)
                 note = Placement(job_id, request.kernel, "waiting", "waits in its lane for a router", 0.0, "")
                 waiting.setdefault(minute_of(job_id) or 0, {})[job_id] = msgspec.msgpack.encode(note)
@@ -154,12 +188,21 @@ class Door:
             await pipeline.execute()
 
     async def _find(self, job_id: str) -> tuple[Meta | None, Placement | None]:
-        minute = minute_of(job_id)
+        minute, now = minute_of(job_id), int(time.time()) // 60
+        minutes = [minute] if minute is not None else range(now, now - _MINUTES_BACK, -1)
         async with _broker_errors(), self._redis.pipeline(transaction=False) as pipeline:
             pipeline.get(topology.result(job_id))
-            pipeline.hget(topology.jobs(minute or 0), job_id)
-            found, placed = await pipeline.execute()
-        return (wire.read_meta(found) if found else None), (_PLACEMENT.decode(placed) if placed else None)
+            for each in minutes:
+                pipeline.hget(topology.jobs(each), job_id)
+            found, *placements = await pipeline.execute()
+        try:
+            meta = wire.read_meta(found) if found else None
+            placement = next((_PLACEMENT.decode(raw) for raw in placements if raw), None)
+        except (LeptonError, msgspec.DecodeError):
+            raise UnknownJob(f"what is stored for {job_id!r} is no job of ours", "id") from None
+        if meta is not None and meta.status == "SUCCESS" and not isinstance(meta.result, dict):
+            raise UnknownJob(f"{job_id!r} is a task of Celery's own, and no job of ours", "id")
+        return meta, placement
 
     @contextlib.contextmanager
     def _waiting(self, ids: Iterable[str]) -> Iterator[list[asyncio.Future[Meta]]]:
@@ -193,6 +236,8 @@ class Door:
                 await self._refresh()
             except BrokerUnavailable as error:
                 log.warning("broker_unavailable", reason=error.message)
+            except Exception:  # a defect of ours must not end it: kernels announced later would never be known
+                log.exception("refresh_failed")
             await asyncio.sleep(_REFRESH_S)
 
     async def _pump(self) -> None:
@@ -200,7 +245,7 @@ class Door:
         while True:
             try:
                 async with _broker_errors():
-                    popped = await self._redis.blmpop(_POP_S, 1, self._reply_to, direction="LEFT", count=_POP_AT_ONCE)
+                    popped = await self._replies.blmpop(_POP_S, 1, self._reply_to, direction="LEFT", count=_POP_AT_ONCE)
             except BrokerUnavailable:
                 await asyncio.sleep(_REFRESH_S)
                 continue

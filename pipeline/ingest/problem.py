@@ -15,7 +15,7 @@ __all__ = ["HANDLERS", "Problem"]
 
 _MEDIA_TYPE = "application/problem+json"
 _RETRY_AFTER_S = "1"
-_CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "malformed"}
+_CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
 log = structlog.get_logger()
 
@@ -55,7 +55,7 @@ def _parameter(request: Request[Any, Any, Any], error: ValidationException) -> R
 def _http(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
     status = error.status_code
     code = _CODES.get(status, "refused" if status < 500 else "internal")
-    return _respond(Problem(type(error).__name__, status, error.detail, code))
+    return _respond(Problem(type(error).__name__.removesuffix("Exception"), status, error.detail, code))
 
 
 def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:

@@ -8,12 +8,14 @@ from typing import Annotated, Any
 
 import msgspec
 from litestar import Litestar, Request, Response, get, post
+from litestar.exceptions import InternalServerException
 from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin, YamlRenderPlugin
 from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody, Schema
 from litestar.params import Parameter
 
 from lepton_ai import wire
-from lepton_ai.errors import InvalidArguments, InvalidRequest, Malformed, TooLarge
+from lepton_ai.errors import InvalidArguments, Malformed, TooLarge, UnsupportedMediaType
 from lepton_ai.remote import JobRequest
 from lepton_ai.settings import Settings
 from pipeline.ingest.door import Door
@@ -126,9 +128,8 @@ async def kernels(request: Request[Any, Any, Any], door: Door) -> Response[bytes
     return _respond(request, await door.kernels(), 200)
 
 
-def make_asgi(settings: Settings, url: str) -> Litestar:
+def make_asgi(settings: Settings, door: Door) -> Litestar:
     """The ASGI application over one broker."""
-    door = Door(settings, url)
     return Litestar(
         [healthz, readyz, submit, job, devices, kernels],
         lifespan=[door.open],
@@ -142,6 +143,8 @@ def make_asgi(settings: Settings, url: str) -> Litestar:
             description="Every compute job on the device that finishes it soonest.",
             use_handler_docstrings=True,
             path="/openapi",
+            # No pages: those load their scripts from somebody else's server.
+            render_plugins=[JsonRenderPlugin(), YamlRenderPlugin()],
         ),
         debug=False,
     )
@@ -162,11 +165,14 @@ async def _body(request: Request[Any, Any, Any], limit_bytes: int) -> bytes:
     if announced.isdigit() and int(announced) > limit_bytes:
         raise TooLarge(f"the body has {announced} bytes, the limit is {limit_bytes}")
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit_bytes:
-            raise TooLarge(f"the body is over the limit of {limit_bytes} bytes")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit_bytes:
+                raise TooLarge(f"the body is over the limit of {limit_bytes} bytes")
+            parts.append(part)
+    except InternalServerException as error:  # so litestar tells of a body that ends early or has a broken chunk
+        raise Malformed("the body breaks off, or its chunks are not well formed") from error
     return b"".join(parts)
 
 
@@ -174,7 +180,7 @@ def _decode(body: bytes, content_type: str) -> JobRequest | list[JobRequest]:
     media = content_type.split(";", maxsplit=1)[0].strip().lower()
     known = _FORMATS.get(media)
     if known is None:
-        raise _UnsupportedMediaType(f"content type {media!r} is not understood; use application/json or {wire.MSGPACK}")
+        raise UnsupportedMediaType(f"content type {media!r} is not understood; use application/json or {wire.MSGPACK}")
     try:
         found = known.body.decode(body)
     except msgspec.ValidationError as error:
@@ -196,11 +202,6 @@ def _request(incoming: _Incoming, known: _Format) -> JobRequest:
                 f"argument {name!r} is no number, list of numbers or tensor: {error}", name
             ) from None
     return JobRequest(incoming.kernel, arguments, incoming.priority, incoming.device)
-
-
-class _UnsupportedMediaType(InvalidRequest):
-    code = "unsupported_media_type"
-    status = 415
 
 
 def _invalid(error: msgspec.ValidationError) -> InvalidArguments:

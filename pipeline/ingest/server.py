@@ -11,10 +11,12 @@ from granian.server.embed import Server
 
 from lepton_ai.errors import InvalidSettings
 from lepton_ai.settings import Settings
+from pipeline.ingest.door import Door
 from pipeline.ingest.routes import make_asgi
 
 __all__ = ["serve"]
 
+_STOP_S = 10.0
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 log = structlog.get_logger()
@@ -32,8 +34,9 @@ def serve(settings: Settings, url: str) -> None:
 
 
 async def _serve(settings: Settings, url: str) -> None:
+    door = Door(settings, url)
     server = Server(
-        make_asgi(settings, url),
+        make_asgi(settings, door),
         address=settings.http_host,
         port=settings.http_port,
         interface=Interfaces.ASGI,
@@ -47,7 +50,12 @@ async def _serve(settings: Settings, url: str) -> None:
     log.info("ingest_online", address=f"http://{settings.http_host}:{settings.http_port}")
     stopping = asyncio.create_task(stopped.wait())
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+    door.stop_waiting()
     server.stop()  # type: ignore[no-untyped-call]
     stopping.cancel()
-    await serving
+    try:
+        async with asyncio.timeout(_STOP_S):
+            await serving
+    except TimeoutError:
+        log.warning("ingest_cut_off", reason=f"a request was still open after {_STOP_S} s")
     log.info("ingest_offline")

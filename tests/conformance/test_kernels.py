@@ -1,7 +1,7 @@
 """Every kernel, on every kind of device that opens here, equals its reference.
 
-A new kernel or driver is under test by being there. Inputs come from the signature; VALUES holds what random numbers
-alone would make meaningless.
+A new kernel or driver is under test by being there, and a module of kernels by being named in LEPTON_KERNELS. Inputs
+come from the signature; VALUES holds what random numbers alone would make meaningless.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from lepton_ai.errors import InvalidArguments, InvalidSettings
 from lepton_ai.kernel import DEVICE_KINDS, Kernel, Run
+from lepton_ai.settings import Settings
 from lepton_ai.signature import Argument
 from tasks.catalogue import load
 from tasks.driver import Driver, open_device
 
 Inputs = dict[str, Any]
-KERNELS = load().kernels
+CATALOGUE = load(Settings.read().kernel_modules)
+KERNELS = CATALOGUE.kernels
 ROUNDS = 6
 
 
@@ -283,6 +285,10 @@ def split(kernel: Kernel, outputs: dict[str, NDArray[Any]], batch: list[Inputs])
         size = next(len(value) for value in inputs.values() if isinstance(value, np.ndarray))
         yield {key: value[start : start + size] for key, value in outputs.items()}
         start += size
+
+
+def test_no_module_with_kernels_is_refused() -> None:
+    assert CATALOGUE.refused == {}
 
 
 def test_every_kernel_has_a_reference_samples_and_a_variant() -> None:

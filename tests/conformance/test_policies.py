@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lepton_ai.errors import InvalidSettings
 from lepton_ai.placement import policies
 from lepton_ai.placement.policies.earliest_finish import EarliestFinish
 from lepton_ai.placement.problem import UNPLACED, Plan, Policy, Problem
@@ -48,6 +49,18 @@ def test_every_module_has_a_policy_and_every_policy_a_name_of_its_own() -> None:
     modules = {found.name for found in pkgutil.iter_modules(policies.__path__)}
     assert {cls.__module__.rpartition(".")[2] for cls in POLICIES} == modules
     assert len({cls.name for cls in POLICIES}) == len(POLICIES)
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_every_policy_loads_by_the_name_of_its_file(name: str) -> None:
+    assert policies.load(name).name == name
+
+
+@pytest.mark.parametrize("name", ["fastest", "", "earliest-finish", "os"])
+def test_a_policy_that_is_not_there_is_refused_with_those_that_are(name: str) -> None:
+    with pytest.raises(InvalidSettings, match=f"no policy {name!r}; there are .*earliest_finish") as refused:
+        policies.load(name)
+    assert all(known in refused.value.message for known in policies.names())
 
 
 @each_policy

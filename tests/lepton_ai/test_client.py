@@ -281,6 +281,19 @@ def test_a_job_that_was_placed_says_where_and_why(client: Client, connection: Co
     assert (job.state, job.done, job.why()) == (state, False, placement(job, state))
 
 
+def test_a_result_that_nobody_will_place_says_so(client: Client) -> None:
+    job = client.submit("a.b", {"x": 1})
+    with pytest.raises(ResultTimeout, match=r"no router has placed it yet: is one running\?"):
+        job.result(timeout=0)
+
+
+def test_a_result_of_a_parked_job_says_why_it_is_parked(client: Client, connection: Connection) -> None:
+    job = client.submit("a.b", {"x": 1})
+    place(connection, job, placement(job, "parked"))
+    with pytest.raises(ResultTimeout, match=r"is parked after 0 s \(the only one\)"):
+        job.result(timeout=0)
+
+
 def test_a_foreign_id_is_looked_for_in_the_last_minutes(client: Client, connection: Connection) -> None:
     job = client.job("celerys-own-id")
     place(connection, job, placement(job), int(time.time()) // 60 - 3)

@@ -77,8 +77,21 @@ def test_an_unknown_name_is_refused_by_name(name: str) -> None:
     ],
 )
 def test_a_value_of_another_type_is_refused_by_name(variable: str, text: str) -> None:
-    with pytest.raises(InvalidSettings, match=variable.removeprefix("LEPTON_").lower()):
+    with pytest.raises(InvalidSettings, match=f"^{variable} does not fit: .*, and it is {text!r}$") as refused:
         Settings.read({variable: text})
+    assert refused.value.field == variable
+
+
+@pytest.mark.parametrize("url", ["http://h", "127.0.0.1:6379", "h", "redis"])
+def test_a_broker_of_another_scheme_is_refused_by_name(url: str) -> None:
+    with pytest.raises(InvalidSettings, match=r"^LEPTON_REDIS_URL must begin with redis://") as refused:
+        Settings.read({"LEPTON_REDIS_URL": url})
+    assert refused.value.field == "redis_url"
+
+
+@pytest.mark.parametrize("url", ["redis://h:1/2", "rediss://u:p@h", "unix://:p@/run/valkey.sock"])
+def test_a_broker_may_have_three_schemes(url: str) -> None:
+    assert Settings.read({"LEPTON_REDIS_URL": url}).redis_url == url
 
 
 @pytest.mark.parametrize("name", ABOVE_NOUGHT)

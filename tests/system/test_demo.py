@@ -93,6 +93,26 @@ def test_it_can_be_stopped_at_any_moment_and_leaves_nothing(folder: Path, moment
     assert demo.left() == []
 
 
+def test_leaning_on_ctrl_c_ends_it_as_one_does(folder: Path) -> None:
+    demo = Demo(folder, "--jobs", "5000")
+    demo.read_until("is online")
+    deadline = time.monotonic() + 30
+    while demo.process.poll() is None and time.monotonic() < deadline:
+        demo.process.send_signal(signal.SIGINT)
+        time.sleep(0.005)
+    output, _ = demo.process.communicate(timeout=10)
+    assert demo.process.returncode == 130
+    assert "Traceback" not in output
+    assert demo.left() == []
+
+
+def test_fewer_than_one_job_is_refused(folder: Path) -> None:
+    demo = Demo(folder, "--jobs", "0")
+    output, _ = demo.process.communicate(timeout=10)
+    assert demo.process.returncode != 0
+    assert "--jobs" in output
+
+
 def test_even_sigkill_leaves_nothing_for_long(folder: Path) -> None:
     demo = Demo(folder, "--jobs", "5000")
     demo.read_until("is online")

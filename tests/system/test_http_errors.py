@@ -1,8 +1,10 @@
 """Every mistake of a client over HTTP has its status, a body that names the field, and no traceback in a log."""
 
+import socket
 import struct
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -165,7 +167,9 @@ def test_malformed_msgpack_is_400(http: httpx.Client, content: bytes) -> None:
 
 def test_an_unknown_content_type_is_415(http: httpx.Client) -> None:
     response = http.post("/v1/jobs", content=b"<job/>", headers={"content-type": "text/xml"})
-    assert "application/json" in problem(response, 415)["detail"]
+    body = problem(response, 415)
+    assert (body["title"], body["code"]) == ("UnsupportedMediaType", "unsupported_media_type")
+    assert "application/json" in body["detail"]
 
 
 def test_a_body_over_the_limit_is_413(http: httpx.Client) -> None:
@@ -178,6 +182,17 @@ def test_a_body_over_the_limit_without_a_length_is_413(http: httpx.Client) -> No
     assert problem(http.post("/v1/jobs", content=parts), 413)["code"] == "too_large"
 
 
+@pytest.mark.parametrize("body", [b"zz\r\n{}\r\n0\r\n\r\n", b"2\r\n{}XX0\r\n\r\n"], ids=["size", "end"])
+def test_a_broken_chunk_is_400(fleet: Fleet, body: bytes) -> None:
+    url = urlsplit(fleet.http_url)
+    head = "POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    with socket.create_connection((url.hostname, url.port), timeout=10) as connection:
+        connection.sendall(head.encode() + body)
+        answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"malformed"' in answer
+
+
 def test_an_unknown_job_is_404(http: httpx.Client) -> None:
     assert problem(http.get("/v1/jobs/01990000-0000-7000-8000-000000000000"), 404)["code"] == "unknown_job"
 
@@ -188,8 +203,10 @@ def test_a_wait_that_is_no_wait_is_422_and_named(http: httpx.Client, wait_s: str
 
 
 def test_an_unknown_path_is_404_and_a_wrong_method_405(http: httpx.Client) -> None:
-    assert problem(http.get("/v1/nothing"), 404)["code"] == "not_found"
-    assert problem(http.delete("/v1/jobs"), 405)["code"] == "method_not_allowed"
+    body = problem(http.get("/v1/nothing"), 404)
+    assert (body["title"], body["code"]) == ("NotFound", "not_found")
+    body = problem(http.delete("/v1/jobs"), 405)
+    assert (body["title"], body["code"]) == ("MethodNotAllowed", "method_not_allowed")
 
 
 def test_the_service_says_that_it_is_alive_and_ready(http: httpx.Client) -> None:
@@ -202,6 +219,15 @@ def test_devices_and_kernels_are_listed(http: httpx.Client) -> None:
     assert devices == {"cpu.big": 2, "cpu.little": 1}
     kernels = {each["name"]: each["inputs"] for each in http.get("/v1/kernels").json()}
     assert kernels["linalg.matmul"] == {"a": "float32[m,k]", "b": "float32[k,n]"}
+
+
+@pytest.mark.parametrize("page", ["", "/swagger", "/redoc", "/elements", "/rapidoc", "/scalar"])
+def test_openapi_has_no_page_that_loads_scripts_from_elsewhere(http: httpx.Client, page: str) -> None:
+    assert "<script" not in http.get(f"/openapi{page}").text
+
+
+def test_openapi_comes_in_yaml_too(http: httpx.Client) -> None:
+    assert "/v1/jobs:" in http.get("/openapi/openapi.yaml").text
 
 
 def test_openapi_describes_the_body_of_a_job(http: httpx.Client) -> None:

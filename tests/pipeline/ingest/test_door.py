@@ -37,7 +37,7 @@ Found = TypeVar("Found")
 def announce(connection: Connection, incarnation: str = "worker-1", *kernels: KernelSpec, device: str = "cpu") -> None:
     """A worker's lease, without a worker."""
     peaks = Peaks(1e9, 1e9, 1e9, 0.0, 0.0)
-    value = Announcement(incarnation, incarnation, device, "cpu", 1, False, peaks, kernels or (DOUBLE,), 0.0)
+    value = Announcement(incarnation, incarnation, device, device, 1, False, peaks, kernels or (DOUBLE,), 0.0)
     lease = topology.lease(incarnation)
     connection.many([("SET", lease, msgspec.msgpack.encode(value)), ("SADD", topology.HOLDERS, incarnation)])
 
