@@ -116,3 +116,9 @@ def test_a_jobs_state_is_its_results_if_final_and_its_placements_if_not(
 def test_values_do_not_change(value: Any) -> None:
     with pytest.raises(AttributeError):
         setattr(value, value.__struct_fields__[0], "other")
+
+
+@pytest.mark.parametrize("key", ["lepton.ingest", "lepton:again", "lepton:parked:a.b", "", "lepton:reply:" + "x" * 300])
+def test_a_reply_goes_to_a_reply_list_and_nowhere_else(key: str) -> None:
+    with pytest.raises(OptionNotSupported, match="reply_to"):
+        Options(reply_to=key).checked()

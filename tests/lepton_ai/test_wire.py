@@ -277,7 +277,7 @@ def test_kombus_msgpack_reads_the_same_bytes(array: np.ndarray) -> None:
         Options,
         priority=st.none() | st.integers(1, 9),
         device=st.none() | st.text(),
-        reply_to=st.none() | st.text(),
+        reply_to=st.none() | st.text(max_size=100).map("lepton:reply:".__add__),
         result=st.sampled_from([None, "json", "msgpack"]),
     )
 )
@@ -320,7 +320,9 @@ def test_a_value_that_cannot_be_sent_is_refused(value: Any) -> None:
 # -- hostile bytes ----------------------------------------------------------------------------------------------------
 
 GOOD = [
-    wire.envelope(ID, "a.b", {"a": np.arange(4.0), "x": 1.5}, Options(priority=7, device="cpu", reply_to="me")),
+    wire.envelope(
+        ID, "a.b", {"a": np.arange(4.0), "x": 1.5}, Options(priority=7, device="cpu", reply_to="lepton:reply:me")
+    ),
     a_message(b'[[], {"x": 1.5, "a": [[1, 2]]}, {"callbacks": null}]', headers={"lepton": {"priority": 3}}),
     a_message(b'[[], {"x": NaN}, {}]'),
     a_message(zlib.compress(b'[[], {"x": 1.5}, {}]'), headers={"compression": "application/x-gzip"}),

@@ -568,6 +568,44 @@ def test_sizes_beyond_any_number_do_not_stop_the_router(start_router, add_worker
     assert worker.serve(2) == [absurd, fine]
 
 
+def test_a_size_beyond_any_number_beside_a_nought_does_not_stop_the_router(
+    start_router, add_worker, lane: Lane
+) -> None:
+    sizes = KernelSpec("test.array", {"x": "float32[m,n]"}, {"y": "float32[m]"}, "m*n", "4*m*n")
+    worker = add_worker(kernels=(SPIN, sizes))
+    start_router()
+    absurd, fine = new_ids(2)
+    header = {"shapes": {"x": [10**400, 0]}}
+    envelope = altered(wire.envelope(absurd, "test.array", {"x": [[1.0]]}, Options()), lepton=header)
+    lane.push([envelope, lane.message(fine)])
+    assert worker.serve(2) == [absurd, fine]
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        ("SET", topology.MODEL, b"no snapshot"),
+        ("XADD", topology.EVENTS, "*", "e", b"no event"),
+        ("XADD", topology.EVENTS, "*", "x", b"\xc1"),
+        ("SADD", topology.HOLDERS, b"\xff\xfe"),
+        ("SADD", topology.DEVICES, b"\xff\xfe"),
+        ("SADD", topology.PARKED, b"\xff\xfe"),
+    ],
+    ids=["model", "event", "bytes", "holder", "device", "parked"],
+)
+def test_one_bad_value_on_the_broker_does_not_stop_the_router(
+    start_router, add_worker, lane: Lane, connection: Connection, poison: tuple[object, ...]
+) -> None:
+    worker = add_worker()
+    connection.call(*poison)
+    start_router()
+    (before,) = lane.send()
+    assert worker.serve(1) == [before]
+    connection.call(*poison)
+    (after,) = lane.send()
+    assert worker.serve(1) == [after]
+
+
 # -- nothing lost, nothing twice --------------------------------------------------------------------------------
 
 

@@ -106,6 +106,24 @@ def test_one_who_resigns_gives_back_what_a_lost_reply_left_with_it(connection: C
     assert connection.call("LLEN", topology.AGAIN) == 2
 
 
+def test_one_who_was_forgotten_and_takes_again_is_looked_after_again(
+    connection: Connection, broker: Broker, another: Callable[[str], Broker]
+) -> None:
+    thawed = another("thawed")
+    lapse(connection, thawed)
+    connection.call("SREM", topology.HOLDERS, "thawed")
+    held_batch(connection, thawed, 1)
+    assert broker.recover() == 1
+
+
+def test_a_reply_goes_to_no_key_but_a_reply_list(connection: Connection, broker: Broker) -> None:
+    push(connection, topology.AGAIN, b"precious")
+    held_batch(connection, broker, 1)
+    broker.commit(Commit(0, 1, [Outcome("job", "succeeded", b"record", topology.AGAIN)], b"\x90"))
+    assert oldest_first(connection, topology.AGAIN) == [b"precious"]
+    assert connection.call("TTL", topology.AGAIN) == -1
+
+
 # -- claim ------------------------------------------------------------------------------------------------------------
 
 

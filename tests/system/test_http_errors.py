@@ -1,5 +1,6 @@
 """Every mistake of a client over HTTP has its status, a body that names the field, and no traceback in a log."""
 
+import asyncio
 import socket
 import struct
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 
 from pipeline.supervisor import Fleet
+from queues.connection import Connection
 
 A, B = [[1.0, 2.0]], [[3.0], [4.0]]
 GOOD = {"kernel": "linalg.matmul", "arguments": {"a": A, "b": B}}
@@ -235,3 +237,29 @@ def test_openapi_describes_the_body_of_a_job(http: httpx.Client) -> None:
     content = paths["/v1/jobs"]["post"]["requestBody"]["content"]
     assert set(content) == {"application/json", "application/x-msgpack"}
     assert "kernel" in msgspec.json.encode(content).decode()
+
+
+def test_two_hundred_may_wait_at_once(fleet: Fleet) -> None:
+    async def ask() -> list[int]:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=fleet.http_url, timeout=60, limits=limits) as http:
+            asked = [http.post("/v1/jobs?wait_s=30", json=GOOD) for _ in range(200)]
+            return [response.status_code for response in await asyncio.gather(*asked)]
+
+    assert set(asyncio.run(ask())) == {200}
+
+
+def test_a_job_whose_message_would_be_too_large_is_413_and_not_a_failure_later(http: httpx.Client) -> None:
+    numbers = "[" + ",".join(["1.0"] * 1_500_000) + "]"  # 6 MB of JSON, and 13 MB of msgpack
+    body = f'{{"kernel": "monitor.anomaly", "arguments": {{"series": {numbers}}}}}'
+    response = http.post("/v1/jobs", content=body, headers={"content-type": "application/json"})
+    assert problem(response, 413)["code"] == "too_large"
+
+
+def test_a_task_of_celerys_own_is_no_job_of_ours(http: httpx.Client, fleet: Fleet) -> None:
+    connection = Connection(fleet.broker_url, "test")
+    connection.call("SET", "celery-task-meta-foreign", '{"status": "SUCCESS", "result": 42, "task_id": "foreign"}')
+    connection.call("SET", "celery-task-meta-junk", b"\xc1junk")
+    connection.close()
+    assert problem(http.get("/v1/jobs/foreign"), 404)["code"] == "unknown_job"
+    assert problem(http.get("/v1/jobs/junk"), 404)["code"] == "unknown_job"

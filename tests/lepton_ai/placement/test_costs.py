@@ -162,6 +162,24 @@ def test_a_restored_model_goes_on_learning_where_the_other_stopped() -> None:
     assert predictions(restored) == predictions(model)
 
 
+@pytest.mark.parametrize("snapshot", [b"", b"\xc1", b"\x90", b"\x81\xa1a\x01", b"not msgpack at all"])
+def test_a_snapshot_of_another_form_is_left_out(snapshot: bytes) -> None:
+    model = taught(1.0)
+    model.restore(snapshot)
+    assert predictions(model) == predictions(taught(1.0))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -1.0])
+@pytest.mark.parametrize("field", ["fixed", "slowness", "p00", "p11", "variance"])
+def test_what_no_launch_could_have_taught_is_left_out_of_a_snapshot(field: str, number: float) -> None:
+    poisoned = taught(*[1.0] * 9)
+    for line in poisoned._runs.values():
+        setattr(line, field, number)
+    model = taught(1.0)
+    model.restore(poisoned.snapshot())
+    assert predictions(model) == predictions(taught(1.0))
+
+
 # -- what is no measurement -------------------------------------------------------------------------------------------
 
 
@@ -178,6 +196,7 @@ def test_a_restored_model_goes_on_learning_where_the_other_stopped() -> None:
         launch(1.0, flops=math.nan),
         launch(1.0, flops=math.inf),
         launch(1.0, bytes=math.inf),
+        launch(1.0, jobs=0),
     ],
     ids=repr,
 )
