@@ -145,7 +145,8 @@ def _guard(server: str, directory: str | None) -> int:
     except SystemExit:
         pass  # SIGTERM: leave like at the end of the pipe
     except (LeptonError, OSError) as error:
-        print(str(error).replace("\n", " "), flush=True)
+        with contextlib.suppress(OSError):  # the parent may be what is gone
+            print(str(error).replace("\n", " "), flush=True)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if process is not None:
