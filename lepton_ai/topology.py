@@ -18,6 +18,7 @@ PARKED: Final = "lepton:parked"
 DEVICES: Final = "lepton:devices"
 DEAD: Final = "lepton:dead"
 MODEL: Final = "lepton:model"
+CANCELLED: Final = "lepton:cancelled"
 
 DEFAULT_PRIORITY: Final = 5
 
