@@ -174,7 +174,9 @@ def missed(cursor: Cursor, first: str) -> CloudEvent:
 
 def _data(each: Event, at: int) -> dict[str, Any]:
     """What one Event says of its job number `at`."""
-    data = {name: value for name, value in (("kernel", each.kernel), ("device", each.device)) if value is not None}
+    data: dict[str, Any] = {
+        name: value for name, value in (("kernel", each.kernel), ("device", each.device)) if value is not None
+    }
     data |= {name: value for name, value in each.data.items() if name != "seconds"}
     if at < len(seconds := each.data.get("seconds", ())):
         data["predicted_s"] = seconds[at]
