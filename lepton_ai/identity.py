@@ -6,7 +6,7 @@ import os
 import time
 import uuid
 
-__all__ = ["minute_of", "new_id", "new_ids"]
+__all__ = ["made_at", "minute_of", "new_id", "new_ids"]
 
 
 def new_id() -> str:
@@ -28,8 +28,14 @@ def new_ids(count: int) -> list[str]:
 
 def minute_of(job_id: str) -> int | None:
     """The minute (since the epoch) that an id of ours carries, or None for a foreign id."""
+    at = made_at(job_id)
+    return None if at is None else int(at) // 60
+
+
+def made_at(job_id: str) -> float | None:
+    """When (seconds since the epoch) an id of ours was made, or None for a foreign id."""
     try:
         parsed = uuid.UUID(job_id)
     except ValueError:
         return None
-    return (parsed.int >> 80) // 60_000 if parsed.version == 7 else None
+    return (parsed.int >> 80) / 1000 if parsed.version == 7 else None

@@ -84,6 +84,8 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
     estimate: Estimate | None = None
     candidates: tuple[Candidate, ...] = ()
     policy: str = ""
+    shown: bool = False
+    """Celery's event listeners (Flower) have been told of the job, and will be told how it goes on."""
 
 
 class Cost(msgspec.Struct, frozen=True, omit_defaults=True):

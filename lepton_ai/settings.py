@@ -55,6 +55,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """And its messages, as large as they have been lately; one is always taken."""
     events_kept: int = 20_000
     """Entries in the event stream before the oldest go."""
+    celery_events_hz: float = 1000.0
+    """Jobs a second that are shown to Flower and `celery events`, which follow about so many; 0 shows none."""
     kernels: str = ""
     """Modules with kernels of your own, separated by commas."""
 
@@ -98,6 +100,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise InvalidSettings(
                     f"{_PREFIX}{name.upper()} must be above 0 and finite, not {getattr(self, name)}", name
                 )
+        if not 0 <= self.celery_events_hz < math.inf:
+            raise InvalidSettings(
+                f"{_PREFIX}CELERY_EVENTS_HZ must be 0 or above and finite, not {self.celery_events_hz}",
+                "celery_events_hz",
+            )
         if self.redis_url and urlsplit(self.redis_url).scheme not in _SCHEMES:
             raise InvalidSettings(
                 f"{_PREFIX}REDIS_URL must begin with redis://, rediss:// or unix://, such as redis://127.0.0.1:6379/0",

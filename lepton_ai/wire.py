@@ -73,6 +73,10 @@ class Headers(msgspec.Struct):
     timelimit: list[float | None] | None = None
     ignore_result: bool | None = None
     compression: str | None = None
+    # For those who watch (Flower); nothing is done by them, so anything may stand there.
+    origin: Any = None
+    argsrepr: Any = None
+    kwargsrepr: Any = None
 
 
 class Envelope(msgspec.Struct):

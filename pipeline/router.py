@@ -10,14 +10,15 @@ import secrets
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 
 import msgspec
 import structlog
 
 from lepton_ai import event, topology, wire
-from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError, OptionNotSupported
+from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of
 from lepton_ai.job import Candidate, Placement
@@ -25,11 +26,14 @@ from lepton_ai.placement import policies
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.problem import UNPLACED, Policy
 from lepton_ai.settings import Settings
+from pipeline import intake
 from pipeline.cluster import Cluster, ServedDevice
+from pipeline.intake import Dead, Incoming, Refused
+from pipeline.node import Narrator, RemoteControl
 from pipeline.pricing import price
 from pipeline.telemetry import learn
 from pipeline.window import Claim, ClaimedJob, Window
-from queues.broker import Broker, Dispatch, Outcome, announcements
+from queues.broker import Broker, Dispatch, announcements
 from queues.connection import Connection
 from queues.event_stream import EventStream
 
@@ -39,6 +43,7 @@ __all__ = ["Router"]
 _STEP = 512
 _RETRY_S = (0.05, 2.0)
 _MESSAGE = msgspec.msgpack.Encoder()
+_PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 log = structlog.get_logger()
 
@@ -74,6 +79,7 @@ class Router:
 class _Session:
     def __init__(self, settings: Settings, url: str, policy: Policy, model: CostModel) -> None:
         self._settings = settings
+        self._url = url
         self._policy = policy
         self._model = model
         self._incarnation = f"router-{secrets.token_hex(8)}"
@@ -83,6 +89,7 @@ class _Session:
         self._broker = Broker(self._main, self._incarnation, settings)
         self._cluster = Cluster()
         self._window = Window(self._incarnation, settings.window, settings.window_bytes)
+        self._narrator = Narrator(url, settings, self._main)
         self._waking = False
         self._more = True
         """Something may be waiting in a lane that no push will tell of."""
@@ -96,10 +103,13 @@ class _Session:
         self._main.call("CLIENT", "TRACKING", "ON", "BCAST", "NOLOOP", *prefixes)
         self._model.restore(self._main.call("GET", topology.MODEL))
         self._broker.emit(event.encode(Event("router.online", self._incarnation)))
+        self._narrator.beat(0, "online")
+        remote_control = RemoteControl(self._url, self._settings, self._window, self._incarnation)
         log.info("router_online", router=self._incarnation, policy=self._policy.name)
         try:
             self._loop(stop)
         finally:
+            remote_control.close()
             self._leave()
 
     def _loop(self, stop: threading.Event) -> None:
@@ -132,6 +142,7 @@ class _Session:
             self._main.call("DEL", topology.lease(self._incarnation))
             self._broker.recover()
             self._broker.emit(event.encode(Event("router.offline", self._incarnation)))
+            self._narrator.beat(0, "offline")
             log.info("router_offline", router=self._incarnation)
         except LeptonError as error:
             log.warning("router_left_claims", router=self._incarnation, reason=error.message)
@@ -165,40 +176,69 @@ class _Session:
         self._full = True
 
     def _read(self, claim: Claim, messages: Sequence[bytes]) -> None:
-        """Bytes become jobs; what nobody could run is refused at once."""
+        """Bytes become jobs; what nobody could run, or was cancelled, ends at once."""
         self._window.hold(claim, messages)
-        refused: list[tuple[Claim, bytes]] = []
+        found = [(message, intake.read(message)) for message in messages]
+        ids = [each.headers.id for _, each in found if isinstance(each, Incoming)]
+        marked = self._broker.marked(ids) if self._broker.marks else set()
+        leaving: list[tuple[Claim, bytes]] = []
+        refused: list[Refused] = []
+        gone: list[ClaimedJob] = []
+        added: list[tuple[ClaimedJob, wire.Headers]] = []
         step = Dispatch({}, {})
-        for message in messages:
-            try:
-                envelope = wire.read_envelope(message)
-            except LeptonError as error:
-                step.dead.append((error.message, message))
-                refused.append((claim, message))
+        for message, each in found:
+            if isinstance(each, Incoming):
+                job = self._window.add(each.headers.id, each.headers.task, each.options, message, claim)
+                if job.id in marked:
+                    gone.append(job)
+                else:
+                    added.append((job, each.headers))
                 continue
-            try:
-                options = wire.read_options(envelope.headers)
-                _check_headers(envelope.headers)
-            except LeptonError as error:
-                step.rejected.append(_rejection(envelope, error))
-                refused.append((claim, message))
-                continue
-            if options.priority is None and (priority := _celery_priority(envelope.properties.priority)) is not None:
-                options = msgspec.structs.replace(options, priority=priority)
-            self._window.add(envelope.headers.id, envelope.headers.task, options, message, claim)
-        if refused:
-            self._refuse(step, claim, refused)
-            self._window.forget(refused)
+            leaving.append((claim, message))
+            if isinstance(each, Dead):
+                step.dead.append((each.reason, message))
+            else:
+                refused.append(each)
+        self._narrator.sent(added)
+        if leaving:
+            step.rejected = [each.outcome for each in refused]
+            step.told = self._narrator.ended([(each.headers, each.error) for each in refused], [])
+            self._end(step, leaving)
+            self._window.forget(leaving)
+        self._cancel(gone)
 
-    def _refuse(self, step: Dispatch, claim: Claim, refused: Sequence[tuple[Claim, bytes]]) -> None:
-        gone = {id(message) for _, message in refused}
-        step.claims[claim.key] = len(claim.messages)
-        step.rests[claim.key] = [message for message in claim.messages if id(message) not in gone]
-        step.counts = {"dead": len(step.dead), "failed": len(step.rejected)}
-        ids = tuple(outcome.job for outcome in step.rejected)
-        step.event = event.encode(Event("job.rejected", self._incarnation, jobs=ids, data={"dead": len(step.dead)}))
+    def _cancel(self, jobs: Sequence[ClaimedJob]) -> None:
+        """Ends jobs of the window that were cancelled."""
+        if not jobs:
+            return
+        serializer = self._settings.result_serializer
+        step = Dispatch(
+            {}, {}, leaving={}, rejected=[intake.cancelled(job.id, job.options, serializer) for job in jobs]
+        )
+        step.told = self._narrator.ended([], jobs)
+        self._end(step, [(job.claim, job.message) for job in jobs])
+        self._window.left(jobs)
+        for job in jobs:
+            self._cluster.finished(job.id)  # it may have come back from a device that died
+
+    def _end(self, step: Dispatch, leaving: Sequence[tuple[Claim, bytes]]) -> None:
+        """Takes messages out of their claims for good, with the outcomes that are in the step."""
+        _leave(step, leaving)
+        ended = {
+            status: tuple(outcome.job for outcome in step.rejected if outcome.status == status)
+            for status in ("failed", "cancelled")
+        }
+        step.counts = {"dead": len(step.dead), **{status: len(jobs) for status, jobs in ended.items()}}
+        events = []
+        if ended["failed"] or step.dead:
+            data = {"dead": len(step.dead)}
+            events.append(Event("job.rejected", self._incarnation, jobs=ended["failed"], data=data))
+            log.warning("messages_refused", dead=len(step.dead), rejected=len(ended["failed"]))
+        if ended["cancelled"]:
+            events.append(Event("job.cancelled", self._incarnation, jobs=ended["cancelled"]))
+            log.info("jobs_cancelled", jobs=len(ended["cancelled"]))
+        step.event = event.encode(*events)
         self._broker.dispatch(step)
-        log.warning("messages_refused", dead=len(step.dead), rejected=len(step.rejected))
 
     # -- place and dispatch -------------------------------------------------------------------------------------
 
@@ -232,6 +272,7 @@ class _Session:
         plan = self._policy.place(pricing.problem)
         step = Dispatch({}, {}, leaving={}, queued={}, parked={}, placements={}, counts={})
         left: list[ClaimedJob] = []
+        devices: dict[str, str] = {}
         seconds: dict[str, float] = {}
         now = time.time()
         ready = pricing.problem.ready.tolist()
@@ -249,34 +290,34 @@ class _Session:
                     continue
                 placement = self._placement(job, candidates, chosen, float(plan.wait[at]), now)
                 step.queued.setdefault(device.name, []).append(job.message)
+                devices[job.id] = device.name
                 seconds[job.id] = float(pricing.problem.seconds[at, chosen])
                 self._cluster.dispatched(job.id, device.name, seconds[job.id])
             minute = minute_of(job.id) or int(now) // 60
             step.placements.setdefault(minute, {})[job.id] = _MESSAGE.encode(placement)
             left.append(job)
         if left:
-            self._send(step, left, seconds)
+            self._send(step, left, devices, seconds)
         return left
 
-    def _send(self, step: Dispatch, left: Sequence[ClaimedJob], seconds: dict[str, float]) -> None:
-        gone = {id(job.message) for job in left}
-        for job in left:
-            step.claims[job.claim.key] = len(job.claim.messages)
-            step.leaving.setdefault(job.claim.key, []).append(job.message)
-            if job.claim.key not in step.rests:
-                step.rests[job.claim.key] = [each for each in job.claim.messages if id(each) not in gone]
-        placed = [job for job in left if job.id in seconds]
-        parked = [job for job in left if job.id not in seconds]
+    def _send(
+        self, step: Dispatch, left: Sequence[ClaimedJob], devices: Mapping[str, str], seconds: Mapping[str, float]
+    ) -> None:
+        _leave(step, [(job.claim, job.message) for job in left])
+        placed = [job for job in left if job.id in devices]
+        parked = [job for job in left if job.id not in devices]
         step.queued = {device: _by_kernel(messages, placed) for device, messages in step.queued.items()}
         step.counts = {"placed": len(placed), "parked": len(parked)}
         events = []
-        if placed:
-            data = {"seconds": list(seconds.values()), "devices": {d: len(m) for d, m in step.queued.items()}}
-            events.append(Event("job.placed", self._incarnation, jobs=tuple(seconds), data=data))
+        for device in step.queued:
+            here = [job.id for job in placed if devices[job.id] == device]
+            data = {"seconds": [seconds[job] for job in here]}
+            events.append(Event("job.placed", self._incarnation, device=device, jobs=tuple(here), data=data))
         if parked:
             events.append(Event("job.parked", self._incarnation, jobs=tuple(job.id for job in parked)))
             log.warning("jobs_parked", jobs=len(parked), kernels=sorted(step.parked))
         step.event = event.encode(*events)
+        step.told = self._narrator.placed((job, devices[job.id]) for job in placed)
         self._broker.dispatch(step)
 
     def _has_room(self, device: ServedDevice) -> bool:
@@ -308,6 +349,7 @@ class _Session:
             estimate,
             candidates,
             self._policy.name,
+            job.sent_at > 0,
         )
 
     def _park(self, job: ClaimedJob, candidates: tuple[Candidate, ...], now: float) -> Placement:
@@ -319,11 +361,27 @@ class _Session:
 
     def _fold(self, seen: Iterable[tuple[str, Event]]) -> None:
         changed = False
+        asked: set[str] = set()
         for _, each in seen:
             learn(each, self._cluster, self._model)
             changed |= each.type in ("device.online", "device.offline")
+            if each.type == "job.cancel_asked":
+                asked.update(each.jobs)
         if changed:
             self._refresh()
+        if asked:
+            self._cancel_asked(asked)
+
+    def _cancel_asked(self, asked: set[str]) -> None:
+        """Ends those jobs that we hold; those that are parked are claimed again, which finds their marks."""
+        ours = [job for job in self._window.jobs() if job.id in asked]
+        self._cancel(ours)
+        others = sorted(asked.difference(job.id for job in ours))
+        now = int(time.time()) // 60
+        known, _ = self._broker.known(others, {minute_of(job) or now for job in others}) if others else ({}, set())
+        for kernel in {placement.kernel for placement in _placements(known.values()) if placement.state == "parked"}:
+            self._broker.unpark(kernel)
+            self._more = True
 
     def _tick(self) -> None:
         if not self._broker.renew():
@@ -336,6 +394,7 @@ class _Session:
             log.warning("messages_taken_back", count=moved, live=names)
         for name, depth in zip(names, self._broker.depths(names), strict=True):
             self._cluster.reconcile(name, depth)
+        self._narrator.beat(len(self._window))
         self._more = True
 
     def _refresh(self) -> None:
@@ -349,22 +408,20 @@ class _Session:
                 self._more = True
 
 
-def _check_headers(headers: wire.Headers) -> None:
-    """What Celery's clients may ask for and this release does not do is refused, never ignored."""
-    if headers.eta is not None:
-        raise OptionNotSupported("eta and countdown are not supported yet", "eta")
-    if headers.timelimit is not None and any(limit is not None for limit in headers.timelimit):
-        raise OptionNotSupported("time limits are not supported yet", "timelimit")
+def _leave(step: Dispatch, leaving: Sequence[tuple[Claim, bytes]]) -> None:
+    """Notes in a step which claims these messages leave, and what stays in each."""
+    gone = {id(message) for _, message in leaving}
+    for claim, message in leaving:
+        step.claims[claim.key] = len(claim.messages)
+        step.leaving.setdefault(claim.key, []).append(message)
+        if claim.key not in step.rests:
+            step.rests[claim.key] = [each for each in claim.messages if id(each) not in gone]
 
 
-def _celery_priority(step: int | None) -> int | None:
-    """Our priority for kombu's, None for unset: its 9 is the lowest, and its 0 is also what it writes for unset."""
-    return next((ours for least, ours in ((9, 1), (6, 2), (3, 3)) if step is not None and step >= least), None)
-
-
-def _rejection(envelope: wire.Envelope, error: LeptonError) -> Outcome:
-    record = wire.encode_meta(wire.failure(envelope.headers.id, error), "json")
-    return Outcome(envelope.headers.id, "failed", record)
+def _placements(known: Iterable[bytes]) -> Iterator[Placement]:
+    for raw in known:
+        with suppress(msgspec.DecodeError):  # anybody with the broker's password may write there
+            yield _PLACEMENT.decode(raw)
 
 
 def _waited(candidates: tuple[Candidate, ...], ready: Sequence[float]) -> tuple[Candidate, ...]:

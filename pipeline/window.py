@@ -31,6 +31,8 @@ class ClaimedJob(msgspec.Struct, eq=False):
     message: bytes
     claim: Claim
     order: int
+    sent_at: float = 0.0
+    """When it was sent, by its id or by when it was claimed; nought where Celery's event listeners are not shown it."""
 
 
 class Claim(msgspec.Struct, eq=False):
@@ -92,10 +94,15 @@ class Window:
             claim.size_bytes += len(message)
             self._mean_bytes = max(float(len(message)), (1 - _WEIGHT) * self._mean_bytes + _WEIGHT * len(message))
 
-    def add(self, job_id: str, kernel: str, options: Options, message: bytes, claim: Claim) -> None:
+    def add(self, job_id: str, kernel: str, options: Options, message: bytes, claim: Claim) -> ClaimedJob:
         """A message of a claim has been read and waits for its device."""
         order = next(self._order)
-        self._jobs[order] = ClaimedJob(job_id, kernel, options, message, claim, order)
+        job = self._jobs[order] = ClaimedJob(job_id, kernel, options, message, claim, order)
+        return job
+
+    def jobs(self) -> list[ClaimedJob]:
+        """Every job that waits, in the order of their arrival. May be called from any thread."""
+        return list(self._jobs.values())
 
     def first(self, count: int, wanted: Callable[[ClaimedJob], bool] = lambda _: True) -> list[ClaimedJob]:
         """The wanted jobs to look at next: most urgent first, then in the order of their arrival."""

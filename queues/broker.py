@@ -1,4 +1,4 @@
-"""The message path on the broker: lease, claim, dispatch, take, commit, release, recover.
+"""The message path on the broker: lease, claim, dispatch, take, commit, release, recover, cancel.
 
 Every step is one atomic move, so a message is always in exactly one list: a lane, a claim, a device queue, a held
 list, `again` or `parked`. Messages never pass through Lua; results do (`functions.lua`). `Broker` speaks for one
@@ -15,13 +15,13 @@ from typing import Any, Final
 
 import msgspec
 
-from lepton_ai import topology
+from lepton_ai import cancellation, topology
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import BrokerUnavailable, Fenced
 from lepton_ai.settings import Settings
 from queues.connection import Command, CommandError, Connection
 
-__all__ = ["Broker", "Commit", "Dispatch", "Outcome", "announcements"]
+__all__ = ["Broker", "Commit", "Dispatch", "Outcome", "announcements", "event_command"]
 
 CLAIM_LIMIT: Final = 256
 #: Claims that one router may have open, and slots that one worker may have.
@@ -74,6 +74,8 @@ class Dispatch(msgspec.Struct):
     """Placements by the minute whose hash they go into."""
     counts: dict[str, int] = {}
     event: bytes = b""
+    told: Command | None = None
+    """A message for Celery's event listeners (queues/celery_events.py)."""
 
 
 class Broker:
@@ -87,6 +89,8 @@ class Broker:
         self._lease = topology.lease(incarnation)
         self._wake_claim = topology.claim(incarnation, WAKE)
         self._known_devices: set[str] = set()
+        self.marks = 0
+        """How many jobs were marked as cancelled at the last `claim`."""
         self._version = load_functions(connection)
 
     # -- leases -------------------------------------------------------------------------------------------------
@@ -148,7 +152,8 @@ class Broker:
         # What the wake-up brought is older than all that the default list still holds, so it comes first.
         wake = ("LMOVE", self._wake_claim, claim, "RIGHT", "LEFT")
         lengths = [("LLEN", each) for each in (claim, *_SOURCES)]
-        _, brought, length, *depths = self.connection.many([self._remember, wake, *lengths])
+        marks = ("ZCARD", topology.CANCELLED)
+        _, brought, self.marks, length, *depths = self.connection.many([self._remember, wake, marks, *lengths])
         messages: list[bytes] = [] if brought is None else [brought]
         moves: list[Command] = []
         for source, depth in zip(_SOURCES, depths, strict=True):
@@ -245,8 +250,12 @@ class Broker:
             yield ("EXPIRE", topology.jobs(minute), self._ttl_s)
         for counter, count in step.counts.items():
             yield ("HINCRBY", topology.COUNTERS, counter, count)
+        if cancelled := [outcome.job for outcome in step.rejected if outcome.status == "cancelled"]:
+            yield ("ZREM", topology.CANCELLED, *cancelled)
         if step.event:
-            yield self.event_command(step.event)
+            yield event_command(step.event, self._settings.events_kept)
+        if step.told is not None:
+            yield step.told
 
     def _reject_commands(self, outcome: Outcome) -> Iterable[Command]:
         key = topology.result(outcome.job)
@@ -284,12 +293,14 @@ class Broker:
         found: list[bytes] = self.connection.call("LRANGE", topology.held(self.incarnation, slot), 0, -1)
         return found[::-1]
 
-    def placements(self, jobs: Sequence[str], minutes: Iterable[int]) -> dict[str, bytes]:
-        """The placements of these jobs, looked for in the hashes of these minutes."""
-        found: dict[str, bytes] = {}
-        for values in self.connection.many([("HMGET", topology.jobs(minute), *jobs) for minute in minutes]):
-            found.update((job, value) for job, value in zip(jobs, values, strict=True) if value is not None)
-        return found
+    def known(self, jobs: Sequence[str], minutes: Iterable[int]) -> tuple[dict[str, bytes], set[str]]:
+        """The placements of these jobs, looked for in the hashes of these minutes, and which are to be cancelled."""
+        commands = [("HMGET", topology.jobs(minute), *jobs) for minute in minutes]
+        *found, scores = self.connection.many([*commands, ("ZMSCORE", topology.CANCELLED, *jobs)])
+        placements: dict[str, bytes] = {}
+        for values in found:
+            placements.update((job, value) for job, value in zip(jobs, values, strict=True) if value is not None)
+        return placements, {job for job, score in zip(jobs, scores, strict=True) if score is not None}
 
     def commit(self, step: Commit) -> list[str]:
         """Ends a batch: results, acknowledgement, counters and event in one step; returns the duplicates' ids.
@@ -306,8 +317,11 @@ class Broker:
         for outcome in step.outcomes:
             arguments += (outcome.job, outcome.status, outcome.record, outcome.reply_to)
         keys = (held, self._lease, topology.EVENTS, topology.COUNTERS)
+        cancelled = [outcome.job for outcome in step.outcomes if outcome.status == "cancelled"]
         try:
             duplicates = self.connection.call(*self._function("commit", keys, arguments))
+            if cancelled:  # afterwards, and not with it: a mark that stays behind does no harm
+                self.connection.call("ZREM", topology.CANCELLED, *cancelled)
         except CommandError as error:
             if error.message.startswith("FENCED"):
                 raise Fenced(f"{held}: {error.message}") from error
@@ -324,14 +338,24 @@ class Broker:
                 raise Fenced(error.message) from error
             raise
 
-    # -- events -------------------------------------------------------------------------------------------------
+    # -- cancel -------------------------------------------------------------------------------------------------
 
-    def event_command(self, event: bytes) -> Command:
-        return ("XADD", topology.EVENTS, "MAXLEN", "~", self._settings.events_kept, "*", "e", event)
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """Marks jobs as cancelled and wakes the routers, unless somebody has done so already."""
+        known = self.marked(jobs)
+        if fresh := [job for job in jobs if job not in known]:
+            self.connection.many(cancellation.mark(fresh, self.incarnation, events_kept=self._settings.events_kept))
+
+    def marked(self, jobs: Sequence[str]) -> set[str]:
+        """Which of these jobs are marked as cancelled."""
+        scores = self.connection.call("ZMSCORE", topology.CANCELLED, *jobs) if jobs else []
+        return {job for job, score in zip(jobs, scores, strict=True) if score is not None}
+
+    # -- events -------------------------------------------------------------------------------------------------
 
     def emit(self, event: bytes) -> None:
         """Adds one entry to the event stream."""
-        self.connection.call(*self.event_command(event))
+        self.connection.call(*event_command(event, self._settings.events_kept))
 
     def _function(self, name: str, keys: Sequence[str], arguments: Iterable[str | bytes | int | float]) -> Command:
         return ("FCALL", f"lepton_{name}_{self._version}", len(keys), *keys, *arguments)
@@ -355,6 +379,11 @@ def load_functions(connection: Connection) -> str:
         if "already exists" not in error.message:
             raise
     return version
+
+
+def event_command(event: bytes, kept: int) -> Command:
+    """Adds one entry to the event stream, which forgets its oldest beyond `kept`."""
+    return ("XADD", topology.EVENTS, "MAXLEN", "~", kept, "*", "e", event)
 
 
 def announcements(connection: Connection) -> list[Announcement]:

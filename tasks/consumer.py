@@ -1,4 +1,4 @@
-"""How a Celery worker serves a device: two bootsteps and the books that Celery's remote control reads.
+"""How a Celery worker serves a device: two bootsteps.
 
 `DeviceStep` (worker) opens the device, warms its kernels, takes the lease and runs the slots; it starts before
 Celery's consumer and stops after it. `DeviceQueueStep` (consumer) takes the device queue over from Celery's
@@ -8,16 +8,12 @@ events and shutdown stay Celery's.
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
-from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import structlog
 from celery import bootsteps
-from celery.worker import state
 
 from lepton_ai.device import Announcement
 from lepton_ai.errors import InvalidSettings
@@ -26,10 +22,12 @@ from lepton_ai.settings import Settings
 from lepton_ai.topology import device_of_queue, device_queue
 from queues.broker import LISTS_EACH, Broker
 from queues.connection import Connection
+from tasks.books import Books, install_commands
 from tasks.catalogue import load
 from tasks.driver import open_device
 from tasks.heartbeat import Heartbeat
 from tasks.runner import Slots
+from tasks.teller import Teller
 from tasks.warmup import warm
 
 __all__ = ["DeviceQueueStep", "DeviceStep"]
@@ -48,6 +46,7 @@ class DeviceStep(bootsteps.StartStopStep):
         worker.device_slots = None
         self._heartbeat: Heartbeat | None = None
         self._slots: Slots | None = None
+        self._teller: Teller | None = None
 
     def start(self, worker: Any) -> None:
         """Everything up to the first job; InvalidSettings where the command line asks for what cannot be."""
@@ -59,7 +58,8 @@ class DeviceStep(bootsteps.StartStopStep):
         catalogue = load(self.settings.kernel_modules)
         repertoire = warm(catalogue.kernels.values(), driver, catalogue.refused)
         incarnation = f"worker-{secrets.token_hex(8)}"
-        books = _Books(worker.app, worker.hostname, device_queue(device))
+        self._teller = Teller(self.settings, url, incarnation, worker.hostname)
+        books = Books(worker.app, worker.hostname, device, incarnation, self._teller)
         self._slots = worker.device_slots = Slots(self.settings, url, incarnation, device, driver, repertoire, books)
         announcement = Announcement(
             incarnation,
@@ -73,6 +73,7 @@ class DeviceStep(bootsteps.StartStopStep):
             time.time(),
         )
         self._tell_refused(url, incarnation, device, repertoire.refused)
+        install_commands(self.settings, url, announcement)
         self._heartbeat = Heartbeat(self.settings, url, announcement, self._slots)
         self._heartbeat.start()
         self._slots.start()
@@ -84,6 +85,7 @@ class DeviceStep(bootsteps.StartStopStep):
             self._slots.drain()
             self._heartbeat.stop()
             self._slots.driver.close()
+            self._close_teller()
             log.info("worker_offline", device=self._slots.device)
 
     def terminate(self, worker: Any) -> None:
@@ -91,6 +93,11 @@ class DeviceStep(bootsteps.StartStopStep):
         if self._slots is not None and self._heartbeat is not None:
             self._slots.abandon()  # first: what a slot took after the batches were given back would be lost
             self._heartbeat.abandon()
+            self._close_teller()
+
+    def _close_teller(self) -> None:
+        if self._teller is not None:
+            self._teller.close()
 
     def _tell_refused(self, url: str, incarnation: str, device: str, refused: dict[str, str]) -> None:
         if not refused:
@@ -125,76 +132,6 @@ class DeviceQueueStep(bootsteps.StartStopStep):
 
         listed.consume = consume
         listed.cancel_by_queue = cancel
-
-
-class _Request:
-    """What Celery's remote control wants to know of a job that a slot has taken."""
-
-    def __init__(self, job: str, kernel: str, hostname: str, queue: str, backend: Any) -> None:
-        self.id = job
-        self.name = kernel
-        self.time_start: float | None = None
-        self.acknowledged = False
-        # A commit is what acknowledges: to Celery such a task is acknowledged late.
-        self.task = SimpleNamespace(name=kernel, backend=backend, acks_late=True)
-        self._hostname = hostname
-        self._queue = queue
-
-    def info(self, safe: bool = False) -> dict[str, Any]:
-        """As Celery's own Request.info, without the arguments: they may be large, and are nobody's business."""
-        return {
-            "id": self.id,
-            "name": self.name,
-            "args": [],
-            "kwargs": {},
-            "type": self.name,
-            "hostname": self._hostname,
-            "time_start": self.time_start,
-            "acknowledged": False,
-            "delivery_info": {"exchange": "", "routing_key": self._queue, "priority": None, "redelivered": False},
-            "worker_pid": os.getpid(),
-        }
-
-    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """A cold shutdown has begun: `DeviceStep.terminate` gives the batch back."""
-
-    def terminate(self, pool: Any, signal: Any = None) -> None:
-        """A slot is a thread and cannot be killed: the job is told that it is cancelled and may stop."""
-        state.revoked.add(self.id)
-
-
-class _Books:
-    """Celery's own sets and totals, kept by the slots. See tasks.runner.Observer."""
-
-    def __init__(self, app: Any, hostname: str, queue: str) -> None:
-        self._app = app
-        self._hostname = hostname
-        self._queue = queue
-
-    def taken(self, jobs: Sequence[tuple[str, str]]) -> None:
-        """Jobs are reserved; Celery counts a task as accepted from here on."""
-        for job, kernel in jobs:
-            state.task_reserved(_Request(job, kernel, self._hostname, self._queue, self._app.backend))
-            state.total_count[kernel] += 1
-        state.all_total_count[0] += len(jobs)
-
-    def started(self, jobs: Sequence[str]) -> None:
-        """Jobs are active."""
-        now = time.time()
-        for job in jobs:
-            if (request := state.requests.get(job)) is not None:
-                request.time_start = now
-                state.active_requests.add(request)
-
-    def finished(self, jobs: Sequence[str]) -> None:
-        """Jobs are this worker's no longer."""
-        for job in jobs:
-            if (request := state.requests.pop(job, None)) is not None:
-                state.reserved_requests.discard(request)
-                state.active_requests.discard(request)
-
-    def is_revoked(self, job: str) -> bool:
-        return job in state.revoked
 
 
 def _device(worker: Any) -> str:

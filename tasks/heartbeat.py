@@ -91,6 +91,7 @@ class Heartbeat:
         if not fresh and broker.renew():
             data = {"state": msgspec.to_builtins(self._state())}
             broker.emit(event.encode(self._event("device.heartbeat", data)))
+            self._slots.heed(broker)
             return
         if not fresh:
             log.warning("lease_lapsed", worker=self._announcement.worker)

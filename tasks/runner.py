@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -25,7 +25,7 @@ from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups,
 from tasks.driver import Driver
 from tasks.warmup import Repertoire
 
-__all__ = ["Observer", "Slots"]
+__all__ = ["Ending", "Observer", "Slots"]
 
 _TAKE_S = 1.0
 _RETRY_S = (0.05, 2.0)
@@ -33,20 +33,46 @@ _RETRY_S = (0.05, 2.0)
 _FENCED_S = 0.5
 #: Weight of the newest batch in the mean time of a job, which bounds the next batch.
 _WEIGHT = 0.3
+#: A kernel's progress is told so often at most.
+_PROGRESS_S = 0.2
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 log = structlog.get_logger()
 
 
+class Ending(msgspec.Struct, frozen=True):
+    """How one job ended, for those who watch."""
+
+    job: str
+    status: str
+    """succeeded, failed or cancelled."""
+    at: float
+    """Seconds since the epoch."""
+    run_s: float = 0.0
+    result: str = ""
+    """The shapes of its outputs."""
+    error: str = ""
+    trace: str | None = None
+
+
 class Observer(Protocol):
     """Who is told what the slots do: Celery's books. Called from slot threads."""
 
-    def taken(self, jobs: Sequence[tuple[str, str]]) -> None:
-        """Jobs (id, kernel) are this worker's now."""
+    def taken(self, jobs: Sequence[tuple[str, str]], shown: Collection[str]) -> None:
+        """Jobs (id, kernel) are this worker's now; those in `shown` are watched by Celery's event listeners."""
 
     def started(self, jobs: Sequence[str]) -> None: ...
 
-    def finished(self, jobs: Sequence[str]) -> None: ...
+    def ended(self, endings: Sequence[Ending]) -> None:
+        """Jobs have ended, and their results are committed."""
+
+    def lost(self, jobs: Sequence[str]) -> None:
+        """Jobs are this worker's no longer, unended."""
+
+    def progressed(self, jobs: Sequence[str], kernel: str, fraction: float) -> None: ...
+
+    def revoke(self, jobs: Collection[str]) -> None:
+        """Jobs are to stop, or not to start."""
 
     def is_revoked(self, job: str) -> bool: ...
 
@@ -117,6 +143,11 @@ class Slots:
     def connect(self, number: int) -> Broker:
         return Broker(Connection(self._url, f"{self.incarnation}-{number}"), self.incarnation, self.settings)
 
+    def heed(self, broker: Broker) -> None:
+        """Tells the kernels that run now of jobs that were cancelled meanwhile."""
+        if running := [job for slot in self._slots for job in slot.running]:
+            self.observer.revoke(broker.marked(running))
+
     @property
     def busy(self) -> int:
         """How many slots are computing now."""
@@ -133,6 +164,7 @@ class _Ended(msgspec.Struct):
 
     outcomes: list[Outcome] = []
     events: list[Event] = []
+    endings: list[Ending] = []
 
 
 class _Slot:
@@ -140,8 +172,10 @@ class _Slot:
         self.number = number
         self.busy = False
         self.busy_s = 0.0
+        self.running: tuple[str, ...] = ()
+        """The jobs whose kernel runs now."""
         self._slots = slots
-        self._pending: Commit | None = None
+        self._pending: tuple[Commit, list[Ending]] | None = None
         self._job_s = 0.0
         self._message_bytes = 0.0
         # Over before our lease can lapse, or a frozen worker that has been forgotten would still be given jobs.
@@ -168,7 +202,7 @@ class _Slot:
 
     def _serve(self, broker: Broker) -> None:
         if self._pending is not None:
-            self._commit(broker, self._pending)
+            self._commit(broker, *self._pending)
         messages = broker.held(self.number)
         while messages or not self._slots.stopping:
             if not messages:
@@ -178,7 +212,7 @@ class _Slot:
                 messages = broker.take(self._slots.device, self.number, self._limit(), self._slots.count, self._take_s)
             if messages:
                 self._pending = self._batch(broker, messages)
-                messages = self._commit(broker, self._pending)
+                messages = self._commit(broker, *self._pending)
 
     def _limit(self) -> int:
         """How many jobs to take at once: a full batch of quick ones, a single slow one."""
@@ -188,7 +222,7 @@ class _Slot:
         fitting = int(settings.batch_bytes / self._message_bytes)
         return max(1, min(settings.batch_jobs, int(settings.batch_s / self._job_s), fitting))
 
-    def _commit(self, broker: Broker, step: Commit) -> list[bytes]:
+    def _commit(self, broker: Broker, step: Commit, endings: Sequence[Ending]) -> list[bytes]:
         """Commits; returns what the slot still holds, which is nothing unless the commit was refused.
 
         A commit whose reply was lost is sent again on the next connection: then either it had happened and the held
@@ -197,28 +231,32 @@ class _Slot:
         held: list[bytes] = []
         try:
             broker.commit(step)
+            self._slots.observer.ended(endings)
         except Fenced as error:
+            self._slots.observer.lost([ending.job for ending in endings])
             log.warning("commit_fenced", slot=self.number, jobs=len(step.outcomes), reason=error.message)
             held = broker.held(self.number)
             if held:  # the lease has lapsed and nobody has recovered the batch yet: run it again, but not in a frenzy
                 time.sleep(_FENCED_S)
         self._pending = None
-        self._slots.observer.finished([outcome.job for outcome in step.outcomes])
         return held
 
     # -- a batch ------------------------------------------------------------------------------------------------
 
-    def _batch(self, broker: Broker, messages: Sequence[bytes]) -> Commit:
+    def _batch(self, broker: Broker, messages: Sequence[bytes]) -> tuple[Commit, list[Ending]]:
         taken_at = time.time()
         start = time.perf_counter()
         self.busy = True
         try:
-            jobs, ended = self._read(messages)
-            placements = self._placements(broker, [job.id for job in jobs])
+            ended = _Ended()
+            found = self._read(messages)
+            placements, marked = self._known(broker, [job.id for job in found if not isinstance(job, Unreadable)])
+            jobs = self._begin(found, placements, marked, ended)
             for group in groups(jobs, self._slots.settings.batch_jobs):
                 self._run_group(group, placements, taken_at, ended)
         finally:
             self.busy = False
+            self.running = ()
             seconds = time.perf_counter() - start
             self.busy_s += seconds
         each = seconds / len(messages)
@@ -226,11 +264,9 @@ class _Slot:
         weight = _WEIGHT if self._job_s > 0 else 1.0
         self._job_s += weight * (each - self._job_s)
         self._message_bytes += weight * (mean_bytes - self._message_bytes)
-        return Commit(self.number, len(messages), ended.outcomes, event.encode(*ended.events))
+        return Commit(self.number, len(messages), ended.outcomes, event.encode(*ended.events)), ended.endings
 
-    def _read(self, messages: Sequence[bytes]) -> tuple[list[TakenJob], _Ended]:
-        jobs: list[TakenJob] = []
-        ended = _Ended()
+    def _read(self, messages: Sequence[bytes]) -> list[TakenJob | Refused | Unreadable]:
         kernels, limit = self._slots.repertoire.kernels, self._slots.settings.body_limit_bytes
         found: list[TakenJob | Refused | Unreadable] = []
         for message in messages:
@@ -239,35 +275,50 @@ class _Slot:
             if isinstance(job, TakenJob):
                 job.decode_s = time.perf_counter() - start
             found.append(job)
+        return found
+
+    def _begin(
+        self,
+        found: Sequence[TakenJob | Refused | Unreadable],
+        placements: Mapping[str, Placement],
+        marked: Collection[str],
+        ended: _Ended,
+    ) -> list[TakenJob]:
+        """The jobs to run; the others end here."""
         known = [job for job in found if not isinstance(job, Unreadable)]
         self._slots.observer.taken(
-            [(job.id, job.kernel if isinstance(job, Refused) else job.kernel.name) for job in known]
+            [(job.id, job.kernel if isinstance(job, Refused) else job.kernel.name) for job in known],
+            {job for job, placement in placements.items() if placement.shown},
         )
+        jobs: list[TakenJob] = []
         for job in found:
             if isinstance(job, Unreadable):
                 log.error("message_unreadable", reason=job.error.message)
             elif isinstance(job, Refused):
                 self._fail(job.id, job.kernel, job.options, job.keep, job.error, ended)
-            elif self._slots.observer.is_revoked(job.id):
-                self._fail(job.id, job.kernel.name, job.options, job.keep, JobCancelled("revoked"), ended)
+            elif job.id in marked or self._slots.observer.is_revoked(job.id):
+                self._fail(job.id, job.kernel.name, job.options, job.keep, JobCancelled("cancelled"), ended)
             else:
                 jobs.append(job)
-        return jobs, ended
+        return jobs
 
-    def _placements(self, broker: Broker, ids: Sequence[str]) -> dict[str, Placement]:
+    def _known(self, broker: Broker, ids: Sequence[str]) -> tuple[dict[str, Placement], set[str]]:
+        """The jobs' placements, and which of them are marked as cancelled."""
         if not ids:
-            return {}
+            return {}, set()
         now = int(time.time()) // 60
         minutes = {minute_of(job) or now for job in ids} | {now, now - 1}
         try:
-            return {job: _PLACEMENT.decode(raw) for job, raw in broker.placements(ids, minutes).items()}
-        except (CommandError, msgspec.DecodeError) as error:  # the job runs all the same, unexplained
+            placements, marked = broker.known(ids, minutes)
+            return {job: _PLACEMENT.decode(raw) for job, raw in placements.items()}, marked
+        except (CommandError, msgspec.DecodeError) as error:  # the jobs run all the same, unexplained
             log.error("placements_unreadable", reason=str(error))
-            return {}
+            return {}, set()
 
     def _run_group(self, group: Group, placements: dict[str, Placement], taken_at: float, ended: _Ended) -> None:
         """Runs a group in one launch; if that raises, each of its jobs alone, so that only the culprit fails."""
-        self._slots.observer.started(names(group.jobs))
+        self.running = names(group.jobs)
+        self._slots.observer.started(self.running)
         try:
             outputs, observation = self._launch(group)
             parts = split(group, outputs)
@@ -284,7 +335,9 @@ class _Slot:
         succeeded: list[str] = []
         for job, part in zip(group.jobs, parts, strict=True):
             if self._slots.observer.is_revoked(job.id):  # its kernel may have seen it, and stopped half way
-                self._fail(job.id, job.kernel.name, job.options, job.keep, JobCancelled("revoked while it ran"), ended)
+                self._fail(
+                    job.id, job.kernel.name, job.options, job.keep, JobCancelled("cancelled while it ran"), ended
+                )
                 continue
             placement = placements.get(job.id)
             cost = Cost(
@@ -298,6 +351,8 @@ class _Slot:
             meta = wire.success(job.id, answer(job, part), Record(placement, cost))
             record = wire.encode_meta(meta, self._encoding(job.options)) if job.keep else b""
             ended.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
+            shapes = _shapes(part) if placement is not None and placement.shown else ""
+            ended.endings.append(Ending(job.id, "succeeded", time.time(), cost.run_s, shapes))
             succeeded.append(job.id)
         if not succeeded:
             return
@@ -320,7 +375,7 @@ class _Slot:
             for name, value in group.inputs.items()
         }
         uploaded = time.perf_counter()
-        found = self._slots.repertoire.runs[name](inputs, _Context(group, self._slots.observer.is_revoked))
+        found = self._slots.repertoire.runs[name](inputs, _Context(group, self._slots.observer))
         driver.synchronize()
         ran = time.perf_counter()
         if found.keys() != group.kernel.signature.outputs.keys():
@@ -353,6 +408,8 @@ class _Slot:
         status = "cancelled" if isinstance(error, JobCancelled) else "failed"
         record = wire.encode_meta(wire.failure(job, error, trace), self._encoding(options)) if keep else b""
         ended.outcomes.append(Outcome(job, status, record, options.reply_to or ""))
+        told = f"{type(error).__name__}({error.message!r})"
+        ended.endings.append(Ending(job, status, time.time(), error=told, trace=trace))
         ended.events.append(
             Event(f"job.{status}", self._slots.incarnation, kernel, self._slots.device, (job,), data=error.to_wire())
         )
@@ -369,19 +426,29 @@ def _described(error: BaseException) -> str:
         return f"{type(error).__name__}, which cannot be printed"
 
 
+def _shapes(outputs: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    return ", ".join(f"{name}={value.dtype}{list(value.shape)}" for name, value in outputs.items())
+
+
 class _Context:
     """What the running variant may ask. See lepton_ai.kernel.Context."""
 
     deadline = None
     stream = None
 
-    def __init__(self, group: Group, is_revoked: Callable[[str], bool]) -> None:
+    def __init__(self, group: Group, observer: Observer) -> None:
         self._jobs = names(group.jobs)
-        self._is_revoked = is_revoked
+        self._kernel = group.kernel.name
+        self._observer = observer
+        self._told_at = time.monotonic()
 
     @property
     def cancelled(self) -> bool:
-        return all(map(self._is_revoked, self._jobs))
+        return all(map(self._observer.is_revoked, self._jobs))
 
     def progress(self, fraction: float) -> None:
-        """Not told to anybody yet: `job.progressed` comes with the event interfaces."""
+        """Told to those who follow the events, a few times a second at most."""
+        now = time.monotonic()
+        if now - self._told_at >= _PROGRESS_S:
+            self._told_at = now
+            self._observer.progressed(self._jobs, self._kernel, min(1.0, max(0.0, float(fraction))))

@@ -268,7 +268,8 @@ def test_what_is_told_of_a_dispatch_is_stored_with_it(connection: Connection, br
             event=b"event",
         )
     )
-    assert broker.placements(["one", "two", "three"], [7, 8, 9]) == {"one": b"p1", "two": b"p2"}
+    placements, marked = broker.known(["one", "two", "three"], [7, 8, 9])
+    assert (placements, marked) == ({"one": b"p1", "two": b"p2"}, set())
     assert 0 < connection.call("TTL", topology.jobs(7)) <= TTL_S
     assert counters(connection) == {"placed": 2, "parked": 0}
     assert [fields for _, fields in connection.call("XRANGE", topology.EVENTS, "-", "+")] == [[b"e", b"event"]]

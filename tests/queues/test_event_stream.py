@@ -7,7 +7,7 @@ import pytest
 
 from lepton_ai import event, topology
 from lepton_ai.event import Event
-from queues.broker import Broker
+from queues.broker import Broker, event_command
 from queues.connection import Connection
 from queues.event_stream import EventStream
 
@@ -74,7 +74,7 @@ def test_whoever_knows_where_it_stopped_goes_on_there(broker: Broker, link: Conn
 def test_more_than_one_reading_are_told_in_order(broker: Broker, link: Connection) -> None:
     stream = EventStream(link)
     expected = [f"e{at}" for at in range(1300)]
-    broker.connection.many([broker.event_command(event.encode(happened(name))) for name in expected])
+    broker.connection.many([event_command(event.encode(happened(name)), 20_000) for name in expected])
     found: list[str] = []
     while len(found) < len(expected):
         found += names(stream.read(5000))

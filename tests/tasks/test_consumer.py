@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from celery import Celery
 
-from lepton_ai import Client, services, topology
+from lepton_ai import Client, services, topology, wire
 from lepton_ai.handle import JobHandle
 from lepton_ai.identity import new_id
 from lepton_ai.settings import Settings
@@ -199,6 +199,7 @@ def test_cancelling_a_foreign_queue_does_not_pause_the_device(app: Celery, submi
 def test_a_job_that_is_revoked_before_it_runs_never_runs(
     app: Celery, submit: Any, place: Path, connection: Connection
 ) -> None:
+    cancelled = int(connection.call("HGET", topology.COUNTERS, "cancelled") or 0)
     running = submit(61)
     until(lambda: ask(app, "active"), "the first job is active")
     revoked = submit(62)  # would run until the end of the test
@@ -206,7 +207,10 @@ def test_a_job_that_is_revoked_before_it_runs_never_runs(
     ended(place, 61)
     running.result(timeout=5)
     until(lambda: revoked.state == "cancelled", "the job is cancelled")
-    assert make_result_state(app, revoked.id) == "REVOKED"
+    stored = wire.read_meta(connection.call("GET", topology.result(revoked.id)))
+    assert stored.status == "REVOKED"
+    assert int(connection.call("HGET", topology.COUNTERS, "cancelled")) == cancelled + 1
+    assert connection.call("ZCARD", topology.CANCELLED) == 0
 
 
 def test_a_running_job_is_told_that_it_is_revoked(app: Celery, submit: Any) -> None:
@@ -231,8 +235,3 @@ def test_revoking_an_unknown_job_harms_nobody(app: Celery, submit: Any, place: P
     ended(place, 81)
     app.control.revoke(new_id(), destination=["one@test"], reply=True, timeout=5, limit=1)
     assert submit(81).result(timeout=5)["y"] == [81]
-
-
-def make_result_state(app: Celery, job_id: str) -> str:
-    state: str = app.AsyncResult(job_id).state
-    return state

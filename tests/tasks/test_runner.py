@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -23,7 +23,7 @@ from lepton_ai.settings import Settings
 from queues.broker import Broker
 from queues.connection import Connection
 from queues.event_stream import EventStream
-from tasks.runner import Slots
+from tasks.runner import Ending, Slots
 from tasks.warmup import Repertoire
 
 DEVICE = "cpu.test"
@@ -61,15 +61,29 @@ class Books:
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
         self.revoked: set[str] = set()
+        self.shown: set[str] = set()
+        self.endings: dict[str, Ending] = {}
+        self.fractions: list[float] = []
 
-    def taken(self, jobs: Sequence[tuple[str, str]]) -> None:
+    def taken(self, jobs: Sequence[tuple[str, str]], shown: Collection[str]) -> None:
         self.seen += [("taken", job) for job, _ in jobs]
+        self.shown |= set(shown)
 
     def started(self, jobs: Sequence[str]) -> None:
         self.seen += [("started", job) for job in jobs]
 
-    def finished(self, jobs: Sequence[str]) -> None:
-        self.seen += [("finished", job) for job in jobs]
+    def ended(self, endings: Sequence[Ending]) -> None:
+        self.seen += [("ended", ending.job) for ending in endings]
+        self.endings |= {ending.job: ending for ending in endings}
+
+    def lost(self, jobs: Sequence[str]) -> None:
+        self.seen += [("lost", job) for job in jobs]
+
+    def progressed(self, jobs: Sequence[str], kernel: str, fraction: float) -> None:
+        self.fractions.append(fraction)
+
+    def revoke(self, jobs: Collection[str]) -> None:
+        self.revoked |= set(jobs)
 
     def is_revoked(self, job: str) -> bool:
         return job in self.revoked
@@ -302,7 +316,7 @@ def test_celerys_books_hear_of_each_job_in_its_order(worker: Worker) -> None:
     (job,) = worker.send(1.0)
     worker.double(job)
     worker.slots.drain()
-    assert worker.books.seen == [("taken", job), ("started", job), ("finished", job)]
+    assert worker.books.seen == [("taken", job), ("started", job), ("ended", job)]
 
 
 # -- failures ---------------------------------------------------------------------------------------------------
