@@ -42,7 +42,7 @@ class DeviceStep(bootsteps.StartStopStep):
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
-        self.settings: Settings = worker.app.conf["lepton_settings"]
+        self.settings: Settings = worker.app.lepton_settings
         worker.device_slots = None
         self._heartbeat: Heartbeat | None = None
         self._slots: Slots | None = None

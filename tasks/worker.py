@@ -17,7 +17,7 @@ __all__ = ["app"]
 _settings = Settings.read()
 
 app = make_app(_settings)
-app.conf["lepton_settings"] = _settings
+app.lepton_settings = _settings  # not in its conf, which remote control shows to anybody
 app.steps["worker"].add(DeviceStep)
 app.steps["consumer"].add(DeviceQueueStep)
 
