@@ -183,16 +183,12 @@ class _Session:
         marked = self._broker.marked(ids) if self._broker.marks else set()
         leaving: list[tuple[Claim, bytes]] = []
         refused: list[Refused] = []
-        gone: list[ClaimedJob] = []
         added: list[tuple[ClaimedJob, wire.Headers]] = []
         step = Dispatch({}, {})
         for message, each in found:
             if isinstance(each, Incoming):
                 job = self._window.add(each.headers.id, each.headers.task, each.options, message, claim)
-                if job.id in marked:
-                    gone.append(job)
-                else:
-                    added.append((job, each.headers))
+                added.append((job, each.headers))
                 continue
             leaving.append((claim, message))
             if isinstance(each, Dead):
@@ -205,7 +201,7 @@ class _Session:
             step.told = self._narrator.ended([(each.headers, each.error) for each in refused], [])
             self._end(step, leaving)
             self._window.forget(leaving)
-        self._cancel(gone)
+        self._cancel([job for job, _ in added if job.id in marked])
 
     def _cancel(self, jobs: Sequence[ClaimedJob]) -> None:
         """Ends jobs of the window that were cancelled."""

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lepton_ai import event, topology, wire
+from lepton_ai import cancellation, event, topology, wire
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import minute_of, new_id, new_ids
@@ -778,3 +778,75 @@ def test_a_router_whose_host_vanished_swallows_nothing(
     finally:
         wake.close()
         vanished.close()
+
+
+# -- cancelling -----------------------------------------------------------------------------------------------------
+
+
+def ask_to_cancel(connection: Connection, *jobs: str) -> None:
+    connection.many([("MULTI",), *cancellation.mark(jobs, "test"), ("EXEC",)])
+
+
+def stored(connection: Connection, job: str) -> str:
+    found = connection.call("GET", topology.result(job))
+    return wire.read_meta(found).status if found else "none"
+
+
+def test_a_job_that_waits_in_the_window_is_ended_at_once_and_the_others_stay(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    slow = add_worker()
+    start_router()
+    first, second, gone, last = lane.send(4, ms=60_000)  # a slot is given two of them
+    assert sorted(lane.wait_for("job.placed", 2)) == sorted([first, second])
+    ask_to_cancel(connection, gone)
+    assert lane.wait_for("job.cancelled", 1) == [gone]
+    assert stored(connection, gone) == "REVOKED"
+    assert slow.serve(3) == [first, second, last]
+    assert connection.call("HGET", topology.COUNTERS, "cancelled") == b"1"
+    assert connection.call("ZCARD", topology.CANCELLED) == 0
+
+
+def test_a_job_that_was_cancelled_in_its_lane_is_ended_when_it_is_claimed(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    jobs = lane.send(300)
+    ask_to_cancel(connection, *jobs[::3])
+    start_router()
+    assert sorted(lane.wait_for("job.cancelled", 100)) == sorted(jobs[::3])
+    assert worker.serve(200) == [job for at, job in enumerate(jobs) if at % 3]
+    assert waiting_anywhere(connection) == 0
+
+
+def test_a_parked_job_is_ended_and_the_others_stay_parked(start_router, lane: Lane, connection: Connection) -> None:
+    start_router()
+    one, two, three = lane.send(3)
+    lane.wait_for("job.parked", 3)
+    ask_to_cancel(connection, two)
+    assert lane.wait_for("job.cancelled", 1) == [two]
+    lane.settle()
+    parked = connection.call("LRANGE", topology.parked("test.spin"), 0, -1)
+    assert [wire.read_envelope(message).headers.id for message in parked[::-1]] == [one, three]
+
+
+def test_a_client_that_waits_hears_of_the_cancelling_on_its_reply_list(
+    start_router, lane: Lane, connection: Connection
+) -> None:
+    start_router()
+    (job,) = lane.send(reply_to=topology.reply("me"), result="msgpack")
+    lane.wait_for("job.parked", 1)
+    ask_to_cancel(connection, job)
+    _, told = connection.call("BLPOP", topology.reply("me"), 5)
+    assert (wire.read_meta(told).task_id, wire.read_meta(told).status) == (job, "REVOKED")
+
+
+def test_marks_of_jobs_that_nobody_has_harm_nobody(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    ask_to_cancel(connection, new_id(), "not an id", "")
+    jobs = lane.send(3)
+    assert worker.serve(3) == jobs
+    assert "cancelled" not in connection.call("HGETALL", topology.COUNTERS)

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from lepton_ai import event, topology, wire
+from lepton_ai import cancellation, event, topology, wire
 from lepton_ai.device import Peaks
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of, new_id, new_ids
@@ -617,3 +617,95 @@ def test_an_event_of_a_failure_names_the_job_and_its_error(worker: Worker) -> No
     assert told == Event("job.failed", worker.incarnation, "test.double", DEVICE, (job,), data=told.data)
     assert told.data["code"] == "kernel_failed"
     assert event.decode(event.encode(told)) == (told,)
+
+
+# -- those who watch ------------------------------------------------------------------------------------------------
+
+
+def mark(worker: Worker, *jobs: str) -> None:
+    worker.connection.many(cancellation.mark(jobs, "test"))
+
+
+def test_a_job_that_is_marked_as_cancelled_never_runs_and_its_mark_is_taken_away(worker: Worker) -> None:
+    worker.warm_up()
+    gone, good = new_ids(2)
+    mark(worker, gone)
+    worker.push(message(gone, 1.0), message(good, 5.0))
+    assert worker.failure(gone)[0] == "REVOKED"
+    assert worker.double(good) == [10.0]
+    assert worker.counters() == {"succeeded": 2, "cancelled": 1}
+    until(lambda: worker.connection.call("ZCARD", topology.CANCELLED) == 0, "the mark is gone")
+
+
+def test_a_running_kernel_is_told_of_a_mark_with_the_next_heartbeat(worker: Worker) -> None:
+    (job,) = worker.send(1.0, kernel="test.gated")
+    assert worker.shop.entered.acquire(timeout=5)
+    mark(worker, job, new_id())
+    assert not worker.shop.contexts[-1].cancelled
+    worker.slots.heed(worker.lease)
+    assert worker.shop.contexts[-1].cancelled
+    assert worker.books.revoked == {job}
+    worker.shop.gate.set()
+    assert worker.failure(job)[0] == "REVOKED"
+
+
+def test_an_idle_worker_asks_for_no_marks(worker: Worker) -> None:
+    worker.slots.heed(worker.lease)
+    assert worker.books.revoked == set()
+
+
+def test_only_jobs_whose_placement_says_so_are_shown(worker: Worker) -> None:
+    shown, hidden = new_ids(2)
+    for job in (shown, hidden):
+        placement = Placement(job, "test.double", "placed", "", 0.0, "router-1", DEVICE, shown=job == shown)
+        worker.connection.call("HSET", topology.jobs(minute_of(job) or 0), job, msgspec.msgpack.encode(placement))
+        worker.push(message(job, 1.0))
+        worker.meta(job)
+    assert worker.books.shown == {shown}
+    until(lambda: hidden in worker.books.endings, "both have ended")
+    assert worker.books.endings[shown].result == "y=float64[1]"
+    assert worker.books.endings[shown].run_s > 0
+    assert worker.books.endings[hidden].result == ""
+
+
+def test_an_ending_says_what_was_raised(worker: Worker) -> None:
+    (job,) = worker.send(-1.0)
+    worker.failure(job)
+    until(lambda: job in worker.books.endings, "it has ended")
+    ending = worker.books.endings[job]
+    assert (ending.status, ending.error) == ("failed", "KernelFailed('ValueError: below zero')")
+    assert "below zero" in (ending.trace or "")
+
+
+def test_a_batch_that_was_given_to_another_is_lost_and_not_ended(worker: Worker) -> None:
+    (job,) = worker.send(1.0, kernel="test.gated")
+    assert worker.shop.entered.acquire(timeout=5)
+    worker.connection.call("DEL", topology.lease(worker.incarnation))
+    worker.lease.recover()
+    worker.lease.announce(b"")
+    worker.shop.gate.set()
+    until(lambda: ("lost", job) in worker.books.seen, "the worker knows")
+    assert job not in worker.books.endings
+
+
+def test_progress_is_told_now_and_then_and_stays_between_nought_and_one(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = worker.send(1.0, kernel="test.gated")
+    assert worker.shop.entered.acquire(timeout=5)
+    context = worker.shop.contexts[-1]
+    context.progress(0.1)
+    assert worker.books.fractions == [], "too soon after the start"
+    monkeypatch.setattr("tasks.runner._PROGRESS_S", 0.0)
+    for fraction in (-1.0, 0.5, 2):
+        context.progress(fraction)
+    assert worker.books.fractions == [0.0, 0.5, 1.0]
+    worker.shop.gate.set()
+    worker.meta(job)
+
+
+def until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
