@@ -24,6 +24,6 @@ def root() -> Path:
 
 
 def environ(base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """An environment in which `python -m pipeline` finds the services."""
+    """An environment in which `python -m pipeline` finds the services, and not a `tasks.py` in the current folder."""
     path = [str(root()), *filter(None, [base.get("PYTHONPATH")])]
-    return {**base, "PYTHONPATH": os.pathsep.join(path)}
+    return {**base, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
