@@ -1,4 +1,4 @@
-# One image for every service; docker-compose.yml says which one a container is. A second target, `flower`, adds Flower.
+# One image for every service; docker-compose.yml says which one a container is.
 # No Docker engine was at hand when this was written: hadolint has read it and its pip commands were tried by hand, but
 # the images themselves were never built.
 
@@ -20,26 +20,20 @@ COPY tasks tasks
 RUN pip install --no-deps --no-build-isolation . \
     && ln -s "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lepton_ai/_services" /opt/lepton/services
 
-FROM build AS build-flower
-RUN pip install --no-deps flower==2.2.0 humanize==4.17.0 prometheus-client==0.26.0 pytz==2026.6 tornado==6.6.1
-
-FROM python:3.12-slim-bookworm AS system
-# Numba's OpenMP layer: the only one of its three that is safe with several threads and comes with Debian.
+FROM python:3.12-slim-bookworm AS service
+# Numba's OpenMP layer: the only one of its three that is safe with several threads and comes with Debian. And the
+# linker, with which PoCL builds the OpenCL kernels of an emulated fpga.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libgomp1=12.* \
+    && apt-get install --yes --no-install-recommends libgomp1=12.* binutils=2.40* \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 10001 --create-home lepton
 ENV NUMBA_CACHE_DIR=/tmp/numba \
     PATH=/opt/lepton/bin:$PATH \
+    POCL_CACHE_DIR=/tmp/pocl \
     PYTHONPATH=/opt/lepton/services \
     PYTHONUNBUFFERED=1
 USER 10001
 WORKDIR /home/lepton
 
-FROM system AS flower
-COPY --from=build-flower /opt/lepton /opt/lepton
-CMD ["celery", "-A", "tasks.worker", "flower"]
-
-FROM system AS service
 COPY --from=build /opt/lepton /opt/lepton
 CMD ["lepton", "--help"]
