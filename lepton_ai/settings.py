@@ -59,6 +59,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Jobs a second that are shown to Flower and `celery events`, which follow about so many; 0 shows none."""
     kernels: str = ""
     """Modules with kernels of your own, separated by commas."""
+    fpga_binaries: str = ""
+    """A folder with what an FPGA board runs: `<kernel>.aocx` or `<kernel>.xclbin`. Without a board nothing reads it."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> Settings:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, cast
 
+import msgspec
 from numpy.typing import NDArray
 
 from lepton_ai.device import Peaks, kind_of
 from lepton_ai.errors import InvalidSettings
+from lepton_ai.kernel import DEVICE_KINDS
 
-__all__ = ["Driver", "open_device"]
+__all__ = ["Driver", "Found", "best_s", "cores", "open_device", "probe"]
+
+_REPEATS = 5
 
 
 class Driver(Protocol):
@@ -36,6 +46,18 @@ class Driver(Protocol):
         """Gives the device back. Nothing may be called after it."""
 
 
+class Found(msgspec.Struct, frozen=True):
+    """Whether a kind of device would open on this machine. Each driver's module has a `probe() -> Found`."""
+
+    kind: str
+    available: bool
+    what: str
+    """The device found, or what is missing."""
+    fix: str | None
+    """The one command that helps, where one does."""
+    emulated: bool = False
+
+
 def open_device(device: str, slots: int) -> Driver:
     """The driver of a device name such as `cpu` or `gpu.h100`; InvalidSettings where there is none."""
     kind = kind_of(device)
@@ -46,3 +68,50 @@ def open_device(device: str, slots: int) -> Driver:
             raise
         raise InvalidSettings(f"no driver for {kind!r} in this release: tasks/devices/{kind}.py is missing") from None
     return cast(Driver, module.open_device(device, slots))
+
+
+def probe() -> list[Found]:
+    """Every kind of device and whether it would open here. It loads vendors' libraries: ask in a process of its own."""
+    return [_probed(kind) for kind in DEVICE_KINDS]
+
+
+def _probed(kind: str) -> Found:
+    try:
+        module = importlib.import_module(f"tasks.devices.{kind}")
+        return cast(Found, module.probe())
+    except ModuleNotFoundError as error:
+        if error.name == f"tasks.devices.{kind}":
+            return Found(kind, False, f"no driver in this release, {_hardware(kind)}", None)
+        return Found(kind, False, f"{error.name} is not installed", "pip install 'lepton-ai[worker]'")
+    except Exception as error:  # noqa: BLE001 - a broken installation is what is asked for, not a failure to answer
+        return Found(kind, False, f"{type(error).__name__}: {error}", None)
+
+
+def _hardware(kind: str) -> str:
+    """What a kind without a driver leaves on a machine that has one."""
+    traces = {"gpu": ("/dev/nvidia0", "/dev/kfd"), "tpu": ("/dev/accel0", "/dev/vfio/0")}
+    seen = [path for path in traces.get(kind, ()) if Path(path).exists()]
+    if kind == "gpu" and (tool := shutil.which("nvidia-smi")):
+        seen.append(tool)
+    return f"although the machine seems to have one ({seen[0]})" if seen else "and no sign of such a device"
+
+
+# -- what drivers share ---------------------------------------------------------------------------------------------
+
+
+def cores() -> int:
+    """The cores that this process may use, which a container's affinity can make fewer than the host has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def best_s(run: Callable[[], object]) -> float:
+    """The shortest of a few runs in seconds; the first, which touches fresh pages, does not count."""
+    run()
+    shortest_s = math.inf
+    for _ in range(_REPEATS):
+        started_s = time.perf_counter()
+        run()
+        shortest_s = min(shortest_s, time.perf_counter() - started_s)
+    return max(shortest_s, 1e-9)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Callable
+import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from lepton_ai.device import Peaks
+from tasks.driver import Found, best_s, cores
 
-__all__ = ["CpuDriver", "open_device"]
+__all__ = ["CpuDriver", "open_device", "probe"]
 
 _MATMUL_SIZE = 512
 _COPY_BYTES = 16 * 2**20
-_REPEATS = 5
+_INFO = Path("/proc/cpuinfo")
 
 
 class CpuDriver:
@@ -42,11 +43,11 @@ class CpuDriver:
         source = np.ones(_COPY_BYTES, np.uint8)
         target = np.empty_like(source)
         return Peaks(
-            flops_per_s=2 * _MATMUL_SIZE**3 / _best_s(lambda: np.matmul(square, square, out=product)),
-            bytes_per_s=2 * _COPY_BYTES / _best_s(lambda: np.copyto(target, source)),
+            flops_per_s=2 * _MATMUL_SIZE**3 / best_s(lambda: np.matmul(square, square, out=product)),
+            bytes_per_s=2 * _COPY_BYTES / best_s(lambda: np.copyto(target, source)),
             transfer_bytes_per_s=math.inf,
             transfer_latency_s=0.0,
-            launch_s=_best_s(self._launch),
+            launch_s=best_s(self._launch),
         )
 
     def _launch(self) -> None:
@@ -75,7 +76,7 @@ class CpuDriver:
 
 def open_device(device: str, slots: int) -> CpuDriver:
     """The driver for `cpu` or any `cpu.<model>`. Call it before anything imports numba, which reads these once."""
-    threads = max(1, _cores() // slots)
+    threads = max(1, cores() // slots)
     os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
     os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
     # NumPy is loaded by now, so its BLAS no longer reads the environment; slots that each use every core fight for
@@ -84,19 +85,8 @@ def open_device(device: str, slots: int) -> CpuDriver:
     return CpuDriver(slots)
 
 
-def _cores() -> int:
-    """The cores that this process may use, which a container's affinity can make fewer than the host has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _best_s(run: Callable[[], object]) -> float:
-    """The shortest of a few runs in seconds; the first, which touches fresh pages, does not count."""
-    run()
-    best_s = math.inf
-    for _ in range(_REPEATS):
-        started_s = time.perf_counter()
-        run()
-        best_s = min(best_s, time.perf_counter() - started_s)
-    return max(best_s, 1e-9)
+def probe() -> Found:
+    """The processor, which is always there."""
+    lines = _INFO.read_text(errors="replace").splitlines() if _INFO.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return Found("cpu", True, f"{(models or [platform.machine()])[0]}, {cores()} cores", None)

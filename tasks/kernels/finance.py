@@ -177,6 +177,90 @@ def _cpu(device: Any) -> Run:
     return run
 
 
+# A group is one work-item with a block of options, four at once through one long pipeline without a branch: every
+# select takes both sides. PoCL has vector code for exp, log and sqrt of four doubles (20 ns an option; 80 one double at
+# a time), but not for erfc (73). Not double8: PoCL 3.0 crashes on it where the processor has AVX-512.
+_OPENCL = """
+#pragma OPENCL EXTENSION cl_khr_fp64 : enable
+#define SIGN 0x7fffffffffffffffL
+
+double4 tail(double4 x) {  // as _tail above; beyond 40 deviations it is 0, and the polynomials must not overflow
+  x = as_double4(as_long4(x) & SIGN);
+  x = x > 40.0 ? (double4)40.0 : x;
+  double4 p = 0.0352624965998911 * x + 0.700383064443688;
+  p = p * x + 6.37396220353165;
+  p = p * x + 33.912866078383;
+  p = p * x + 112.079291497871;
+  p = p * x + 221.213596169931;
+  p = p * x + 220.206867912376;
+  double4 q = 0.0883883476483184 * x + 1.75566716318264;
+  q = q * x + 16.064177579207;
+  q = q * x + 86.7807322029461;
+  q = q * x + 296.564248779674;
+  q = q * x + 637.333633378831;
+  q = q * x + 793.826512519948;
+  q = q * x + 440.413735824752;
+  return exp(-0.5 * x * x) * p / q;
+}
+
+double4 read(__global const double* restrict column, ulong i, ulong last) {  // past the end it repeats the last option
+  return (double4)(column[i], column[min(i + 1, last)], column[min(i + 2, last)], column[min(i + 3, last)]);
+}
+
+long4 fair(double4 x) { return x >= 0 && x < INFINITY; }
+
+__kernel __attribute__((reqd_work_group_size(1, 1, 1)))
+void price(__global const double* restrict spots, __global const double* restrict strikes,
+           __global const double* restrict years, __global const double* restrict volatilities, double rate,
+           __global double* restrict calls, __global double* restrict puts, ulong size) {
+  const ulong start = get_group_id(0) * BLOCK, stop = min(start + BLOCK, size), last = size - 1;
+  for (ulong i = start; i < stop; i += 4) {
+    const double4 s = read(spots, i, last), k = read(strikes, i, last);
+    const double4 t = read(years, i, last), v = read(volatilities, i, last);
+    const double4 deviation = v * sqrt(t), due = k * exp(-rate * t);
+    const double4 middle = (log(s / k) + rate * t) / deviation;
+    const double4 d1 = middle + deviation / 2, d2 = middle - deviation / 2;
+    const double4 tail1 = tail(d1), tail2 = tail(d2);
+    const double4 up1 = d1 > 0 ? 1 - tail1 : tail1, up2 = d2 > 0 ? 1 - tail2 : tail2;
+    const double4 down1 = d1 > 0 ? tail1 : 1 - tail1, down2 = d2 > 0 ? tail2 : 1 - tail2;
+    const double4 zero = 0, surely = s - due;
+    const long4 certain = deviation == 0 || s == 0 || k == 0;
+    double4 call = certain ? (surely < 0 ? zero : surely) : s * up1 - due * up2;
+    double4 put = certain ? (surely > 0 ? zero : zero - surely) : due * down2 - s * down1;
+    const long4 valid = fair(s) && fair(k) && fair(t) && fair(v) && (long4)(isfinite(rate) ? -1 : 0);
+    call = valid ? call : (double4)NAN;
+    put = valid ? put : (double4)NAN;
+    if (i + 4 <= size) {
+      vstore4(call, 0, calls + i);
+      vstore4(put, 0, puts + i);
+    } else {
+      const double call_of[4] = {call.x, call.y, call.z, call.w}, put_of[4] = {put.x, put.y, put.z, put.w};
+      for (int j = 0; i + j < size; j++) {
+        calls[i + j] = call_of[j];
+        puts[i + j] = put_of[j];
+      }
+    }
+  }
+}
+"""
+_BLOCK = 1024
+
+
+@black_scholes.on("fpga")
+def _fpga(device: Any) -> Run:
+    program = device.program(_OPENCL, "finance.black_scholes", BLOCK=_BLOCK)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        columns = [inputs[name] for name in ("spot", "strike", "years", "volatility")]
+        size = columns[0].size
+        call, put = device.empty((size,), np.float64), device.empty((size,), np.float64)
+        rate = np.float64(inputs["rate"])
+        program.launch("price", (-(-size // _BLOCK),), *columns, rate, call, put, np.uint64(size))
+        return {"call": call, "put": put}
+
+    return run
+
+
 @black_scholes.samples
 def _samples() -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)
