@@ -33,7 +33,18 @@ import msgspec
 
 from lepton_ai.errors import InvalidArguments
 
-__all__ = ["FINAL_EVENTS", "CloudEvent", "Cursor", "Event", "Observation", "cloud_events", "decode", "encode", "missed"]
+__all__ = [
+    "FINAL_EVENTS",
+    "TYPES",
+    "CloudEvent",
+    "Cursor",
+    "Event",
+    "Observation",
+    "cloud_events",
+    "decode",
+    "encode",
+    "missed",
+]
 
 
 class Observation(msgspec.Struct, frozen=True):
@@ -85,6 +96,12 @@ def decode(data: bytes) -> tuple[Event, ...]:
 # -- to the outside -------------------------------------------------------------------------------------------------
 
 _TYPE: Final = "io.lepton.{}.v1"
+#: Every type in the table above.
+TYPES: Final = (
+    *("job.accepted", "job.placed", "job.parked", "job.rejected", "job.progressed", "job.cancel_asked"),
+    *("job.succeeded", "job.failed", "job.cancelled", "device.online", "device.heartbeat", "device.offline"),
+    *("kernel.refused", "router.online", "router.offline"),
+)
 #: After one of these a job has no more events.
 FINAL_EVENTS: Final = frozenset(_TYPE.format(f"job.{end}") for end in ("succeeded", "failed", "cancelled", "rejected"))
 _CURSOR = re.compile(r"(\d{1,20})(?:-(\d{1,20})(?:\.(\d{1,9}))?)?")

@@ -11,9 +11,9 @@ from litestar.exceptions import HTTPException, ValidationException
 
 from lepton_ai.errors import LeptonError, Unavailable
 
-__all__ = ["HANDLERS", "Problem"]
+__all__ = ["HANDLERS", "MEDIA_TYPE", "Problem"]
 
-_MEDIA_TYPE = "application/problem+json"
+MEDIA_TYPE = "application/problem+json"
 _RETRY_AFTER_S = "1"
 _CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
@@ -34,7 +34,7 @@ class Problem(msgspec.Struct, omit_defaults=True):
 
 def _respond(problem: Problem, headers: dict[str, str] | None = None) -> Response[bytes]:
     content = msgspec.json.encode(problem)
-    return Response(content, status_code=problem.status, media_type=_MEDIA_TYPE, headers=headers)
+    return Response(content, status_code=problem.status, media_type=MEDIA_TYPE, headers=headers)
 
 
 def _ours(request: Request[Any, Any, Any], error: LeptonError) -> Response[bytes]:

@@ -235,7 +235,7 @@ def test_openapi_comes_in_yaml_too(http: httpx.Client) -> None:
 def test_openapi_describes_the_body_of_a_job(http: httpx.Client) -> None:
     paths = http.get("/openapi/openapi.json").json()["paths"]
     content = paths["/v1/jobs"]["post"]["requestBody"]["content"]
-    assert set(content) == {"application/json", "application/x-msgpack"}
+    assert set(content) == {"application/json", "application/x-msgpack", "application/x-ndjson"}
     assert "kernel" in msgspec.json.encode(content).decode()
 
 

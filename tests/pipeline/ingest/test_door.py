@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from lepton_ai import topology, wire
+from lepton_ai import event, topology, wire
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.errors import (
     BrokerUnavailable,
@@ -21,6 +21,7 @@ from lepton_ai.errors import (
     UnknownJob,
     UnknownKernel,
 )
+from lepton_ai.event import Event
 from lepton_ai.identity import minute_of, new_id
 from lepton_ai.job import Placement, Record
 from lepton_ai.kernel import KernelSpec
@@ -164,6 +165,55 @@ def test_a_kernel_whose_signature_cannot_be_read_here_hides_no_other(broker_url:
     announce(connection, "worker-1", KernelSpec("test.newer", {"x": "complex<3>"}, {}, "1", "1"), DOUBLE)
     names = through(broker_url, lambda door: door.kernels())
     assert [spec.name for spec in names] == ["test.double"]
+
+
+def accepted(connection: Connection) -> list[list[Event]]:
+    """The Events of each entry of the stream."""
+    return [list(event.decode(fields[1])) for _, fields in connection.call("XRANGE", topology.EVENTS, "-", "+")]
+
+
+def test_what_is_accepted_is_told_in_one_entry_with_an_event_a_kernel(broker_url: str, connection: Connection) -> None:
+    half = msgspec.structs.replace(DOUBLE, name="test.half")
+    announce(connection, "worker-1", DOUBLE, half)
+    requests = [request(), JobRequest("test.half", {"x": [1.0]}), request()]
+    views = through(broker_url, lambda door: door.accept(requests, 0))
+    ids = [view.id for view in views]
+    ((double, other),) = accepted(connection)
+    assert (double.type, double.kernel, double.jobs) == ("job.accepted", "test.double", (ids[0], ids[2]))
+    assert (other.type, other.kernel, other.jobs) == ("job.accepted", "test.half", (ids[1],))
+    assert double.source == other.source
+    assert double.source.startswith("ingest-")
+
+
+def test_what_is_refused_is_not_told(broker_url: str, connection: Connection) -> None:
+    announce(connection)
+    with pytest.raises(InvalidArguments):
+        through(broker_url, lambda door: door.accept([request(), request([[1.0]])], 0))
+    assert through(broker_url, lambda door: door.accept([], 0)) == []
+    assert accepted(connection) == []
+
+
+def test_very_many_are_told_in_entries_that_a_follower_can_hold(
+    broker_url: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door_module, "_JOBS_IN_ENTRY", 20)
+    announce(connection)
+    views = through(broker_url, lambda door: door.accept([request()] * 50, 0))
+    told = [each.jobs for (each,) in accepted(connection)]
+    assert [len(jobs) for jobs in told] == [20, 20, 10]
+    assert [job for jobs in told for job in jobs] == [view.id for view in views]
+
+
+def test_the_stream_is_kept_within_its_limit(broker_url: str, connection: Connection) -> None:
+    async def work() -> None:
+        door = Door(Settings(events_kept=1), broker_url)
+        async with door.open():
+            for _ in range(150):
+                await door.accept([request()], 0)
+
+    announce(connection)
+    asyncio.run(work())
+    assert 1 <= connection.call("XLEN", topology.EVENTS) <= 100  # whole nodes of a hundred go at once
 
 
 # -- waiting ----------------------------------------------------------------------------------------------------
@@ -324,8 +374,11 @@ def test_devices_are_listed_by_name_and_routers_are_none(broker_url: str, connec
         lambda door: door.announcements(),
         lambda door: door.kernels(),
         lambda door: door.ping(),
+        lambda door: door.cancel("job", 0),
+        lambda door: door.job_events("job", None),
+        lambda door: anext(door.accept_each([request()], 1)),
     ],
-    ids=["accept", "look", "announcements", "kernels", "ping"],
+    ids=["accept", "look", "announcements", "kernels", "ping", "cancel", "job_events", "accept_each"],
 )
 def test_without_a_broker_every_call_says_so(tmp_path: Path, work: Callable[[Door], Awaitable[Any]]) -> None:
     with pytest.raises(BrokerUnavailable):

@@ -1,0 +1,133 @@
+"""The body of `POST /v1/jobs`: bytes within the limit, then jobs, in the format that the content type names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from litestar import Request
+from litestar.exceptions import InternalServerException
+
+from lepton_ai import wire
+from lepton_ai.errors import InvalidArguments, LeptonError, Malformed, TooLarge, UnsupportedMediaType
+from lepton_ai.remote import JobRequest
+
+__all__ = ["NDJSON", "Body", "decode", "read"]
+
+NDJSON: Final = "application/x-ndjson"
+#: Where msgspec says that a value did not fit (`$[3].kernel`), and which field it misses or does not know.
+_PATH = re.compile(r"`\$(?:\[(?:\d+|\.\.\.)\])?\.?(?P<field>[^`]*)`")
+_FIELD = re.compile(r"(?:required|unknown) field `(\w+)`")
+
+
+class Body(NamedTuple):
+    """What was sent. `single`: one job by itself, not a list; `lines`: one job a line."""
+
+    requests: list[JobRequest]
+    single: bool = False
+    lines: bool = False
+
+
+class _Incoming(msgspec.Struct, forbid_unknown_fields=True):
+    """A JobRequest whose arguments are still bytes, so that one which does not fit is named."""
+
+    kernel: str
+    arguments: dict[str, msgspec.Raw]
+    priority: int | None = None
+    device: str | None = None
+
+
+class _Format:
+    """Decoders of one media type."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.body: Any = decoder(_Incoming | list[_Incoming])
+        self.job: Any = decoder(_Incoming)
+        self.value: Any = decoder(wire.Value)
+
+
+_JSON, _MSGPACK = _Format(msgspec.json.Decoder), _Format(msgspec.msgpack.Decoder)
+_FORMATS = {
+    "application/json": _JSON,
+    NDJSON: _JSON,
+    wire.MSGPACK: _MSGPACK,
+    "application/msgpack": _MSGPACK,
+    "application/vnd.msgpack": _MSGPACK,
+}
+
+
+async def read(request: Request[Any, Any, Any], limit_bytes: int) -> bytes:
+    """The body, refused before it is buffered where its length is announced, and as soon as it is over otherwise."""
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > limit_bytes:
+        raise TooLarge(f"the body has {announced} bytes, the limit is {limit_bytes}")
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit_bytes:
+                raise TooLarge(f"the body is over the limit of {limit_bytes} bytes")
+            parts.append(part)
+    except InternalServerException as error:  # so litestar tells of a body that ends early or has a broken chunk
+        raise Malformed("the body breaks off, or its chunks are not well formed") from error
+    return b"".join(parts)
+
+
+def decode(body: bytes, content_type: str) -> Body:
+    """The jobs in a body. Raises what is wrong with the first that is none, with its `index` where there are lines."""
+    media = content_type.split(";", maxsplit=1)[0].strip().lower()
+    known = _FORMATS.get(media)
+    if known is None:
+        raise UnsupportedMediaType(
+            f"content type {media!r} is not understood; use application/json, {NDJSON} or {wire.MSGPACK}"
+        )
+    if media == NDJSON:
+        return Body(_lines(body), lines=True)
+    found = _decoded(known.body, body, f"the body is not valid {media}")
+    if isinstance(found, list):
+        return Body([_request(each, known) for each in found])
+    return Body([_request(found, known)], single=True)
+
+
+def _lines(body: bytes) -> list[JobRequest]:
+    requests: list[JobRequest] = []
+    for line in body.split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            requests.append(_request(_decoded(_JSON.job, line, "the line is not valid JSON"), _JSON))
+        except LeptonError as error:
+            error.index = len(requests)  # type: ignore[attr-defined]
+            raise
+    return requests
+
+
+def _decoded(decoder: Any, data: bytes, otherwise: str) -> Any:
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(f"{otherwise}: {str(error) or type(error).__name__}") from None
+
+
+def _request(incoming: _Incoming, known: _Format) -> JobRequest:
+    arguments = {}
+    for name, raw in incoming.arguments.items():
+        try:
+            arguments[name] = known.value.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidArguments(
+                f"argument {name!r} is no number, list of numbers or tensor: {error}", name
+            ) from None
+    return JobRequest(incoming.kernel, arguments, incoming.priority, incoming.device)
+
+
+def _invalid(error: msgspec.ValidationError) -> InvalidArguments:
+    """What did not fit the shape of a request, with the field that msgspec names."""
+    text = str(error)
+    named = _FIELD.search(text)
+    path = _PATH.search(text)
+    field = named[1] if named else path["field"] if path else None
+    return InvalidArguments(f"not a valid job: {text}", field or None)
