@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from lepton_ai.device import Announcement
 from lepton_ai.errors import InvalidSettings, NoBroker
+from lepton_ai.event import CloudEvent, Cursor
 from lepton_ai.handle import JobHandle, JobReader
 from lepton_ai.identity import new_id
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec
 
-__all__ = ["Client"]
+__all__ = ["Client", "connect"]
+
+C = TypeVar("C")
 
 _DIRECT = ("redis", "rediss", "unix")
 _REMOTE = ("http", "https")
@@ -23,6 +26,12 @@ _REMOTE = ("http", "https")
 
 class _Connection(JobReader, Protocol):
     def submit(self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options) -> list[JobHandle]: ...
+    def map(
+        self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options, window: int
+    ) -> Generator[JobHandle, None, None]: ...
+    def events(
+        self, since: Cursor | None, job: str | None, timeout_s: float | None
+    ) -> Generator[CloudEvent, None, None]: ...
     def announcements(self) -> list[Announcement]: ...
     def close(self) -> None: ...
 
@@ -32,14 +41,12 @@ class Client:
 
     `redis://`, `rediss://` and `unix://` are a broker, `http(s)://` is an ingest; without a URL it takes
     `LEPTON_REDIS_URL`. Safe for several threads; close it, or use it in a `with`.
-    Raises BrokerUnavailable from any call while the other side cannot be reached.
+    Raises BrokerUnavailable from any call while the other side cannot be reached. Only who waits (for a result, a map,
+    events) and has reached it before goes on trying, for 30 s.
     """
 
     def __init__(self, url: str | None = None) -> None:
-        url = url or os.environ.get("LEPTON_REDIS_URL")
-        if not url:
-            raise NoBroker("no address: pass Client('redis://host:6379/0') or set LEPTON_REDIS_URL")
-        self._connection = _connect(url)
+        self._connection = connect(url, _direct, _remote)
 
     def submit(
         self,
@@ -75,6 +82,58 @@ class Client:
         """The handle of a job by its id, whoever submitted it."""
         return JobHandle(job_id, None, self._connection)
 
+    def map(
+        self,
+        kernel: str,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        window: int = 1000,
+        priority: int | None = None,
+        device: str | None = None,
+    ) -> Generator[JobHandle, None, None]:
+        """Submits a job for each row as there is room, and hands out each job once it has ended, in any order.
+
+        `rows` may be endless: they are taken as they are needed, and at most `window` jobs are under way or ended and
+        not yet handed out. Each handle has the number of its row in `row`, and its result at hand: `result()` does
+        not wait. A job that failed is handed out like any other, and its `result()` raises; so is a row that cannot be
+        sent or that the ingest refuses (its id is then known to nobody else).
+
+        Nothing is submitted before the first is asked for. Rows are taken in the caller's thread: while a row is slow
+        to come, so is what has ended. Over HTTP a job that outlives its request (1 s) is looked at by turns, and
+        handed out up to 2 s after it ended. Leaving early (`close()`, or dropping the iterator) forgets what is under
+        way; those jobs run on. So does every error that is raised here: the rows' own, BrokerUnavailable after 30 s
+        (over HTTP at once where rows are just being sent), and over HTTP UnknownKernel.
+        """
+        options = Options(priority=priority, device=device).checked()
+        return self._connection.map(kernel, rows, options, window)
+
+    def cancel(self, job_id: str) -> bool:
+        """Asks for a job to be cancelled, whoever submitted it; False where it has ended, and its result stands.
+
+        After True, whoever holds the job ends it: one that waits at once, and a running kernel where it can be told.
+        Then `result()` raises JobCancelled; but a job may still end by itself before that.
+        Over HTTP raises UnknownJob where nothing is known of the id.
+        """
+        return self._connection.cancel(job_id)
+
+    def events(
+        self, since: str | None = None, *, job: str | None = None, timeout: float | None = None
+    ) -> Generator[CloudEvent, None, None]:
+        """What happens to every job, device and router, as it happens.
+
+        `since` is the id of the last event seen, to go on exactly after it; `"0"` for the oldest that is kept; None
+        for what happens after this call. `job` leaves only the events whose `subject` it is. Ends after `timeout`
+        seconds without an event; never by itself without one.
+
+        The stream is limited. Where events after `since` are not kept any more, an event of the type
+        `io.lepton.events.missed.v1` comes before the first that is. While the broker or the ingest is away it is
+        tried again for 30 s, and nothing is lost by that; then BrokerUnavailable is raised.
+
+        The iterator has a connection of its own, which is closed with it (`close()`, or when it is dropped).
+        Raises InvalidArguments where `since` is no place in the stream.
+        """
+        return self._connection.events(None if since is None else Cursor.parse(since), job, timeout)
+
     def devices(self) -> list[Announcement]:
         """Every worker that is alive: its device, slots, measured peaks and kernels."""
         return self._connection.announcements()
@@ -96,18 +155,30 @@ class Client:
         self.close()
 
 
-def _connect(url: str) -> _Connection:
+def connect(url: str | None, direct: Callable[[str], C], remote: Callable[[str], C]) -> C:
+    """Whichever of the two the address asks for; InvalidSettings or NoBroker where it asks for neither."""
+    url = url or os.environ.get("LEPTON_REDIS_URL")
+    if not url:
+        raise NoBroker("no address: pass Client('redis://host:6379/0') or set LEPTON_REDIS_URL")
     try:
         parts = urlsplit(url)
         scheme, _ = parts.scheme, parts.port
         if scheme in _DIRECT:
-            from lepton_ai.direct import Direct  # redis-py is loaded only by those who talk to the broker
-
-            return Direct(url, new_id())
+            return direct(url)
         if scheme in _REMOTE:
-            from lepton_ai.remote import Remote  # and httpx by those who talk HTTP
-
-            return Remote(url)
+            return remote(url)
     except ValueError as error:  # what stands before the @ is a secret
         raise InvalidSettings(f"{url.rpartition('@')[2]!r} is not an address: {error}", "url") from None
     raise InvalidSettings(f"an address is one of {', '.join((*_DIRECT, *_REMOTE))}, not {url!r}", "url")
+
+
+def _direct(url: str) -> _Connection:
+    from lepton_ai.direct import Direct  # redis-py is loaded only by those who talk to the broker
+
+    return Direct(url, new_id())
+
+
+def _remote(url: str) -> _Connection:
+    from lepton_ai.remote import Remote  # and httpx by those who talk HTTP
+
+    return Remote(url)

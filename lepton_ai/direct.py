@@ -5,49 +5,61 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
-from lepton_ai import topology, wire
+from lepton_ai import cancellation, topology, wire
 from lepton_ai.device import Announcement, read_leases
+from lepton_ai.direct_protocol import (
+    CONNECTION,
+    FIRST_LOOK_S,
+    LAST_LOOK_S,
+    LOOK_EVERY_S,
+    PIPELINE_BYTES,
+    POP_AT_ONCE,
+    Lookout,
+    answered_to,
+    look_commands,
+    read_final,
+    read_finals,
+    read_look,
+    read_replies,
+)
 from lepton_ai.errors import BrokerUnavailable
+from lepton_ai.event import CloudEvent, Cursor
+from lepton_ai.event_stream import Follower, follow, follow_job
+from lepton_ai.flight import Flight, part, taken
 from lepton_ai.handle import JobHandle
-from lepton_ai.identity import minute_of, new_id
-from lepton_ai.job import FINAL_STATES, Meta, Options, Placement
+from lepton_ai.identity import new_id
+from lepton_ai.job import Meta, Options, Placement
+from lepton_ai.patience import Patience, Pause
 
 __all__ = ["Direct"]
-
-#: How many minutes of placements back a foreign id (one that carries no minute) is looked for.
-_MINUTES_BACK = 60
-#: A result may reach its key and not the reply list (which expires when nobody pops it), so the key is looked at too.
-_LOOK_EVERY_S = 1.0
-#: A job that another client submitted does not reach our reply list: its key is looked at, at growing intervals.
-_FIRST_LOOK_S, _LAST_LOOK_S = 0.002, 0.1
-_POP_AT_ONCE = 256
-_PIPELINE_BYTES = 4 * 1024 * 1024
-_PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 
 class Direct:
     """A connection to the broker for submitting, waiting and looking. Safe for several threads."""
 
     def __init__(self, url: str, client_id: str) -> None:
+        self._url = url
+        self._client_id = client_id
         self._reply_to = topology.reply(client_id)
-        self._redis: redis.Redis = redis.Redis.from_url(
-            url, socket_timeout=30, socket_connect_timeout=5, health_check_interval=30
-        )
+        self._redis: redis.Redis = redis.Redis.from_url(url, **CONNECTION)
         self._pending: weakref.WeakValueDictionary[str, JobHandle] = weakref.WeakValueDictionary()
+        #: Who else is told when a job of ours has its record: the map that it belongs to.
+        self._told: dict[str, Callable[[JobHandle], None]] = {}
         self._arrived = threading.Condition()
         self._popping = False
+        self._was_there = False
 
     def submit(self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options) -> list[JobHandle]:
         """Publishes one job a row in pipelines of a few MiB; when this returns, the broker has them all."""
-        options = msgspec.structs.replace(options, reply_to=self._reply_to, result=options.result or "msgpack")
-        lane = topology.lane_list(options.urgency)
+        options = answered_to(options, self._reply_to)
         handles: list[JobHandle] = []
 
         def messages() -> Iterator[bytes]:
@@ -57,48 +69,111 @@ class Direct:
                 self._pending[handle.id] = handle
                 handles.append(handle)
 
-        with _broker_errors():
-            for batch in wire.batches(messages(), _PIPELINE_BYTES):
-                with self._redis.pipeline(transaction=False) as pipeline:
-                    for message in batch:
-                        pipeline.lpush(lane, message)
-                    pipeline.execute()
+        for batch in wire.batches(messages(), PIPELINE_BYTES):
+            self._push(options, batch)
         return handles
+
+    def map(
+        self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options, window: int
+    ) -> Generator[JobHandle, None, None]:
+        """One job a row, handed out as they end: by the reply list, and their keys looked at once a second."""
+        flight: Flight[JobHandle] = Flight(window)
+        return self._map(kernel, rows, answered_to(options, self._reply_to), flight)
+
+    def _map(
+        self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options, flight: Flight[JobHandle]
+    ) -> Generator[JobHandle, None, None]:
+        lookout, patience = Lookout(), Patience(was_there=self._was_there)
+        unsent: list[bytes] = []
+
+        def encode(job_id: str, row: Mapping[str, Any]) -> bytes:
+            return wire.envelope(job_id, kernel, row, options)
+
+        parts = (part(JobHandle(new_id(), kernel, self, number), row, encode) for number, row in enumerate(rows))
+        more = True
+        try:
+            while True:
+                yield from flight.land()
+                if more and not unsent and (room := flight.room):
+                    batch = taken(parts, room, PIPELINE_BYTES)
+                    more = bool(batch)
+                    for job, _ in batch:
+                        flight.start(job)
+                        if job.meta is None:
+                            self._pending[job.id], self._told[job.id] = job, flight.end
+                            lookout.add(job.id, time.monotonic())
+                    unsent = [message for _, message in batch if message]
+                if not flight:
+                    return
+                now = time.monotonic()
+                try:
+                    if unsent:  # perhaps once more: a job that runs twice ends once
+                        self._push(options, unsent)
+                        unsent = []
+                        self._pump(lambda: flight.landed, 0.0)  # rows that are slow to come hold up no results
+                    else:
+                        self._look_at(lookout.due(now, self._told))
+                        self._pump(lambda: flight.landed, lookout.pause_s(now))
+                    patience.renew()
+                except BrokerUnavailable as error:
+                    time.sleep(patience.spend(error).seconds)
+        finally:
+            for job in flight:
+                self._told.pop(job.id, None)
 
     def wait(self, job: JobHandle, timeout_s: float | None) -> Meta | None:
         """See JobReader."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        if self._pending.get(job.id) is not job:  # another client's, or a second handle: only the key tells it
-            return self._poll(job.id, deadline)
-        look_at = time.monotonic() + _LOOK_EVERY_S
+        patience = Patience(was_there=self._was_there)
+        while job.meta is None:
+            try:
+                if self._pending.get(job.id) is job:
+                    return self._await_reply(job, deadline, patience)
+                # Another client's, or a second handle: only the key tells of it.
+                return self._poll(job.id, deadline, patience)
+            except BrokerUnavailable as error:
+                time.sleep(patience.spend(error, deadline).seconds)
+        return job.meta
+
+    def _await_reply(self, job: JobHandle, deadline: float | None, patience: Patience) -> Meta | None:
+        look_at = time.monotonic() + LOOK_EVERY_S
         while job.meta is None:
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 return self._final(job.id)
             if now >= look_at:
-                look_at = now + _LOOK_EVERY_S
+                look_at = now + LOOK_EVERY_S
                 if (meta := self._final(job.id)) is not None:
                     return meta
             until = look_at if deadline is None else min(look_at, deadline)
-            self._pump(job, max(0.001, until - now))
+            self._pump(lambda: job.meta is not None, max(0.001, until - now))
+            patience.renew()
         return job.meta
 
     def look(self, job_id: str) -> tuple[Meta | None, Placement | None]:
         """See JobReader."""
-        minute = minute_of(job_id)
-        now = int(time.time()) // 60
-        minutes = [minute] if minute is not None else range(now, now - _MINUTES_BACK, -1)
-        with _broker_errors(), self._redis.pipeline(transaction=False) as pipeline:
-            pipeline.get(topology.result(job_id))
-            for each in minutes:
-                pipeline.hget(topology.jobs(each), job_id)
-            found, *placements = pipeline.execute()
-        placement = next((_PLACEMENT.decode(raw) for raw in placements if raw), None)
-        return (wire.read_meta(found) if found else None), placement
+        return read_look(self._all(look_commands(job_id), transaction=False))
+
+    def cancel(self, job_id: str) -> bool:
+        """See JobReader."""
+        if self._final(job_id) is not None:
+            return False
+        self._all(cancellation.mark([job_id], self._client_id), transaction=True)
+        return True
+
+    def events(
+        self, since: Cursor | None, job: str | None, timeout_s: float | None
+    ) -> Generator[CloudEvent, None, None]:
+        """What happens, over a connection of its own; its place in the stream is fixed when this returns."""
+        return self._following(follow(since, job=job, timeout_s=timeout_s))
+
+    def follow(self, job_id: str, timeout_s: float | None) -> Generator[CloudEvent, None, None]:
+        """See JobReader."""
+        return self._following(follow_job(job_id, timeout_s=timeout_s))
 
     def announcements(self) -> list[Announcement]:
         """Every worker that is alive, in the order of their devices' names."""
-        with _broker_errors():
+        with self._asking():
             incarnations: Any = self._redis.smembers(topology.HOLDERS)
             leases: Any = self._redis.mget(
                 [topology.lease(name.decode(errors="replace")) for name in incarnations] or [topology.LANE]
@@ -108,26 +183,45 @@ class Direct:
     def close(self) -> None:
         self._redis.close()
 
-    def _final(self, job_id: str) -> Meta | None:
-        with _broker_errors():
-            found: Any = self._redis.get(topology.result(job_id))
-        meta = wire.read_meta(found) if found else None
-        return meta if meta is not None and meta.status in FINAL_STATES else None
+    def _push(self, options: Options, messages: list[bytes]) -> None:
+        lane = topology.lane_list(options.urgency)
+        self._all([("LPUSH", lane, message) for message in messages], transaction=False)
 
-    def _poll(self, job_id: str, deadline: float | None) -> Meta | None:
-        pause = _FIRST_LOOK_S
+    def _all(self, commands: Iterable[tuple[Any, ...]], *, transaction: bool) -> list[Any]:
+        with self._asking(), self._redis.pipeline(transaction=transaction) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
+            return pipeline.execute()
+
+    def _final(self, job_id: str) -> Meta | None:
+        with self._asking():
+            found: Any = self._redis.get(topology.result(job_id))
+        return read_final(found)
+
+    def _look_at(self, jobs: list[str]) -> None:
+        """Takes the records of these jobs from their keys, where they have ended."""
+        if not jobs:
+            return
+        with self._asking():
+            found: Any = self._redis.mget([topology.result(job_id) for job_id in jobs])
+        with self._arrived:
+            self._settle(read_finals(jobs, found))
+
+    def _poll(self, job_id: str, deadline: float | None, patience: Patience) -> Meta | None:
+        pause = FIRST_LOOK_S
         while (meta := self._final(job_id)) is None:
+            patience.renew()
             left = pause if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 return None
             time.sleep(min(pause, left))
-            pause = min(pause * 2, _LAST_LOOK_S)
+            pause = min(pause * 2, LAST_LOOK_S)
         return meta
 
-    def _pump(self, job: JobHandle, seconds: float) -> None:
-        """Pops what has arrived for anybody, or waits while another thread does."""
+    def _pump(self, has_arrived: Callable[[], bool], seconds: float) -> None:
+        """Pops what has arrived for anybody, or waits while another thread does; does not wait for 0 seconds."""
         with self._arrived:
-            if job.meta is not None:
+            if has_arrived():
                 return
             if self._popping:
                 self._arrived.wait(seconds)
@@ -135,16 +229,63 @@ class Direct:
             self._popping = True
         metas: list[Meta] = []
         try:
-            with _broker_errors():
-                popped: Any = self._redis.blmpop(seconds, 1, self._reply_to, direction="LEFT", count=_POP_AT_ONCE)
-            metas = [wire.read_meta(raw) for raw in popped[1]] if popped else []
+            with self._asking():
+                popped: Any = (
+                    self._redis.blmpop(seconds, 1, self._reply_to, direction="LEFT", count=POP_AT_ONCE)
+                    if seconds
+                    else self._redis.lmpop(1, self._reply_to, direction="LEFT", count=POP_AT_ONCE)
+                )
+            metas = read_replies(popped)
         finally:
             with self._arrived:
                 self._popping = False
-                for meta in metas:
-                    if (handle := self._pending.pop(meta.task_id, None)) is not None:
-                        handle.meta = meta
-                self._arrived.notify_all()
+                self._settle(metas)
+
+    def _settle(self, metas: Iterable[Meta]) -> None:
+        """Hands each record to its handle, and wakes whoever waits. The lock is held."""
+        for meta in metas:
+            handle = self._pending.pop(meta.task_id, None)
+            tell = self._told.pop(meta.task_id, None)
+            if handle is not None:
+                handle.meta = meta
+                if tell is not None:
+                    tell(handle)
+        self._arrived.notify_all()
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        with _broker_errors():
+            yield
+        self._was_there = True
+
+    def _following(self, follower: Follower) -> Generator[CloudEvent, None, None]:
+        events = self._drive(follower)
+        next(events)  # behind OPENED: whatever happens from here on is told, and closing it closes the connection
+        return events
+
+    def _drive(self, follower: Follower) -> Generator[CloudEvent, None, None]:
+        own: Any = redis.Redis.from_url(self._url, **CONNECTION, retry=Retry(NoBackoff(), 0))
+        try:
+            step = next(follower)
+            while True:
+                if isinstance(step, CloudEvent):
+                    yield step
+                    step = next(follower)
+                elif isinstance(step, Pause):
+                    time.sleep(step.seconds)
+                    step = next(follower)
+                else:
+                    try:
+                        with _broker_errors():
+                            answer = own.execute_command(*step)
+                    except BrokerUnavailable as error:
+                        step = follower.throw(error)
+                    else:
+                        step = follower.send(answer)
+        except StopIteration:
+            return
+        finally:
+            own.close()
 
 
 @contextmanager

@@ -2,17 +2,67 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Generator, Mapping
+from typing import Any, Protocol
 
 import msgspec
 
-from lepton_ai.errors import JobCancelled, ResultTimeout, from_wire
+from lepton_ai.card import card
+from lepton_ai.errors import JobCancelled, LeptonError, ResultTimeout, from_wire
+from lepton_ai.event import CloudEvent
 from lepton_ai.job import FINAL_STATES, Meta, Placement, Record, state_of
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+__all__ = ["Handle", "JobHandle", "JobReader", "joined"]
 
-__all__ = ["JobHandle", "JobReader"]
+
+class Handle:
+    """What the handles of both clients know without asking anybody."""
+
+    __slots__ = ("__weakref__", "id", "kernel", "meta", "row")
+
+    def __init__(self, job_id: str, kernel: str | None, row: int | None = None) -> None:
+        self.id = job_id
+        self.kernel = kernel
+        #: The number of its row, from 0, where a `map` submitted it.
+        self.row = row
+        #: The final record, once this process has seen it.
+        self.meta: Meta | None = None
+
+    def _outcome(self, meta: Meta) -> Mapping[str, Any]:
+        """The outputs of a job that has ended, or its error raised."""
+        if meta.status == "SUCCESS":
+            return meta.result  # type: ignore[no-any-return]
+        if meta.status == "REVOKED":
+            raise JobCancelled(f"job {self.id} was cancelled")
+        raise from_wire(_wire_error(meta))
+
+    def _ended_after_all(self, timeout_s: float | None, meta: Meta | None, placement: Placement | None) -> Meta:
+        """The record that is known after a wait in vain; else ResultTimeout with what is known."""
+        if meta is not None and meta.status in FINAL_STATES:
+            return meta
+        state = state_of(meta, placement)
+        told = ""
+        if state == "waiting":
+            told = " (no router has placed it yet: is one running?)"
+        elif state == "parked" and placement is not None:
+            told = f" ({placement.reason})"
+        raise ResultTimeout(f"job {self.id} is {state} after {timeout_s} s{told}; call result() again to wait on")
+
+    def _known_record(self) -> Record | None:
+        """The record, where nobody has to be asked for it."""
+        if self.meta is not None and self.meta.lepton is not None and self.meta.lepton.placement is not None:
+            return self.meta.lepton
+        return None
+
+    def _card(self, meta: Meta | None, placement: Placement | None, note: str = "") -> str:
+        record = joined(meta, placement)
+        if meta is not None and meta.status == "FAILURE":
+            record = msgspec.structs.replace(record, error=_wire_error(meta))
+        state = state_of(meta, placement) if meta is not None or not note else "of unknown state"
+        return card(self.id, self.kernel, state, record, note)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} {self.kernel or ''}>"
 
 
 class JobReader(Protocol):
@@ -24,18 +74,21 @@ class JobReader(Protocol):
     def look(self, job_id: str) -> tuple[Meta | None, Placement | None]:
         """What is known of a job now."""
 
+    def cancel(self, job_id: str) -> bool:
+        """Asks for a job to be cancelled; False where it has ended."""
 
-class JobHandle:
+    def follow(self, job_id: str, timeout_s: float | None) -> Generator[CloudEvent, None, None]:
+        """A job's events, from its first to its last."""
+
+
+class JobHandle(Handle):
     """One submitted job. Cheap; may be dropped, and made again from the id by `client.job(id)`."""
 
-    __slots__ = ("__weakref__", "_reader", "id", "kernel", "meta")
+    __slots__ = ("_reader",)
 
-    def __init__(self, job_id: str, kernel: str | None, reader: JobReader) -> None:
-        self.id = job_id
-        self.kernel = kernel
+    def __init__(self, job_id: str, kernel: str | None, reader: JobReader, row: int | None = None) -> None:
+        super().__init__(job_id, kernel, row)
         self._reader = reader
-        #: The final record, once this process has seen it.
-        self.meta: Meta | None = None
 
     def result(self, timeout: float | None = None) -> Mapping[str, Any]:
         """The outputs by name, arrays where arrays were sent.
@@ -45,24 +98,9 @@ class JobHandle:
         """
         if self.meta is None:
             self.meta = self._reader.wait(self, timeout)
-        meta = self.meta
-        if meta is None:
-            raise self._timed_out(timeout)
-        if meta.status == "SUCCESS":
-            return meta.result  # type: ignore[no-any-return]
-        if meta.status == "REVOKED":
-            raise JobCancelled(f"job {self.id} was cancelled")
-        raise from_wire(_wire_error(meta))
-
-    def _timed_out(self, timeout_s: float | None) -> ResultTimeout:
-        meta, placement = self._reader.look(self.id)
-        state = state_of(meta, placement)
-        told = ""
-        if state == "waiting":
-            told = " (no router has placed it yet: is one running?)"
-        elif state == "parked" and placement is not None:
-            told = f" ({placement.reason})"
-        return ResultTimeout(f"job {self.id} is {state} after {timeout_s} s{told}; call result() again to wait on")
+        if self.meta is None:
+            self.meta = self._ended_after_all(timeout, *self._reader.look(self.id))
+        return self._outcome(self.meta)
 
     @property
     def state(self) -> str:
@@ -80,15 +118,35 @@ class JobHandle:
 
     def record(self) -> Record:
         """The placement, and once the job has ended, what it really cost or the error it ended with."""
-        if self.meta is not None and self.meta.lepton is not None and self.meta.lepton.placement is not None:
-            return self.meta.lepton
-        meta, placement = self._reader.look(self.id)
-        if meta is None or meta.lepton is None:
-            return Record(placement=placement)
-        return meta.lepton if meta.lepton.placement else msgspec.structs.replace(meta.lepton, placement=placement)
+        return self._known_record() or joined(*self._reader.look(self.id))
 
-    def __repr__(self) -> str:
-        return f"<JobHandle {self.id} {self.kernel or ''}>"
+    def cancel(self) -> bool:
+        """Asks for the job to be cancelled: see `Client.cancel`."""
+        return self.meta is None and self._reader.cancel(self.id)
+
+    def events(self, *, timeout: float | None = None) -> Generator[CloudEvent, None, None]:
+        """The job's events from its first, as they come; ends after its last, or after `timeout` seconds without one.
+
+        Ends too where the job has ended and its last event is no longer kept; an event of the type
+        `io.lepton.events.missed.v1` comes first where earlier ones are not. As with `Client.events`, close the
+        iterator or drop it where you leave it early.
+        """
+        return self._reader.follow(self.id, timeout)
+
+    def _repr_html_(self) -> str:
+        """A card for notebooks: where the job went, what was expected of each device, and what it really cost."""
+        try:
+            meta, placement = (self.meta, None) if self._known_record() else self._reader.look(self.id)
+        except (LeptonError, msgspec.MsgspecError) as error:
+            return self._card(self.meta, None, f"nothing can be looked up: {error}")
+        return self._card(self.meta or meta, placement)
+
+
+def joined(meta: Meta | None, placement: Placement | None) -> Record:
+    """A job's record: what stands beside its result, and the placement where that is kept apart."""
+    if meta is None or meta.lepton is None:
+        return Record(placement=placement)
+    return meta.lepton if meta.lepton.placement else msgspec.structs.replace(meta.lepton, placement=placement)
 
 
 def _wire_error(meta: Meta) -> Any:

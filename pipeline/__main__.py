@@ -1,10 +1,12 @@
 """`python -m pipeline ingest|router|telemetry`: one service of the decision side, until SIGTERM or Ctrl-C.
 
-What takes time to import is imported inside: a Ctrl-C while it loads is one like any other.
+`up` is all of them, and what they need, under one supervisor; `demo` is that for a minute. What takes time to import is
+imported inside: a Ctrl-C while it loads is one like any other.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -12,29 +14,31 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lepton_ai.settings import Settings
 
-_USAGE = "usage: python -m pipeline ingest|router|telemetry|demo"
+_USAGE = "usage: python -m pipeline ingest|router|telemetry|demo|up"
 
 
 def main(arguments: list[str]) -> int:
     """Runs one service; the exit code is 2 where it cannot be started as asked, 130 after an early Ctrl-C."""
-    try:
-        signal.signal(signal.SIGINT, _interrupt)
-        if arguments[:1] == ["demo"]:
-            signal.signal(signal.SIGTERM, _interrupt)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # `lepton` starts us with them held
-        if arguments[:1] == ["demo"]:
-            from pipeline.demo import main as demo
-
-            return demo(arguments[1:])
-        return _run(arguments)
-    except KeyboardInterrupt:
-        return 130
+    # Until each has its own handlers there is nothing to clean up, and an exception while a module loads may get lost.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # `lepton` starts us with them held
+    if arguments[:1] in (["demo"], ["up"]):
+        code = _run_all(arguments[0], arguments[1:])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # whoever leans on Ctrl-C cannot change what has been
+        return code
+    return _run(arguments)
 
 
-def _interrupt(number: int, _: object) -> None:
-    """Once: whoever leans on Ctrl-C must not break the cleaning up that the first one began."""
-    signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def _run_all(command: str, arguments: list[str]) -> int:
+    if command == "demo":
+        from pipeline.demo import main as demo
+
+        return demo(arguments)
+    from pipeline.up import main as up
+
+    return up(arguments)
 
 
 def _run(arguments: list[str]) -> int:

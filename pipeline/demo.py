@@ -25,15 +25,18 @@ from rich.table import Table
 from lepton_ai import Client, JobHandle, services
 from lepton_ai.errors import LeptonError, ResultTimeout, Unavailable
 from lepton_ai.settings import Settings
+from pipeline.machine import Found, look_for_devices
+from pipeline.signals import Signals
 from pipeline.supervisor import Fleet, run_fleet
-from queues.app import celery_addresses
+from queues.addresses import celery_addresses
 from queues.connection import Connection
 from queues.event_stream import EventStream
 
 __all__ = ["main"]
 
-#: Two devices of one kind, so that the router has a choice on any machine.
-_WORKERS = {"cpu.big": 2, "cpu.little": 1}
+#: Without a second kind of device a second processor, so that the router has a choice on any machine.
+_WORKERS = {"cpu": 2, "fpga": 1}
+_WORKERS_WITHOUT = {"cpu": 2, "cpu.little": 1}
 #: Of each ten jobs, how many come through the Celery producer and through HTTP; the client brings the rest.
 _CELERY_SHARE, _HTTP_SHARE = 0.1, 0.3
 _IN_FLIGHT = 24
@@ -74,17 +77,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     console = Console(stderr=options.json)
-    try:
-        return _run(options, console)
-    except KeyboardInterrupt:
-        console.print("stopped; nothing is left running")
-        return 130
-    except LeptonError as error:
-        console.print(f"lepton demo: {error}", style="red", markup=False)
-        return 1
+    found = {each.kind: each for each in look_for_devices()}
+    with Signals() as signals:
+        try:
+            return _run(options, console, found.get("fpga"), signals.check)
+        except KeyboardInterrupt:
+            console.print("stopped; nothing is left running")
+            return 130
+        except LeptonError as error:
+            console.print(f"lepton demo: {error}", style="red", markup=False)
+            return 1
 
 
-def _run(options: argparse.Namespace, console: Console) -> int:
+def _run(options: argparse.Namespace, console: Console, fpga: Found | None, check: Callable[[], None]) -> int:
+    """Everything, in the main thread; `check` raises KeyboardInterrupt where it is to stop."""
+
     def tell(step: str) -> None:
         console.print(f"  {step}", highlight=False)
 
@@ -92,17 +99,22 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     settings = msgspec.structs.replace(Settings.read(), redis_url=None)
     data = services.root() / "examples" / "data"
     stream: list[Job] = list(importlib.import_module("examples.workload").jobs(data, options.jobs, options.seed))
-    with run_fleet(settings, _WORKERS, tell) as fleet:
+    if fpga is None or not fpga.available:
+        why = "python -m tasks does not know of one" if fpga is None else fpga.missing
+        tell(f"no fpga worker: {why}")
+    workers = _WORKERS if fpga is not None and fpga.available else _WORKERS_WITHOUT
+    with run_fleet(settings, workers, tell, check) as fleet:
         tell(f"feeding {len(stream)} jobs on real data through HTTP, the client and a plain Celery producer")
         bar = (TextColumn("  jobs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*bar, console=console) as progress:
             task = progress.add_task("jobs", total=len(stream))
             tally = _Tally(lambda: progress.advance(task))
             start = time.perf_counter()
-            produced = _Doors(fleet, data, tally, lambda done: progress.advance(task, done)).feed(stream)
+            doors = _Doors(fleet, data, tally, lambda done: progress.advance(task, done))
+            produced = doors.feed(stream, check)
             seconds = time.perf_counter() - start
         summary = _summary(fleet, tally.ended, produced, seconds)
-        _print(console, summary, _explained(tally.ended))
+        _print(console, summary, _explained(tally.ended, len(workers)))
     if options.json:
         print(json.dumps(summary))  # noqa: T201 - the one line that scripts read
     return 0 if summary["succeeded"] == summary["submitted"] else 1
@@ -122,8 +134,8 @@ class _Doors:
         self._stopping = threading.Event()
         self._producer: subprocess.Popen[str] | None = None
 
-    def feed(self, stream: Sequence[Job]) -> dict[str, Any]:
-        """Returns once every job has ended, with what the Celery producer reports."""
+    def feed(self, stream: Sequence[Job], check: Callable[[], None]) -> dict[str, Any]:
+        """Returns once every job has ended, with what the Celery producer reports; `check` may raise and stop it."""
         plain = int(len(stream) * _CELERY_SHARE)
         posted = plain + int(len(stream) * _HTTP_SHARE)
         with ThreadPoolExecutor(3) as pool:
@@ -135,6 +147,7 @@ class _Doors:
             try:
                 while not all(door.done() for door in doors):
                     self._fleet.check()
+                    check()
                     time.sleep(0.05)
             except BaseException:
                 self._stop()
@@ -232,7 +245,7 @@ def _succeeded_events(fleet: Fleet) -> Iterator[tuple[str, str, int]]:
     stream.connection.close()
 
 
-def _explained(ended: Sequence[_Ended]) -> list[JobHandle]:
+def _explained(ended: Sequence[_Ended], devices: int) -> list[JobHandle]:
     """Three jobs whose placements are worth a look: one a device, and the one that was slowest."""
     found: dict[str, JobHandle] = {}
     having = [each for each in ended if each.succeeded and each.handle is not None]
@@ -241,7 +254,7 @@ def _explained(ended: Sequence[_Ended]) -> list[JobHandle]:
         placement = each.handle.why()
         if placement is not None and placement.device is not None:
             found.setdefault(placement.device, each.handle)
-        if len(found) == len(_WORKERS):
+        if len(found) == devices:
             break
     slowest = max(having, key=lambda each: each.seconds, default=None)
     others = [slowest.handle] if slowest is not None and slowest.handle is not None else []

@@ -1,13 +1,10 @@
-"""A whole Lepton on one machine: embedded broker, services and workers as child processes that end with it."""
+"""A whole Lepton on one machine: which processes it is, when it is ready, and one for a while with a private broker."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
+import contextlib
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,16 +13,19 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from lepton_ai import Client, services
-from lepton_ai.errors import Unavailable
+from lepton_ai.device import Announcement
+from lepton_ai.errors import BrokerUnavailable, Unavailable
 from lepton_ai.settings import Settings
+from pipeline.processes import Processes, Program, ending, environment
+from queues.broker import announcements
+from queues.connection import CommandError, Connection
 from queues.embedded import EmbeddedBroker
 
-__all__ = ["Fleet", "run_fleet", "worker_arguments"]
+__all__ = ["SERVICES", "Arrival", "Fleet", "free_port", "programs", "run_fleet", "worker_arguments", "worker_name"]
 
+SERVICES = ("router", "telemetry", "ingest")
 _STOP_S = 20.0
 _LOG_LINES = 12
-_PR_SET_PDEATHSIG = 1
 
 
 class Fleet(msgspec.Struct, frozen=True):
@@ -39,66 +39,118 @@ class Fleet(msgspec.Struct, frozen=True):
     def check(self) -> None:
         """Raises Unavailable, with the end of its log, where a process has ended by itself."""
         for name, process in self.processes.items():
-            if process.poll() is not None:
-                raise Unavailable(f"{name} ended with exit code {process.returncode}:\n{_tail(self.logs / name)}")
+            if (code := process.poll()) is not None:
+                raise Unavailable(f"{name} ended with {ending(code)}:\n{_tail(self.logs / name)}")
 
 
 @contextmanager
-def run_fleet(settings: Settings, workers: Mapping[str, int], tell: Callable[[str], None]) -> Iterator[Fleet]:
+def run_fleet(
+    settings: Settings,
+    workers: Mapping[str, int],
+    tell: Callable[[str], None],
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Fleet]:
     """Starts everything on a free port in a private directory, and leaves nothing behind however it ends.
 
     `workers` maps a device (`cpu.big`) to its slots. Yields once each worker has announced itself and the ingest is
-    ready; `tell` hears of each step. Raises Unavailable where a process does not come up.
+    ready, without a limit of its own (a first start compiles every kernel); `tell` hears of each step, and `check` is
+    called while it waits: it may raise. Raises Unavailable where a process does not come up.
     """
     with ExitStack() as stack:
         tell("starting the broker")
         broker = stack.enter_context(EmbeddedBroker(settings))
-        port = _free_port()
+        port = free_port()
         own = {"LEPTON_REDIS_URL": broker.url, "LEPTON_HTTP_PORT": str(port), "LEPTON_HTTP_HOST": "127.0.0.1"}
-        environ = services.environ(os.environ | own)
         logs = broker.directory / "logs"
         logs.mkdir()
-        fleet = Fleet(broker.url, f"http://127.0.0.1:{port}", {}, logs)
-        stack.callback(_stop, fleet.processes)
-        for service in ("router", "telemetry", "ingest"):
-            _start(fleet, service, ["-m", "pipeline", service], environ)
-        for device, slots in workers.items():
-            _start(fleet, f"worker-{device}", worker_arguments(device, slots), environ)
-        _await_ready(fleet, len(workers), tell)
+        processes = Processes(lambda name: (logs / name).open("wb"), lambda *_, **__: None, restart=False)
+        fleet = Fleet(broker.url, f"http://127.0.0.1:{port}", processes.running, logs)
+        stack.callback(_stop, processes)
+        for program in programs(environment(own), workers):
+            processes.start(program)
+        tell("warming the kernels (the first start compiles them)")
+        arrival = Arrival(fleet.broker_url, fleet.http_url, workers)
+        try:
+            while not arrival.complete():
+                fleet.check()
+                check()
+                _tell(arrival, tell)
+                time.sleep(0.1)
+            _tell(arrival, tell)
+        except BaseException:
+            processes.kill(list(processes.running))  # nobody has a job yet; a worker that warms up would end late
+            raise
         yield fleet
+
+
+def programs(environ: dict[str, str], workers: Mapping[str, int]) -> list[Program]:
+    """The services and a worker for each device, which `workers` maps to its slots."""
+    return [
+        *(Program(name, ("-m", "pipeline", name), environ) for name in SERVICES),
+        *(
+            Program(worker_name(device), tuple(worker_arguments(device, slots)), environ)
+            for device, slots in workers.items()
+        ),
+    ]
+
+
+def worker_name(device: str) -> str:
+    """The name of the process that serves a device here."""
+    return f"worker-{device}"
 
 
 def worker_arguments(device: str, slots: int) -> list[str]:
     """The command line, after the interpreter, of a real Celery worker that serves a device."""
-    arguments = f"-m celery -A tasks.worker worker -P threads --without-gossip --without-mingle -Q lepton.{device}"
+    arguments = f"-m celery -q -A tasks.worker worker -P threads --without-gossip --without-mingle -Q lepton.{device}"
     return [*arguments.split(), "-c", str(slots), "-n", f"{device}@%h", "--loglevel", "WARNING"]
 
 
-def _start(fleet: Fleet, name: str, arguments: list[str], environ: Mapping[str, str]) -> None:
-    with (fleet.logs / name).open("wb") as log:
-        fleet.processes[name] = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environ,
-            start_new_session=True,  # Ctrl-C is ours to handle
-            preexec_fn=_end_with_parent(),  # noqa: PLW1509 - it only calls prctl
-        )
+class Arrival:
+    """Looks who has come up since it was made: the workers by their announcements, the ingest by its own word."""
+
+    def __init__(self, broker_url: str, http_url: str, devices: Mapping[str, int]) -> None:
+        self.online: set[str] = set()
+        self._broker_url = broker_url
+        self._http_url = http_url
+        self._devices = set(devices)
+        self._since = time.time()
+        self._told: set[str] = set()
+
+    def complete(self) -> bool:
+        """Looks once; whether every worker is online and the ingest ready."""
+        with contextlib.suppress(BrokerUnavailable):
+            self.online |= {each.device for each in self.announced()}
+        return self.online >= self._devices and _is_ready(self._http_url)
+
+    def news(self) -> list[str]:
+        """The devices that have come online since the last call."""
+        news = sorted(self.online - self._told)
+        self._told |= self.online
+        return news
+
+    def announced(self) -> list[Announcement]:
+        """Our workers that are online now; BrokerUnavailable while the broker is."""
+        try:
+            with contextlib.closing(Connection(self._broker_url, "supervisor")) as connection:
+                found = announcements(connection)
+        except CommandError as error:
+            raise BrokerUnavailable(error.message) from error
+        mine = {f"{device}@{socket.gethostname()}" for device in self._devices}
+        # Not what an earlier run has left: a lease outlives its worker for a while.
+        return [each for each in found if each.worker in mine and each.started_at >= self._since]
 
 
-def _await_ready(fleet: Fleet, workers: int, tell: Callable[[str], None]) -> None:
-    """Waits without a limit of its own (a first start compiles every kernel), but not for a process that has ended."""
-    online: set[str] = set()
-    tell("warming the kernels (the first start compiles them)")
-    with Client(fleet.broker_url) as client:
-        while len(online) < workers or not _is_ready(fleet.http_url):
-            fleet.check()
-            found = {each.device for each in client.devices()}
-            for device in sorted(found - online):
-                tell(f"{device} is online")
-            online |= found
-            time.sleep(0.1)
+def _tell(arrival: Arrival, tell: Callable[[str], None]) -> None:
+    for device in arrival.news():
+        tell(f"{device} is online")
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _is_ready(http_url: str) -> bool:
@@ -108,38 +160,11 @@ def _is_ready(http_url: str) -> bool:
         return False
 
 
-def _stop(processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
+def _stop(processes: Processes) -> None:
     """Ends every process: workers first, so that they can commit what they run; whoever does not end is killed."""
-    held = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of them behind
-    try:
-        for name in sorted(processes, key=lambda name: not name.startswith("worker")):
-            processes[name].terminate()
-        deadline = time.monotonic() + _STOP_S
-        for process in processes.values():
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-    finally:
-        signal.signal(signal.SIGINT, held)
+    processes.stop(sorted(processes.running, key=lambda name: not name.startswith("worker")), _STOP_S)
 
 
 def _tail(log: Path) -> str:
     lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
     return "\n".join(lines[-_LOG_LINES:])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """On Linux a child is told to end when the thread that started it does; elsewhere only a clean end stops it."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 
@@ -14,8 +14,9 @@ from lepton_ai.settings import Settings
 __all__ = ["configure"]
 
 
-def configure(settings: Settings, service: str) -> None:
-    """Sends structlog's events and the standard library's records to stderr in one format."""
+def configure(settings: Settings, service: str, stream: TextIO | None = None) -> None:
+    """Sends structlog's events and the standard library's records to a stream (stderr) in one format."""
+    stream = stream or sys.stderr
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
 
     def name_service(_: Any, __: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -33,7 +34,7 @@ def configure(settings: Settings, service: str) -> None:
         structlog.processors.JSONRenderer()
         if settings.log == "json"
         else structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(),
+            colors=stream.isatty(),
             pad_event_to=24,
             exception_formatter=structlog.dev.plain_traceback,  # the other ones print locals, and so arguments
         )
@@ -41,9 +42,10 @@ def configure(settings: Settings, service: str) -> None:
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # One write a line: lines of several threads, and those of the handler below, stay whole.
+        logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)

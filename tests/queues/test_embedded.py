@@ -1,21 +1,25 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from lepton_ai.errors import BrokerUnavailable, NoBroker
 from lepton_ai.settings import Settings
+from queues import embedded
 from queues.connection import Connection
-from queues.embedded import EmbeddedBroker, find_server
+from queues.embedded import EmbeddedBroker, Status, address, find_server
 
 ROOT = Path(__file__).parents[2]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG and pidfd are Linux's")
@@ -65,8 +69,9 @@ def test_nobody_else_can_enter_its_directory_or_its_socket(running: EmbeddedBrok
     assert mode(Path(urlsplit(running.url).path)) == 0o700
 
 
-def test_nobody_else_can_read_its_password(running: EmbeddedBroker) -> None:
-    assert mode(running.directory / "broker.conf") == 0o600
+@pytest.mark.parametrize("name", ["broker.conf", "broker.url"])
+def test_nobody_else_can_read_its_password(running: EmbeddedBroker, name: str) -> None:
+    assert mode(running.directory / name) == 0o600
 
 
 def test_it_asks_for_the_password_that_its_address_has(running: EmbeddedBroker) -> None:
@@ -160,6 +165,55 @@ def test_sigint_of_the_guardian_is_the_parents_to_handle() -> None:
         assert broker._guardian.poll() is None
 
 
+# -- a server that dies -----------------------------------------------------------------------------------------------
+
+
+def status(broker: EmbeddedBroker) -> Status:
+    """What its guardian says next."""
+    assert broker._guardian.stdout is not None
+    return Status.read(broker._guardian.stdout.readline())
+
+
+def call(url: str, *command: str) -> Any:
+    with contextlib.closing(Connection(url, "test")) as connection:
+        return connection.call(*command)
+
+
+def test_a_server_that_was_killed_is_started_again_with_its_data_at_the_same_address() -> None:
+    with EmbeddedBroker(Settings()) as broker:
+        call(broker.url, "SET", "key", "kept")
+        call(broker.url, "WAITAOF", "1", "0", "10000")
+        before = server_pid(broker.url)
+        os.kill(before, signal.SIGKILL)
+        ended, started = status(broker), status(broker)
+        assert (ended.event, ended.code) == ("ended", -9)
+        assert (started.event, started.url) == ("started", broker.url)
+        assert started.pid == server_pid(broker.url) != before
+        assert call(broker.url, "GET", "key") == b"kept"
+
+
+def test_a_server_that_was_killed_again_and_again_is_started_as_often() -> None:
+    with EmbeddedBroker(Settings()) as broker:
+        for _ in range(2):
+            os.kill(server_pid(broker.url), signal.SIGKILL)
+            assert [status(broker).event, status(broker).event] == ["ended", "started"]
+
+
+def test_a_server_that_can_no_longer_be_started_is_given_up_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = find_server(Settings())
+    script = f'if [ -e {tmp_path}/ran ]; then exit 7; fi; touch {tmp_path}/ran; exec {real} "$@"'
+    server = a_server(tmp_path / "server", "Valkey server v=9.0.0", script)
+    with EmbeddedBroker(Settings(redis_server=str(server))) as broker:
+        os.kill(server_pid(broker.url), signal.SIGKILL)
+        said = [status(broker) for _ in range(5)]
+        assert [each.event for each in said] == ["ended"] * 4 + ["failed"]
+        assert "ended 5 times in a row; exit code 7" in said[-1].reason
+        assert broker._guardian.wait(10) == 1
+    assert not broker.directory.exists()
+
+
 # -- a given directory ------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +229,99 @@ def test_a_given_directory_keeps_its_data_between_runs(tmp_path: Path) -> None:
         assert connection.many([("GET", "key"), ("LRANGE", "list", 0, -1)]) == [b"kept", [b"b", b"a"]]
         connection.close()
     assert home.is_dir()
+
+
+def test_a_given_directory_has_the_same_address_at_every_start(tmp_path: Path) -> None:
+    urls = [address(tmp_path)]
+    for _ in range(2):
+        with EmbeddedBroker(Settings(), tmp_path) as broker:
+            urls.append(broker.url)
+    assert len({*urls, (tmp_path / "broker.url").read_text().strip()}) == 1
+
+
+def test_a_given_directory_that_was_moved_keeps_its_password(tmp_path: Path) -> None:
+    before = address(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    after = address(tmp_path / "new")
+    assert before != after
+    assert urlsplit(before).password == urlsplit(after).password
+
+
+def test_an_address_that_was_tampered_with_is_made_anew(tmp_path: Path) -> None:
+    before = address(tmp_path)
+    (tmp_path / "broker.url").write_text("unix://:x y@/nowhere")
+    assert urlsplit(address(tmp_path)).password not in ("x y", urlsplit(before).password)
+
+
+@linux
+def test_the_next_guardian_of_a_directory_waits_until_the_last_one_s_server_is_gone(tmp_path: Path) -> None:
+    first = EmbeddedBroker(Settings(), tmp_path)
+    server = server_pid(first.url)
+    os.kill(first._guardian.pid, signal.SIGKILL)
+    with EmbeddedBroker(Settings(), tmp_path) as second:
+        assert ends(server, 0)
+        assert second.url == first.url
+        assert server_pid(second.url) != server
+    first.close()
+
+
+def test_a_directory_that_another_broker_uses_is_refused_with_its_guardians_pid(tmp_path: Path) -> None:
+    program = f"from queues import embedded; embedded._STOP_S = 0.2; embedded._guard('/nowhere', {str(tmp_path)!r})"
+    with EmbeddedBroker(Settings(), tmp_path) as broker:
+        with subprocess.Popen(
+            [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as second:
+            assert second.stdout is not None
+            said = Status.read(second.stdout.readline())
+        assert said.event == "failed"
+        assert f"pid {broker._guardian.pid}) still uses {tmp_path}" in said.reason
+        assert call(broker.url, "PING") == b"PONG"
+
+
+@pytest.fixture
+def run_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A short folder for sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir="/tmp"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    yield folder
+    folder.rmdir()  # fails where something was left
+
+
+@pytest.mark.parametrize("name", ["x" * 120, "with space", "at@home", 'quote"d', "ümlaut"])
+def test_a_directory_whose_path_does_for_no_socket_has_it_in_a_private_one_elsewhere(
+    tmp_path: Path, run_time: Path, name: str
+) -> None:
+    socket = Path(urlsplit(address(tmp_path / name)).path)
+    assert socket.parent.parent == run_time
+    assert mode(socket.parent) == 0o700
+    socket.parent.rmdir()
+
+
+def test_a_broker_whose_socket_is_elsewhere_keeps_its_data_and_leaves_no_socket(tmp_path: Path, run_time: Path) -> None:
+    home = tmp_path / 'a "quoted" path with spaces'
+    with EmbeddedBroker(Settings(), home) as broker:
+        assert broker.directory == home
+        assert broker.url == address(home)
+        call(broker.url, "SET", "key", "kept")
+    assert list(run_time.iterdir()) == []
+    with EmbeddedBroker(Settings(), home) as broker:
+        assert call(broker.url, "GET", "key") == b"kept"
+
+
+def test_a_folder_for_the_socket_that_others_may_enter_is_refused(tmp_path: Path, run_time: Path) -> None:
+    socket = Path(urlsplit(address(tmp_path / ("x" * 120))).path)
+    socket.parent.chmod(0o755)
+    with pytest.raises(NoBroker, match="not a folder that only you can enter"):
+        address(tmp_path / ("x" * 120))
+    socket.parent.rmdir()
+
+
+def test_where_no_socket_can_be_placed_it_is_refused_with_the_ways_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_SOCKET_BYTES", 10)
+    with pytest.raises(NoBroker, match="too long a path for a socket"):
+        address(tmp_path)
 
 
 def test_a_broker_that_takes_long_to_read_its_data_is_waited_for(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """The Client against a whole Lepton, straight to the broker and over HTTP alike."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lepton_ai import Client
-from lepton_ai.errors import InvalidArguments, UnknownKernel
+from lepton_ai import Client, CloudEvent
+from lepton_ai.errors import InvalidArguments, JobCancelled, UnknownJob, UnknownKernel
+from lepton_ai.event import FINAL_EVENTS
 from pipeline.supervisor import Fleet
 
 
@@ -120,3 +123,143 @@ def test_more_than_one_request_may_carry_is_submitted_all_the_same(lepton: Clien
 
 def test_nothing_to_submit_is_no_mistake(lepton: Client) -> None:
     assert lepton.submit_many("vision.ndvi", []) == []
+
+
+# -- map --------------------------------------------------------------------------------------------------------------
+
+
+def test_each_row_of_a_map_comes_back_once_with_its_own_result(lepton: Client) -> None:
+    rows = ({"a": np.full((1, 1), n, np.float32), "b": np.ones((1, 1), np.float32)} for n in range(600))
+    found = {job.row: float(job.result(timeout=0)["c"][0, 0]) for job in lepton.map("linalg.matmul", rows, window=150)}
+    assert found == {n: float(n) for n in range(600)}
+
+
+def test_a_map_of_endless_rows_may_be_left(lepton: Client) -> None:
+    jobs = lepton.map("linalg.matmul", ({"a": [[float(n)]], "b": [[2.0]]} for n in itertools.count()), window=40)
+    for job in itertools.islice(jobs, 200):
+        assert job.row is not None
+        assert job.result(timeout=0) == {"c": [[job.row * 2.0]]}
+    jobs.close()
+
+
+def test_rows_of_a_map_that_are_refused_are_failed_jobs_among_the_others(lepton: Client) -> None:
+    wrong: dict[int, dict[str, Any]] = {
+        3: {"a": [[1.0]]},
+        17: {"a": [[1.0]], "b": object()},
+        18: {"a": 1.0, "b": [[1.0]]},
+    }
+    rows = [wrong.get(n, {"a": [[float(n)]], "b": [[1.0]]}) for n in range(40)]
+    jobs = {job.row: job for job in lepton.map("linalg.matmul", rows)}
+    assert sorted(jobs) == list(range(40))
+    for n, job in jobs.items():
+        if n in wrong:
+            assert job.state == "failed"
+            with pytest.raises(InvalidArguments):
+                job.result(timeout=0)
+        else:
+            assert job.result(timeout=0) == {"c": [[float(n)]]}
+
+
+def test_jobs_of_a_map_that_take_long_come_back_too(lepton: Client) -> None:
+    image = np.random.default_rng(1).random((700, 700), dtype=np.float32)
+    jobs = list(lepton.map("medical.median_filter", ({"image": image} for _ in range(40)), device="cpu.little"))
+    assert len({job.row for job in jobs}) == 40
+    assert all(job.result(timeout=0) for job in jobs)
+
+
+def test_what_was_mapped_explains_itself(lepton: Client) -> None:
+    (job,) = lepton.map("linalg.matmul", [{"a": square(), "b": square()}])
+    cost = job.record().cost
+    placement = job.why()
+    assert cost is not None
+    assert placement is not None
+    assert cost.device == placement.device
+
+
+def test_over_http_a_map_of_an_unknown_kernel_is_refused_at_once(http_client: Client) -> None:
+    with pytest.raises(UnknownKernel):
+        list(http_client.map("no.such", [{"a": 1}] * 10))
+
+
+# -- cancel -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_waits_is_cancelled(lepton: Client) -> None:
+    job = lepton.submit("linalg.matmul", {"a": square(), "b": square()}, device="fpga")  # nobody has one: it is parked
+    assert job.cancel()
+    with pytest.raises(JobCancelled):
+        job.result(timeout=20)
+    assert (job.state, job.cancel(), lepton.cancel(job.id)) == ("cancelled", False, False)
+    assert lepton.job(job.id).state == "cancelled"
+
+
+def test_a_job_that_has_ended_keeps_its_result(lepton: Client) -> None:
+    job = lepton.submit("linalg.matmul", {"a": [[2.0]], "b": [[4.0]]})
+    job.result(timeout=10)
+    assert not lepton.cancel(job.id)
+    assert lepton.job(job.id).result(timeout=0) == {"c": [[8.0]]}
+
+
+def test_over_http_nothing_can_be_cancelled_that_is_not_known(http_client: Client) -> None:
+    with pytest.raises(UnknownJob):
+        http_client.cancel("no-such-job")
+
+
+# -- events -----------------------------------------------------------------------------------------------------------
+
+
+def types(events: Iterable[CloudEvent]) -> list[str]:
+    return [each.type.removeprefix("io.lepton.").removesuffix(".v1") for each in events]
+
+
+def test_what_happens_to_a_job_after_the_call_is_told(lepton: Client, client: Client) -> None:
+    events = lepton.events(timeout=20)
+    job = client.submit("linalg.matmul", {"a": square(), "b": square()})
+    found = list(itertools.takewhile(lambda each: each.type not in FINAL_EVENTS, events))
+    events.close()
+    assert "job.placed" in types(each for each in found if each.subject == job.id)
+
+
+def test_a_jobs_events_are_told_from_its_first_to_its_last_whenever_they_are_asked_for(lepton: Client) -> None:
+    job = lepton.submit("linalg.matmul", {"a": square(), "b": square()})
+    early = list(job.events(timeout=20))
+    late = list(lepton.job(job.id).events(timeout=20))
+    assert early == late
+    assert types(early)[-2:] == ["job.placed", "job.succeeded"]
+    assert {each.subject for each in early} == {job.id}
+    assert early[-1].data["run_s"] > 0
+
+
+def test_events_go_on_behind_any_of_them(lepton: Client) -> None:
+    job = lepton.submit("linalg.matmul", {"a": square(), "b": square()})
+    every = list(job.events(timeout=20))
+    for at, each in enumerate(every):
+        assert list(lepton.events(each.id, job=job.id, timeout=0.2)) == every[at + 1 :]
+
+
+def test_both_ways_tell_of_the_same_events_in_the_same_words(client: Client, http_client: Client) -> None:
+    jobs = client.submit_many("linalg.matmul", [{"a": square(), "b": square()}] * 5)
+    last = [list(job.events(timeout=20)) for job in jobs][-1][-1]
+    told = []
+    for each in (client, http_client):
+        events = each.events("0", timeout=20)
+        told.append([*itertools.takewhile(lambda one: one.id != last.id, events)])
+        events.close()
+    assert told[0] == told[1]
+    assert len(told[0]) > 5
+
+
+def test_the_end_of_a_cancelled_job_is_told(lepton: Client) -> None:
+    job = lepton.submit("linalg.matmul", {"a": square(), "b": square()}, device="fpga")
+    job.cancel()
+    assert types(job.events(timeout=20))[-2:] == ["job.cancel_asked", "job.cancelled"]
+
+
+# -- notebooks --------------------------------------------------------------------------------------------------------
+
+
+def test_a_card_shows_where_a_job_went_and_what_it_really_cost(lepton: Client) -> None:
+    job = lepton.submit("linalg.matmul", {"a": square(), "b": square()})
+    job.result(timeout=10)
+    for shown in (job._repr_html_(), lepton.job(job.id)._repr_html_()):
+        assert all(word in shown for word in ("linalg.matmul", "succeeded", "cpu.big", "cpu.little", "really", job.id))
