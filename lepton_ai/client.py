@@ -112,7 +112,7 @@ class Client:
 
         After True, whoever holds the job ends it: one that waits at once, and a running kernel where it can be told.
         Then `result()` raises JobCancelled; but a job may still end by itself before that.
-        Over HTTP raises UnknownJob where nothing is known of the id.
+        Over HTTP raises UnknownJob where nothing is known of the id; straight to the broker nobody can say that.
         """
         return self._connection.cancel(job_id)
 
@@ -123,7 +123,7 @@ class Client:
 
         `since` is the id of the last event seen, to go on exactly after it; `"0"` for the oldest that is kept; None
         for what happens after this call. `job` leaves only the events whose `subject` it is. Ends after `timeout`
-        seconds without an event; never by itself without one.
+        seconds without an event (over HTTP no less than half a second); never by itself without one.
 
         The stream is limited. Where events after `since` are not kept any more, an event of the type
         `io.lepton.events.missed.v1` comes before the first that is. While the broker or the ingest is away it is

@@ -980,7 +980,7 @@ def test_a_jobs_events_over_http_end_where_it_has_ended_and_its_last_is_not_kept
 
 def test_a_message_is_read_alike_however_its_bytes_come() -> None:
     sent = (
-        b": a comment\r\nid: 1\r\n\r\nid: 2\ndata: a\ndata:b\nother: x\nevent: kind\n"
+        b": a comment\r\nid: 1\r\n\r\nid: 2\r\ndata: a\r\ndata:b\nother: x\nevent: kind\n"
         b"\ndata: c\r\rid\n\nid: 3\ndata: cut off"
     )
     expected = [

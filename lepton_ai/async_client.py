@@ -1,0 +1,136 @@
+"""The AsyncClient: the Client's verbs on an event loop, without a thread for anybody who waits."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+from lepton_ai.async_events import AsyncEvents
+from lepton_ai.async_flight import Rows
+from lepton_ai.async_handle import AsyncJobHandle, AsyncJobReader
+from lepton_ai.client import connect
+from lepton_ai.device import Announcement
+from lepton_ai.event import Cursor
+from lepton_ai.identity import new_id
+from lepton_ai.job import Options
+from lepton_ai.kernel import KernelSpec
+
+__all__ = ["AsyncClient"]
+
+
+class _Connection(AsyncJobReader, Protocol):
+    async def submit(
+        self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options
+    ) -> list[AsyncJobHandle]: ...
+    def map(self, kernel: str, rows: Rows, options: Options, window: int) -> AsyncGenerator[AsyncJobHandle, None]: ...
+    def events(self, since: Cursor | None, job: str | None, timeout_s: float | None) -> AsyncEvents: ...
+    async def announcements(self) -> list[Announcement]: ...
+    async def close(self) -> None: ...
+
+
+class AsyncClient:
+    """A connection to Lepton for one event loop, straight to the broker or through an ingest: see `Client`.
+
+        async with AsyncClient("redis://...") as lepton:
+            job = await lepton.submit("linalg.matmul", {"a": a, "b": b})
+            result = await job
+
+    Thousands of tasks may wait at once: straight to the broker, one connection brings the results of all of them; over
+    HTTP, where more than 16 wait, each job is looked at about once in 2 s.
+    Whoever waits may be cancelled at any moment; a submission that is cancelled may have gone out or not.
+    Use it in an `async with`, or `await close()` it: what still waits then gets BrokerUnavailable.
+    """
+
+    def __init__(self, url: str | None = None) -> None:
+        self._connection = connect(url, _direct, _remote)
+
+    async def submit(
+        self,
+        kernel: str,
+        arguments: Mapping[str, Any],
+        *,
+        priority: int | None = None,
+        device: str | None = None,
+    ) -> AsyncJobHandle:
+        """Submits one job; when this returns, the broker has it: see `Client.submit`."""
+        return (await self.submit_many(kernel, [arguments], priority=priority, device=device))[0]
+
+    async def submit_many(
+        self,
+        kernel: str,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        priority: int | None = None,
+        device: str | None = None,
+    ) -> list[AsyncJobHandle]:
+        """Submits one job for each row of arguments, in as few round trips as their size allows."""
+        return await self._connection.submit(kernel, rows, Options(priority=priority, device=device).checked())
+
+    def map(
+        self,
+        kernel: str,
+        rows: Rows,
+        *,
+        window: int = 1000,
+        priority: int | None = None,
+        device: str | None = None,
+    ) -> AsyncGenerator[AsyncJobHandle, None]:
+        """Submits a job for each row as there is room, and hands out each once it has ended: see `Client.map`.
+
+        `rows` may be an asynchronous iterable too: then rows that are slow to come hold up nothing. Those of an
+        ordinary one are taken on the event loop, so they should be there or quickly made. Rows are taken, sent and
+        landed while the caller does something else, up to the window. Leaving early ends that: at once by
+        `contextlib.aclosing(lepton.map(...))` or `aclose()`, soon after where the iterator is only dropped.
+        """
+        return self._connection.map(kernel, rows, Options(priority=priority, device=device).checked(), window)
+
+    def job(self, job_id: str) -> AsyncJobHandle:
+        """The handle of a job by its id, whoever submitted it."""
+        return AsyncJobHandle(job_id, None, self._connection)
+
+    async def cancel(self, job_id: str) -> bool:
+        """Asks for a job to be cancelled; False where it has ended: see `Client.cancel`."""
+        return await self._connection.cancel(job_id)
+
+    def events(
+        self,
+        since: str | None = None,
+        *,
+        job: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncEvents:
+        """What happens to every job, device and router, as it happens: see `Client.events` and `AsyncEvents`."""
+        return self._connection.events(None if since is None else Cursor.parse(since), job, timeout)
+
+    async def devices(self) -> list[Announcement]:
+        """Every worker that is alive: its device, slots, measured peaks and kernels."""
+        return await self._connection.announcements()
+
+    async def kernels(self) -> dict[str, KernelSpec]:
+        """Every kernel that a live worker announces, by name."""
+        specs = {spec.name: spec for each in await self._connection.announcements() for spec in each.kernels}
+        return dict(sorted(specs.items()))
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _direct(url: str) -> _Connection:
+    from lepton_ai.async_direct import AsyncDirect  # redis-py is loaded only by those who talk to the broker
+
+    return AsyncDirect(url, new_id())
+
+
+def _remote(url: str) -> _Connection:
+    from lepton_ai.async_remote import AsyncRemote  # and httpx by those who talk HTTP
+
+    return AsyncRemote(url)

@@ -1,0 +1,291 @@
+"""The asynchronous client's way straight to the broker. One task pops the results of everybody who waits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final
+
+import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from lepton_ai import cancellation, topology, wire
+from lepton_ai.async_events import AsyncEvents, EventWays
+from lepton_ai.async_flight import AsyncFlight, Part, Rows, cancelled
+from lepton_ai.async_handle import AsyncJobHandle
+from lepton_ai.device import Announcement, read_leases
+from lepton_ai.direct_protocol import (
+    CONNECTION,
+    FIRST_LOOK_S,
+    LAST_LOOK_S,
+    PIPELINE_BYTES,
+    POP_AT_ONCE,
+    Lookout,
+    answered_to,
+    look_commands,
+    read_final,
+    read_finals,
+    read_look,
+    read_replies,
+)
+from lepton_ai.errors import BrokerUnavailable
+from lepton_ai.event import Cursor
+from lepton_ai.event_stream import Follower, follow, follow_job
+from lepton_ai.flight import MOST_TOGETHER, part
+from lepton_ai.identity import new_id
+from lepton_ai.job import Meta, Options, Placement
+from lepton_ai.patience import Patience
+
+__all__ = ["AsyncDirect"]
+
+#: Commands at once; further ones wait for a connection.
+_CONNECTIONS: Final = 16
+
+Tell = Callable[[Meta | Exception], None]
+
+
+class AsyncDirect:
+    """A connection to the broker for submitting, waiting and looking, for one event loop."""
+
+    def __init__(self, url: str, client_id: str) -> None:
+        self._url = url
+        self._client_id = client_id
+        self._reply_to = topology.reply(client_id)
+        pool = redis.BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=None, **CONNECTION)
+        self._redis: Any = redis.Redis.from_pool(pool)
+        self._replies: Any = redis.Redis.from_url(url, **CONNECTION)
+        self._pending: weakref.WeakValueDictionary[str, AsyncJobHandle] = weakref.WeakValueDictionary()
+        #: Who is told of a job's record, or why it will not come.
+        self._listeners: defaultdict[str, list[Tell]] = defaultdict(list)
+        self._lookout = Lookout()
+        self._pumping: asyncio.Task[None] | None = None
+        self._ways = EventWays()
+        self._was_there = False
+
+    async def submit(self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options) -> list[AsyncJobHandle]:
+        """Publishes one job a row in pipelines of a few MiB; when this returns, the broker has them all."""
+        options = answered_to(options, self._reply_to)
+        handles: list[AsyncJobHandle] = []
+
+        def messages() -> Iterator[bytes]:
+            for row in rows:
+                handle = AsyncJobHandle(new_id(), kernel, self)
+                yield wire.envelope(handle.id, kernel, row, options)
+                self._pending[handle.id] = handle
+                handles.append(handle)
+
+        for batch in wire.batches(messages(), PIPELINE_BYTES):
+            await self._push(options, batch)
+        return handles
+
+    def map(self, kernel: str, rows: Rows, options: Options, window: int) -> AsyncGenerator[AsyncJobHandle, None]:
+        """One job a row, handed out as they end."""
+        options = answered_to(options, self._reply_to)
+        flight = AsyncFlight(window)
+
+        def encode(job_id: str, row: Mapping[str, Any]) -> bytes:
+            return wire.envelope(job_id, kernel, row, options)
+
+        def told(job: AsyncJobHandle, found: Meta | Exception) -> None:
+            if isinstance(found, Exception):
+                flight.fail(found)
+            else:
+                flight.end(job)
+
+        def begin(number: int, row: Mapping[str, Any]) -> Part:
+            job, message = part(AsyncJobHandle(new_id(), kernel, self, number), row, encode)
+            if message:
+                self._pending[job.id] = job
+                self._listen(job.id, partial(told, job))
+            return job, message
+
+        async def send() -> None:
+            patience = Patience(was_there=self._was_there)
+            while True:
+                messages = [message for _, message in await flight.batch(MOST_TOGETHER, PIPELINE_BYTES)]
+                while messages:  # perhaps more than once: a job that runs twice ends once
+                    try:
+                        await self._push(options, messages)
+                        patience.renew()
+                        break
+                    except BrokerUnavailable as error:
+                        await asyncio.sleep(patience.spend(error).seconds)
+
+        def forget(job: AsyncJobHandle) -> None:
+            self._listeners.pop(job.id, None)
+
+        return flight.jobs(rows, begin, [send], forget)
+
+    async def wait(self, job: AsyncJobHandle, timeout_s: float | None) -> Meta | None:
+        """See JobReader."""
+        if self._pending.get(job.id) is not job:  # another client's, or a second handle: only the key tells it
+            return await self._poll(job.id, timeout_s)
+        future: asyncio.Future[Meta | Exception] = asyncio.get_running_loop().create_future()
+
+        def tell(found: Meta | Exception) -> None:
+            if not future.done():
+                future.set_result(found)
+
+        self._listen(job.id, tell)
+        try:
+            await asyncio.wait((future,), timeout=timeout_s)
+        finally:
+            self._unlisten(job.id, tell)
+        if not future.done():
+            return await self._final(job.id)
+        if isinstance(found := future.result(), Exception):
+            raise BrokerUnavailable(f"the result cannot be waited for: {found}") from found
+        return found
+
+    async def look(self, job_id: str) -> tuple[Meta | None, Placement | None]:
+        """See JobReader."""
+        return read_look(await self._all(look_commands(job_id), transaction=False))
+
+    async def cancel(self, job_id: str) -> bool:
+        """See JobReader."""
+        if await self._final(job_id) is not None:
+            return False
+        await self._all(cancellation.mark([job_id], self._client_id), transaction=True)
+        return True
+
+    def events(self, since: Cursor | None, job: str | None, timeout_s: float | None) -> AsyncEvents:
+        """What happens, over a connection of its own."""
+        return self._following(follow(since, job=job, timeout_s=timeout_s))
+
+    def follow(self, job_id: str, timeout_s: float | None) -> AsyncEvents:
+        """See JobReader."""
+        return self._following(follow_job(job_id, timeout_s=timeout_s))
+
+    async def announcements(self) -> list[Announcement]:
+        """Every worker that is alive, in the order of their devices' names."""
+        with self._asking():
+            incarnations = await self._redis.smembers(topology.HOLDERS)
+            leases = await self._redis.mget(
+                [topology.lease(name.decode(errors="replace")) for name in incarnations] or [topology.LANE]
+            )
+        return read_leases(leases)
+
+    async def close(self) -> None:
+        if self._pumping is not None:
+            await cancelled([self._pumping])
+        await self._ways.close_all()
+        await self._replies.aclose()
+        await self._redis.aclose()
+
+    async def _push(self, options: Options, messages: list[bytes]) -> None:
+        lane = topology.lane_list(options.urgency)
+        await self._all([("LPUSH", lane, message) for message in messages], transaction=False)
+
+    async def _all(self, commands: Iterable[tuple[Any, ...]], *, transaction: bool) -> list[Any]:
+        with self._asking():
+            async with self._redis.pipeline(transaction=transaction) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                return await pipeline.execute()  # type: ignore[no-any-return]
+
+    async def _final(self, job_id: str) -> Meta | None:
+        with self._asking():
+            return read_final(await self._redis.get(topology.result(job_id)))
+
+    async def _poll(self, job_id: str, timeout_s: float | None) -> Meta | None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        pause, patience = FIRST_LOOK_S, Patience(was_there=self._was_there)
+        while True:
+            try:
+                if (meta := await self._final(job_id)) is not None:
+                    return meta
+            except BrokerUnavailable as error:
+                await asyncio.sleep(patience.spend(error, deadline).seconds)
+                continue
+            patience.renew()
+            left = pause if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return None
+            await asyncio.sleep(min(pause, left))
+            pause = min(pause * 2, LAST_LOOK_S)
+
+    # -- results ------------------------------------------------------------------------------------------------
+
+    def _listen(self, job_id: str, tell: Tell) -> None:
+        loop = asyncio.get_running_loop()
+        self._listeners[job_id].append(tell)
+        self._lookout.add(job_id, loop.time())
+        if self._pumping is None or self._pumping.done():
+            self._pumping = loop.create_task(self._pump())
+            self._pumping.add_done_callback(self._pump_ended)
+
+    def _unlisten(self, job_id: str, tell: Tell) -> None:
+        if tell in (others := self._listeners.get(job_id, [])):
+            others.remove(tell)
+            if not others:
+                del self._listeners[job_id]
+
+    async def _pump(self) -> None:
+        """Hands out results for as long as anybody waits for one."""
+        loop = asyncio.get_running_loop()
+        patience = Patience(was_there=True)  # it has taken the jobs that are waited for
+        while self._listeners:
+            due = self._lookout.due(loop.time(), self._listeners)
+            pause_s = self._lookout.pause_s(loop.time())
+            try:
+                with self._asking():
+                    found = await self._redis.mget([topology.result(job_id) for job_id in due]) if due else ()
+                    self._settle(read_finals(due, found))
+                    popped = await self._replies.blmpop(pause_s, 1, self._reply_to, direction="LEFT", count=POP_AT_ONCE)
+                    self._settle(read_replies(popped))
+            except BrokerUnavailable as error:
+                await asyncio.sleep(patience.spend(error).seconds)
+            else:
+                patience.renew()
+
+    def _settle(self, metas: Iterable[Meta]) -> None:
+        for meta in metas:
+            if (job := self._pending.pop(meta.task_id, None)) is not None:
+                job.meta = meta
+            for tell in self._listeners.pop(meta.task_id, ()):
+                tell(meta)
+
+    def _pump_ended(self, pumping: asyncio.Task[None]) -> None:
+        """Tells everybody who still waits why that is in vain."""
+        error = BrokerUnavailable("the client was closed") if pumping.cancelled() else pumping.exception()
+        if isinstance(error, Exception):
+            listeners, self._listeners = self._listeners, defaultdict(list)
+            for tell in (each for those in listeners.values() for each in those):
+                tell(error)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        with _broker_errors():
+            yield
+        self._was_there = True
+
+    def _following(self, follower: Follower) -> AsyncEvents:
+        return AsyncEvents(follower, _Way(self._url), self._ways)
+
+
+class _Way:
+    """See EventWay."""
+
+    def __init__(self, url: str) -> None:
+        self._redis: Any = redis.Redis.from_url(url, **CONNECTION, retry=Retry(NoBackoff(), 0))
+
+    async def perform(self, step: Any) -> Any:
+        with _broker_errors():
+            return await self._redis.execute_command(*step)
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+
+@contextmanager
+def _broker_errors() -> Iterator[None]:
+    try:
+        yield
+    except redis.RedisError as error:
+        raise BrokerUnavailable(f"the broker cannot be reached or refuses: {error}") from error

@@ -1,0 +1,93 @@
+"""What this machine has: its devices, as `python -m tasks` finds them, and which workers they are worth."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from tempfile import TemporaryFile
+
+import msgspec
+
+from lepton_ai.device import kind_of
+from lepton_ai.errors import InvalidSettings
+from pipeline.processes import Program, environment, start
+from queues.broker import LISTS_EACH
+
+__all__ = ["Found", "checked", "cores", "default_workers", "look_for_devices", "parse_workers"]
+
+_PROBE_S = 60.0
+
+
+class Found(msgspec.Struct, frozen=True):
+    """One kind of device, as the probe found it."""
+
+    kind: str
+    available: bool
+    what: str | None = None
+    """The device, or what is missing."""
+    fix: str | None = None
+    emulated: bool = False
+
+    @property
+    def missing(self) -> str:
+        """Why it is not there, and how to have it."""
+        return "; ".join(filter(None, (self.what, self.fix)))
+
+
+def look_for_devices() -> tuple[Found, ...]:
+    """What `python -m tasks` reports; where it cannot, the processor, which every machine has, is all that is known."""
+    # A child like the others, so that it does not outlive a Ctrl-C.
+    with TemporaryFile() as output:
+        probe = start(Program("probe", ("-m", "tasks"), environment({})), output)
+        try:
+            probe.wait(_PROBE_S)
+        except subprocess.TimeoutExpired:
+            probe.kill()
+            probe.wait()
+        output.seek(0)
+        lines = output.read().decode("utf-8", "replace").splitlines()
+    for line in reversed(lines):
+        try:
+            return msgspec.json.decode(line, type=tuple[Found, ...])
+        except msgspec.DecodeError:
+            continue
+    return (Found("cpu", available=True, what="this machine's processor"),)
+
+
+def default_workers(found: Sequence[Found]) -> dict[str, int]:
+    """A worker for each device that is there, with its slots. Another device's worker needs a core beside the cpu's."""
+    others = [each.kind for each in found if each.available and each.kind != "cpu"]
+    return {"cpu": max(1, cores() - 1 if others else cores()), **dict.fromkeys(others, 1)}
+
+
+def parse_workers(text: str) -> dict[str, int]:
+    """`cpu:2,fpga` as devices and their slots; InvalidSettings where it does not fit."""
+    workers: dict[str, int] = {}
+    for part in text.split(","):
+        device, colon, slots = part.strip().partition(":")
+        kind_of(device)
+        if device in workers:
+            raise InvalidSettings(f"{device} is named twice; one worker has several slots: {device}:2")
+        if colon and not (slots.isdecimal() and 1 <= int(slots) < LISTS_EACH):
+            raise InvalidSettings(f"a worker has 1 to {LISTS_EACH - 1} slots, as in cpu:2, not {part.strip()!r}")
+        if not all(each.isalnum() or each in "._-" for each in device):
+            raise InvalidSettings(f"a device's name is letters, digits, '.', '_' and '-', not {device!r}")
+        workers[device] = int(slots) if colon else cores() if device == "cpu" else 1
+    return workers
+
+
+def checked(workers: Mapping[str, int], found: Sequence[Found]) -> None:
+    """Raises InvalidSettings for a device that is not there, with what is missing and the fix."""
+    by_kind = {each.kind: each for each in found}
+    for device in workers:
+        known = by_kind.get(kind_of(device))
+        if known is None or not known.available:
+            why = "no driver for it was found" if known is None else known.missing
+            raise InvalidSettings(f"there is no {device} on this machine: {why}")
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1

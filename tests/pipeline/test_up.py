@@ -1,0 +1,106 @@
+"""What `lepton up` says before it starts anything. What it does afterwards: tests/system/test_up.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import up
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--workers", "abacus:2"], "'abacus'"),
+        (["--workers", "cpu:0"], "1 to 63 slots"),
+        (["--workers", "cpu:1", "--http-port", "70000"], "70000"),
+        (["--workers", "cpu:1", "--http-port", "0", "--broker", "unix:///nowhere"], "no broker at /nowhere"),
+    ],
+)
+def test_what_cannot_be_started_as_asked_is_told_in_one_line_with_exit_code_2(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert up.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lepton up: ")
+    assert says in line
+
+
+def test_a_wrong_option_is_told_with_exit_code_2() -> None:
+    with pytest.raises(SystemExit) as ended:
+        up.main(["--worker", "cpu"])
+    assert ended.value.code == 2
+
+
+def run(data: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", "up", "--workers", "cpu:1", "--http-port", "0", "--data", str(data)],
+        cwd=ROOT,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_broker_that_does_not_start_ends_it_with_the_reason(tmp_path: Path) -> None:
+    server = tmp_path / "server"
+    server.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Valkey server v=9.0.0" && exit 0\nexit 7\n')
+    server.chmod(0o755)
+    ran = run(tmp_path / "data", LEPTON_REDIS_SERVER=str(server), LEPTON_LOG="json")
+    assert ran.returncode == 1
+    assert '"up_failed"' in ran.stdout
+    assert "exit code 7" in ran.stdout
+
+
+def test_a_service_that_cannot_run_as_asked_ends_it_with_exit_code_2(tmp_path: Path) -> None:
+    ran = run(tmp_path / "data", LEPTON_HTTP_HOST="0.0.0.0")
+    assert ran.returncode == 2
+    assert "there is no authentication yet" in ran.stdout
+    assert "ingest cannot be started as asked" in ran.stdout
+
+
+def test_people_see_where_everything_is_and_who_says_what(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "up", "--workers", "cpu:1", "--http-port", "0", "--data", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        said = ""
+        while "router_online" not in said:
+            line = running.stdout.readline()
+            assert line, said
+            said += line
+        running.send_signal(signal.SIGINT)
+        said += running.communicate(timeout=30)[0]
+    assert running.returncode == 0
+    url = (tmp_path / "broker" / "broker.url").read_text().strip()
+    for words in ("http://127.0.0.1:", "/openapi/openapi.json", f"LEPTON_REDIS_URL={url}", "redis+socket://"):
+        assert words in said
+    for line in (r"  data +\S*", "Ctrl-C drains, twice quits.", r"router +\| .*router_online", r"up +\| .*up_stopped"):
+        assert re.search(f"^{line}", said, re.MULTILINE), said
+    assert "Flower" not in said
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:secret@host:6379/0", "redis://host:6379/0"),
+        ("rediss://user:p@ss@host/1", "rediss://host/1"),
+        ("unix://:secret@/run/broker.sock", "unix:///run/broker.sock"),
+        ("redis://host", "redis://host"),
+    ],
+)
+def test_a_password_is_not_shown(url: str, shown: str) -> None:
+    assert up.without_password(url) == shown
