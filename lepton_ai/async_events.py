@@ -104,13 +104,14 @@ class AsyncEvents:
         self._ways.drop(self._way)
 
     async def _open(self) -> None:
-        if not self._is_open:
+        if not (self._is_open or self._is_closed):
             self._ways.add(self._way)
-            with suppress(StopAsyncIteration):  # closed before it was begun
-                await self._next()  # OPENED
+            await self._next()  # OPENED
             self._is_open = True
 
     async def _next(self) -> CloudEvent:
+        if self._is_closed:
+            raise StopAsyncIteration
         try:
             while True:
                 if self._step is None:
@@ -124,9 +125,11 @@ class AsyncEvents:
                     self._step = None
                     continue
                 try:
+                    self._check()
                     answer = await self._way.perform(step)
                 except LeptonError as error:
-                    self._step = self._failed(error)
+                    self._check()
+                    self._step = self._follower.throw(error)
                 else:
                     self._step = self._follower.send(answer)
         except StopIteration:
@@ -136,10 +139,9 @@ class AsyncEvents:
             await self.aclose()
             raise
 
-    def _failed(self, error: LeptonError) -> Any:
-        """The step after one that failed, where that was not because the connection was closed on purpose."""
+    def _check(self) -> None:
+        """Ends the iterator where its connection was closed on purpose: nothing is to open it again."""
         if self._is_closed:
             raise StopIteration
         if self._way not in self._ways:
-            raise BrokerUnavailable("the client was closed") from error
-        return self._follower.throw(error)
+            raise BrokerUnavailable("the client was closed")

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import venv
@@ -24,10 +26,13 @@ NAMES = ("tasks", "queues", "pipeline")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(INSTALL_S + DEMO_S)]
 
 
+def clean_environ() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("LEPTON_", "PYTHON"))}
+
+
 def run(command: Sequence[str | Path], cwd: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("LEPTON_", "PYTHON"))}
     return subprocess.run(
-        list(command), cwd=cwd, env=environ, capture_output=True, text=True, timeout=timeout_s, check=False
+        list(command), cwd=cwd, env=clean_environ(), capture_output=True, text=True, timeout=timeout_s, check=False
     )
 
 
@@ -44,7 +49,7 @@ def foreign_wheel(folder: Path) -> Path:
     files = {f"{name}/__init__.py": f"OWNER = 'another distribution ({name})'\n" for name in NAMES}
     files |= {
         "another-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: another\nVersion: 1.0\n",
-        "another-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "another-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = []
     for name, text in files.items():
@@ -123,3 +128,56 @@ def test_the_demo_runs_in_the_producers_folder(installed: Installed) -> None:
     summary = json.loads(done.stdout)
     assert (summary["submitted"], summary["succeeded"]) == (60, 60)
     assert sorted(installed.home.iterdir()) == before, "it leaves nothing behind"
+
+
+def test_up_serves_in_the_producers_folder_and_drains(installed: Installed, tmp_path: Path) -> None:
+    arguments = [
+        "--data",
+        str(tmp_path / "data"),
+        "--http-port",
+        str(free_port()),
+        "--workers",
+        "cpu:1",
+        "--log",
+        "json",
+    ]
+    process = subprocess.Popen(
+        [installed.command, "up", *arguments],
+        cwd=installed.home,
+        env=clean_environ(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        http = until_ready(process)
+        job = ["submit", "linalg.matmul", "--arg", "a=[[1, 2]]", "--arg", "b=[[3], [4]]"]
+        done = run([installed.command, *job, "--wait=60", "--json", "--url", http], installed.home, 90)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert json.loads(done.stdout)["result"] == {"c": [[11.0]]}
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def until_ready(process: subprocess.Popen[str]) -> str:
+    """The HTTP address, once everything is up."""
+    http, lines = "", []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        told = json.loads(line)
+        http = told.get("http", http)
+        if told["event"] == "up_ready":
+            return http
+    raise AssertionError("".join(lines))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
