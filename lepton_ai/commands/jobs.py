@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from cyclopts import Parameter, validators
 
-from lepton_ai import shown
-from lepton_ai.address import connected
-from lepton_ai.arguments import Misuse, check_out, fit, plain, read_arguments, save
 from lepton_ai.client import Client
+from lepton_ai.commands import shown
+from lepton_ai.commands.address import connected
+from lepton_ai.commands.arguments import Misuse, check_out, fit, plain, read_arguments, save
 from lepton_ai.errors import JobCancelled, LeptonError, ResultTimeout
 from lepton_ai.handle import JobHandle
 from lepton_ai.job import Record

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter, validators
 
-from lepton_ai import shown
-from lepton_ai.address import connected
 from lepton_ai.client import Client
-from lepton_ai.command_jobs import Json, Url
+from lepton_ai.commands import shown
+from lepton_ai.commands.address import connected
+from lepton_ai.commands.jobs import Json, Url
 from lepton_ai.device import Announcement
 from lepton_ai.errors import UnknownKernel
 from lepton_ai.event import CloudEvent, Cursor
@@ -137,8 +137,8 @@ def doctor(*, url: Url = None, json: Json = False) -> int:
 
       lepton doctor --url redis://localhost:6379/0
     """
-    from lepton_ai import doctor as checks
-    from lepton_ai.facts import gather
+    from lepton_ai.commands import doctor as checks
+    from lepton_ai.commands.facts import gather
 
     found = checks.examine(gather(url))
     well = all(each.status != "problem" for each in found)

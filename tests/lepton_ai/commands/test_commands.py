@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lepton_ai import cli, shown
-from lepton_ai.address import address, http_address, masked
-from lepton_ai.commands import app
+from lepton_ai import cli
+from lepton_ai.commands import app, shown
+from lepton_ai.commands.address import address, http_address, masked
 from queues.connection import Connection
 
 COMMANDS = ("submit", "status", "result", "why", "cancel", "devices", "kernels", "events", "doctor")

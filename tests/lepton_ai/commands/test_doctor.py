@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from lepton_ai import Announcement, Peaks, cli, facts, services
-from lepton_ai.doctor import Finding, examine
-from lepton_ai.facts import Accelerator, Facts, Fleet, Requirement, Server, gather
+from lepton_ai import Announcement, Peaks, cli, services
+from lepton_ai.commands import facts
+from lepton_ai.commands.doctor import Finding, examine
+from lepton_ai.commands.facts import Accelerator, Facts, Fleet, Requirement, Server, gather
 from queues.broker import Broker
 from queues.connection import Connection
 

@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from lepton_ai.facts import Facts, Requirement
+from lepton_ai.commands.facts import Facts, Requirement
 
 __all__ = ["CHECKS", "Finding", "examine"]
 

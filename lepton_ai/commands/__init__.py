@@ -10,7 +10,8 @@ from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, Group, Parameter, validators
 
-from lepton_ai import command_fleet, command_jobs, services
+from lepton_ai import services
+from lepton_ai.commands import fleet, jobs
 
 __all__ = ["app"]
 
@@ -34,17 +35,17 @@ app = App(
 )
 _COMMANDS: dict[Group, tuple[Callable[..., int], ...]] = {
     Group.create_ordered("Jobs"): (
-        command_jobs.submit,
-        command_jobs.status,
-        command_jobs.result,
-        command_jobs.why,
-        command_jobs.cancel,
+        jobs.submit,
+        jobs.status,
+        jobs.result,
+        jobs.why,
+        jobs.cancel,
     ),
     Group.create_ordered("Fleet"): (
-        command_fleet.devices,
-        command_fleet.kernels,
-        command_fleet.events,
-        command_fleet.doctor,
+        fleet.devices,
+        fleet.kernels,
+        fleet.events,
+        fleet.doctor,
     ),
 }
 for _group, _commands in _COMMANDS.items():

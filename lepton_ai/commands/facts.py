@@ -22,7 +22,7 @@ from typing import Any, Final
 import msgspec
 
 from lepton_ai import services, topology
-from lepton_ai.address import address, http_address, masked
+from lepton_ai.commands.address import address, http_address, masked
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import InvalidSettings, LeptonError
 from lepton_ai.settings import Settings

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lepton_ai import KernelSpec
-from lepton_ai.arguments import Misuse, check_out, fit, read_arguments, save
+from lepton_ai.commands.arguments import Misuse, check_out, fit, read_arguments, save
 from lepton_ai.errors import InvalidArguments
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from lepton_ai.doctor import Finding
+    from lepton_ai.commands.doctor import Finding
 
 __all__ = [
     "as_json",
