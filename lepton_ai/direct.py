@@ -84,7 +84,7 @@ class Direct:
         self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options, flight: Flight[JobHandle]
     ) -> Generator[JobHandle, None, None]:
         lookout, patience = Lookout(), Patience(was_there=self._was_there)
-        unsent: list[bytes] = []
+        unsent: list[tuple[JobHandle, bytes]] = []
 
         def encode(job_id: str, row: Mapping[str, Any]) -> bytes:
             return wire.envelope(job_id, kernel, row, options)
@@ -94,6 +94,8 @@ class Direct:
         try:
             while True:
                 yield from flight.land()
+                # A push whose answer was lost may have arrived all the same, and so may all of its jobs' results.
+                unsent = [(job, message) for job, message in unsent if job.meta is None]
                 if more and not unsent and (room := flight.room):
                     batch = taken(parts, room, PIPELINE_BYTES)
                     more = bool(batch)
@@ -102,13 +104,13 @@ class Direct:
                         if job.meta is None:
                             self._pending[job.id], self._told[job.id] = job, flight.end
                             lookout.add(job.id, time.monotonic())
-                    unsent = [message for _, message in batch if message]
-                if not flight:
+                    unsent = [each for each in batch if each[1]]
+                if not flight and not more:
                     return
                 now = time.monotonic()
                 try:
                     if unsent:  # perhaps once more: a job that runs twice ends once
-                        self._push(options, unsent)
+                        self._push(options, [message for _, message in unsent])
                         unsent = []
                         self._pump(lambda: flight.landed, 0.0)  # rows that are slow to come hold up no results
                     else:

@@ -479,6 +479,29 @@ def test_a_connection_that_breaks_ends_neither_a_map_nor_a_wait(
         assert result.result(30) == {"x": 5}
 
 
+def test_a_push_whose_answer_is_lost_while_all_its_results_come_does_not_end_a_map(
+    client: Client, broker_url: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct: Any = client._connection
+    push, lost = direct._push, []
+
+    def flaky(options: Any, messages: list[bytes]) -> None:
+        push(options, messages)
+        if not lost:
+            lost.append(len(messages))
+            while connection.call("LLEN", direct._reply_to) < len(messages):
+                time.sleep(0.005)
+            direct._pump(lambda: False, 0.0)  # as another thread that waits would
+            raise BrokerUnavailable("the answer was lost")
+
+    direct._was_there = True
+    monkeypatch.setattr(direct, "_push", flaky)
+    with answering(broker_url):
+        found = sorted(job.row for job in client.map("a.b", ({"x": at} for at in range(50)), window=10))
+    assert found == list(range(50))
+    assert lost == [10]
+
+
 def test_nothing_is_submitted_before_the_first_is_asked_for(client: Client, connection: Connection) -> None:
     client.map("a.b", [{"x": 1}])
     assert connection.call("DBSIZE") == 0

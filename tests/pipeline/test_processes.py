@@ -157,9 +157,12 @@ def test_modules_of_the_folder_we_are_in_come_last(
     for name in ("tasks", "kernels_of_mine"):
         (tmp_path / f"{name}.py").touch()
     monkeypatch.chdir(tmp_path)
-    children.start("worker", "import tasks, kernels_of_mine; print(tasks.__file__, kernels_of_mine.__file__)")
-    log = tmp_path / "worker"
-    assert until(log.read_text).split() == [str(ROOT / "tasks" / "__init__.py"), str(tmp_path / "kernels_of_mine.py")]
+    program = "import tasks, kernels_of_mine; print(tasks.__file__); print(kernels_of_mine.__file__)"
+    children.start("worker", program)
+    found = (ROOT / "tasks" / "__init__.py", tmp_path / "kernels_of_mine.py")
+    assert until(lambda: len(lines := (tmp_path / "worker").read_text().splitlines()) == 2 and lines) == [
+        *map(str, found)
+    ]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")

@@ -144,7 +144,7 @@ def test_a_port_of_flower_that_is_taken_is_refused(held: ExitStack, taken: int) 
 @pytest.mark.parametrize(("option", "port"), [("--http-port", "70000"), ("--flower-port", "70000")])
 def test_a_port_that_is_none_is_refused(held: ExitStack, option: str, port: str) -> None:
     with pytest.raises(InvalidSettings, match=port):
-        set_up(["--workers", "cpu:1", "--flower", option, port], held)
+        set_up([*FREE, "--flower", option, port], held)
 
 
 def test_flower_runs_on_loopback_beside_the_rest(held: ExitStack) -> None:

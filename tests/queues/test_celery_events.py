@@ -53,7 +53,7 @@ class Listener:
 def listener(broker_url: str, connection: Connection) -> Iterator[Listener]:
     listener = Listener(broker_url)
     pause = threading.Event()
-    while not connection.call("PUBSUB", "NUMPAT"):
+    while not connection.call(*EventMessage(broker_url, "nobody@host").tasks([])):
         pause.wait(0.01)
     yield listener
     listener.stop()

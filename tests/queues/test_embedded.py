@@ -203,7 +203,7 @@ def test_a_server_that_can_no_longer_be_started_is_given_up_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = find_server(Settings())
-    script = f'if [ -e {tmp_path}/ran ]; then exit 7; fi; touch {tmp_path}/ran; exec {real} "$@"'
+    script = f'if [ -e {tmp_path}/ran ]; then exit 7; fi; touch {tmp_path}/ran; exec "{real}" "$@"'
     server = a_server(tmp_path / "server", "Valkey server v=9.0.0", script)
     with EmbeddedBroker(Settings(redis_server=str(server))) as broker:
         os.kill(server_pid(broker.url), signal.SIGKILL)
