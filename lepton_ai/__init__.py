@@ -3,18 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lepton_ai.client import Client
-from lepton_ai.device import Announcement, Peaks
-from lepton_ai.errors import LeptonError
-from lepton_ai.event import CloudEvent
-from lepton_ai.handle import JobHandle
-from lepton_ai.job import Cost, Estimate, Placement
-from lepton_ai.kernel import Kernel, KernelSpec
-
 if TYPE_CHECKING:
     from lepton_ai.async_client import AsyncClient
     from lepton_ai.async_events import AsyncEvents
     from lepton_ai.async_handle import AsyncJobHandle
+    from lepton_ai.client import Client
+    from lepton_ai.device import Announcement, Peaks
+    from lepton_ai.errors import LeptonError
+    from lepton_ai.event import CloudEvent
+    from lepton_ai.handle import JobHandle
+    from lepton_ai.job import Cost, Estimate, Placement
+    from lepton_ai.kernel import Kernel, KernelSpec
 
 __all__ = [
     "Announcement",
@@ -33,12 +32,32 @@ __all__ = [
     "Placement",
 ]
 
-#: Loaded when they are asked for: asyncio takes a third as long to import as all the rest of this.
-_LATER = {"AsyncClient": "async_client", "AsyncEvents": "async_events", "AsyncJobHandle": "async_handle"}
+#: Where each is. They are loaded when they are asked for: NumPy and asyncio take a third of a second, and not everybody
+#: who imports something of ours needs them.
+_MODULES = {
+    "Announcement": "device",
+    "AsyncClient": "async_client",
+    "AsyncEvents": "async_events",
+    "AsyncJobHandle": "async_handle",
+    "Client": "client",
+    "CloudEvent": "event",
+    "Cost": "job",
+    "Estimate": "job",
+    "JobHandle": "handle",
+    "Kernel": "kernel",
+    "KernelSpec": "kernel",
+    "LeptonError": "errors",
+    "Peaks": "device",
+    "Placement": "job",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

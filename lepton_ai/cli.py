@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lepton_ai.errors import LeptonError
 
@@ -40,13 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     try:
-        from lepton_ai.commands import app
+        with _quiet_interrupts():
+            from lepton_ai.commands import app
     except ModuleNotFoundError as error:
         if error.name not in ("cyclopts", "rich"):
             raise
         print(f"lepton: the command line needs {error.name}: pip install 'lepton-ai[cli]'", file=sys.stderr)
         return 2
     return app(arguments) or 0
+
+
+@contextmanager
+def _quiet_interrupts() -> Iterator[None]:
+    """Ctrl-C just ends the process meanwhile: an exception while a module loads may be swallowed, or told at length."""
+    usual = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

@@ -164,13 +164,13 @@ class RemoteControl:
 
     def _handlers(self) -> Mapping[str, Callable[..., Any]]:
         known = {
-            "ping": lambda _: {"ok": "pong"},
-            "stats": lambda _: self._stats(),
-            "active_queues": lambda _: [Queue(topology.LANE, routing_key=topology.LANE).as_dict(recurse=True)],
-            "reserved": lambda _: self._reserved(),
-            "active": lambda _: [],
-            "scheduled": lambda _: [],
-            "revoked": lambda _: [],
+            "ping": lambda _, **__: {"ok": "pong"},
+            "stats": lambda _, **__: self._stats(),
+            "active_queues": lambda _, **__: [Queue(topology.LANE, routing_key=topology.LANE).as_dict(recurse=True)],
+            "reserved": lambda _, **__: self._reserved(),
+            "active": lambda _, **__: [],
+            "scheduled": lambda _, **__: [],
+            "revoked": lambda _, **__: [],
             "registered": lambda _, **__: [],
             "conf": lambda _, **__: {},
             "revoke": self._revoke,

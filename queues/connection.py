@@ -41,6 +41,7 @@ class Connection:
             self.call(*hello, "SETNAME", name)
             if database:
                 self.call("SELECT", database)
+            self.call("PING")  # a broker that still loads what it had answers HELLO, and nothing else
         except CommandError as error:
             self.close()
             raise BrokerUnavailable(f"the broker refuses us: {error}") from error
@@ -141,10 +142,7 @@ def _open(url: str) -> tuple[socket.socket, list[str], int]:
     hello = ["HELLO", "3", *(("AUTH", user, password) if password else ())]
     try:
         if parts.scheme == "unix":
-            plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            plain.settimeout(_CONNECT_S)
-            plain.connect(unquote(parts.path))
-            return plain, hello, database
+            return _unix(unquote(parts.path)), hello, database
         if parts.scheme not in ("redis", "rediss"):
             raise InvalidSettings(f"a broker's address is redis://, rediss:// or unix://, not {url!r}", "redis_url")
         host = parts.hostname or "127.0.0.1"
@@ -157,3 +155,14 @@ def _open(url: str) -> tuple[socket.socket, list[str], int]:
     except OSError as error:
         where = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{port}"
         raise BrokerUnavailable(f"no broker at {where}: {error}") from error
+
+
+def _unix(path: str) -> socket.socket:
+    plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        plain.settimeout(_CONNECT_S)
+        plain.connect(path)
+    except OSError:
+        plain.close()
+        raise
+    return plain

@@ -129,8 +129,8 @@ class Books:
         self._teller.tell([Event("job.progressed", self._incarnation, kernel, self._device, tuple(jobs), data=data)])
 
     def revoke(self, jobs: Collection[str]) -> None:
-        if jobs:
-            state.revoked.update(jobs)
+        # Not those that are in it: to add one again takes it out for a moment, in which it would count as not revoked.
+        state.revoked.update([job for job in jobs if job not in state.revoked])
 
     def is_revoked(self, job: str) -> bool:
         return job in state.revoked
@@ -155,7 +155,7 @@ def install_commands(settings: Settings, url: str, announcement: Announcement) -
 
     def revoke(panel: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> dict[str, str]:
         jobs = [task_id] if isinstance(task_id, str) else [str(job) for job in task_id]
-        state.revoked.update(jobs)
+        state.revoked.update([job for job in jobs if job not in state.revoked])
         connection = Connection(url, f"{announcement.incarnation}-revoke")
         try:
             Broker(connection, announcement.incarnation, settings).cancel(jobs)
