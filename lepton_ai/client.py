@@ -110,7 +110,8 @@ class Client:
     def cancel(self, job_id: str) -> bool:
         """Asks for a job to be cancelled, whoever submitted it; False where it has ended, and its result stands.
 
-        After True, whoever holds the job ends it: one that waits at once, and a running kernel where it can be told.
+        After True, whoever holds the job ends it: one that waits in its lane, the router or the parking at once, one on
+        a device's queue when its turn comes, and a running kernel where it looks.
         Then `result()` raises JobCancelled; but a job may still end by itself before that.
         Over HTTP raises UnknownJob where nothing is known of the id; straight to the broker nobody can say that.
         """
@@ -159,7 +160,10 @@ def connect(url: str | None, direct: Callable[[str], C], remote: Callable[[str],
     """Whichever of the two the address asks for; InvalidSettings or NoBroker where it asks for neither."""
     url = url or os.environ.get("LEPTON_REDIS_URL")
     if not url:
-        raise NoBroker("no address: pass Client('redis://host:6379/0') or set LEPTON_REDIS_URL")
+        raise NoBroker(
+            "no address: pass Client('http://localhost:8780') where `lepton up` runs, Client('redis://host:6379/0'), or "
+            "set LEPTON_REDIS_URL"
+        )
     try:
         parts = urlsplit(url)
         scheme, _ = parts.scheme, parts.port

@@ -10,10 +10,8 @@ trimmed since, and some may never have been read.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Final
-
-import msgspec
 
 from lepton_ai import event, topology
 from lepton_ai.direct_protocol import LOOK_EVERY_S, read_final
@@ -127,12 +125,11 @@ def _unseen(entries: Sequence[Any], cursor: Cursor, job: str | None) -> Iterator
         raw = fields.get(event.FIELD, b"")
         if subject is not None and subject not in raw:  # a subject stands in the bytes as it is
             continue
-        try:
-            steps = event.decode(raw)
-        except msgspec.DecodeError:
-            continue
         entry = entry_id.decode()
-        found: Iterator[CloudEvent] = cloud_events(entry, steps)
+        try:
+            found: Iterable[CloudEvent] = list(cloud_events(entry, event.decode(raw)))
+        except Exception:  # noqa: BLE001, S112 - whoever writes to the broker must not end everybody's reading
+            continue
         if entry == cursor.entry:
             found = cursor.unseen(found)
         yield from (each for each in found if wanted(each, job))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -24,7 +23,7 @@ from lepton_ai.identity import made_at
 from lepton_ai.settings import Settings
 from pipeline.window import ClaimedJob, Window
 from queues.addresses import celery_addresses, transport_options
-from queues.broker import Broker
+from queues.broker import MOST_REVOKED, Broker
 from queues.celery_events import Audience, EventMessage, node_name, task_event, worker_event
 from queues.connection import Command, Connection
 
@@ -124,6 +123,11 @@ def _sent(job: str, at: float, headers: wire.Headers, queue: str) -> dict[str, A
     )
 
 
+class _Handlers(dict[str, Callable[..., Any]]):
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        return lambda _, **__: {"error": "a router does not do this"}
+
+
 class RemoteControl:
     """Answers Celery's remote control for a router, from a thread of its own, until it is closed."""
 
@@ -176,7 +180,7 @@ class RemoteControl:
             "revoke": self._revoke,
             "terminate": self._revoke,
         }
-        return defaultdict(lambda: lambda _, **__: {"error": "a router does not do this"}, known)
+        return _Handlers(known)
 
     def _stats(self) -> dict[str, Any]:
         return {
@@ -192,6 +196,8 @@ class RemoteControl:
 
     def _revoke(self, _: Any, task_id: Any = (), **__: Any) -> dict[str, str]:
         jobs = [str(job) for job in ([task_id] if isinstance(task_id, str) else task_id)]
+        if len(jobs) > MOST_REVOKED:
+            return {"error": f"{len(jobs)} tasks at once, {MOST_REVOKED} are the most"}
         connection = Connection(self._url, f"{self._incarnation}-revoke")
         try:
             Broker(connection, self._incarnation, self._settings).cancel(jobs)

@@ -218,13 +218,19 @@ class _Session:
             self._cluster.finished(job.id)  # it may have come back from a device that died
 
     def _end(self, step: Dispatch, leaving: Sequence[tuple[Claim, bytes]]) -> None:
-        """Takes messages out of their claims for good, with the outcomes that are in the step."""
+        """Takes messages out of their claims for good, with the outcomes that are in the step.
+
+        A job that has its result already (its message came twice) keeps that, and nobody is told of a second.
+        """
         _leave(step, leaving)
+        before = self._broker.ended([outcome.job for outcome in step.rejected])
+        step.rejected = [outcome for outcome in step.rejected if outcome.job not in before]
         ended = {
             status: tuple(outcome.job for outcome in step.rejected if outcome.status == status)
             for status in ("failed", "cancelled")
         }
-        step.counts = {"dead": len(step.dead), **{status: len(jobs) for status, jobs in ended.items()}}
+        step.counts = {"dead": len(step.dead), "duplicate": len(leaving) - len(step.dead) - len(step.rejected)}
+        step.counts |= {status: len(jobs) for status, jobs in ended.items()}
         events = []
         if ended["failed"] or step.dead:
             data = {"dead": len(step.dead)}
@@ -375,7 +381,11 @@ class _Session:
         others = sorted(asked.difference(job.id for job in ours))
         now = int(time.time()) // 60
         known, _ = self._broker.known(others, {minute_of(job) or now for job in others}) if others else ({}, set())
-        for kernel in {placement.kernel for placement in _placements(known.values()) if placement.state == "parked"}:
+        placements = {placement.job: placement for placement in _placements(known.values())}
+        kernels = {each.kernel for each in placements.values() if each.state == "parked"}
+        if len(placements) < len(others):  # parked long ago, perhaps: its placement is looked for in vain
+            kernels = self._broker.parked_kernels()
+        for kernel in kernels:
             self._broker.unpark(kernel)
             self._more = True
 

@@ -8,7 +8,9 @@ incarnation over one connection, and is used by one thread.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from typing import Any, Final
@@ -18,6 +20,7 @@ import msgspec
 from lepton_ai import cancellation, topology
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import BrokerUnavailable, Fenced
+from lepton_ai.job import FINAL_STATES
 from lepton_ai.settings import Settings
 from queues.connection import Command, CommandError, Connection
 
@@ -31,6 +34,12 @@ WAKE: Final = LISTS_EACH - 1
 #: What a broker answers that will be able to work again, or that somebody must mend: no reason for a traceback.
 _NOT_NOW: Final = ("MISCONF", "READONLY", "OOM", "LOADING", "MASTERDOWN", "NOREPLICAS", "BUSY")
 _MOVED_AT_ONCE: Final = 64
+_MARKED_AT_ONCE: Final = 1024
+#: Jobs in one revoke: each node that hears it marks them all, and must not be held up for long.
+MOST_REVOKED: Final = 50_000
+#: Where in a result its state is looked for.
+_STATE: Final = re.compile(rb"status[^A-Z]*([A-Z]+)")
+_STATE_WITHIN: Final = 200
 _DEAD_KEPT: Final = 10_000
 #: Where a router claims from, most urgent first.
 _SOURCES: Final = (topology.AGAIN, *topology.lane_lists())
@@ -153,7 +162,10 @@ class Broker:
         wake = ("LMOVE", self._wake_claim, claim, "RIGHT", "LEFT")
         lengths = [("LLEN", each) for each in (claim, *_SOURCES)]
         marks = ("ZCARD", topology.CANCELLED)
-        _, brought, self.marks, length, *depths = self.connection.many([self._remember, wake, marks, *lengths])
+        sent = self.connection.send([self._remember, wake, marks, *lengths])
+        remembered, brought, marked, length, *depths = self.connection.receive(sent)
+        _checked([remembered, brought, length, *depths])
+        self.marks = 0 if isinstance(marked, CommandError) else marked  # nobody's job waits for that
         messages: list[bytes] = [] if brought is None else [brought]
         moves: list[Command] = []
         for source, depth in zip(_SOURCES, depths, strict=True):
@@ -296,11 +308,17 @@ class Broker:
     def known(self, jobs: Sequence[str], minutes: Iterable[int]) -> tuple[dict[str, bytes], set[str]]:
         """The placements of these jobs, looked for in the hashes of these minutes, and which are to be cancelled."""
         commands = [("HMGET", topology.jobs(minute), *jobs) for minute in minutes]
-        *found, scores = self.connection.many([*commands, ("ZMSCORE", topology.CANCELLED, *jobs)])
+        sent = self.connection.send([*commands, ("ZMSCORE", topology.CANCELLED, *jobs)])
+        *found, scores = self.connection.receive(sent)
         placements: dict[str, bytes] = {}
-        for values in found:
+        for values in _checked(found):
             placements.update((job, value) for job, value in zip(jobs, values, strict=True) if value is not None)
-        return placements, {job for job, score in zip(jobs, scores, strict=True) if score is not None}
+        return placements, _scored(jobs, scores)
+
+    def ended(self, jobs: Sequence[str]) -> set[str]:
+        """Which of these jobs have a final result. Reads no more of it than its state."""
+        starts = self.connection.many([("GETRANGE", topology.result(job), 0, _STATE_WITHIN) for job in jobs])
+        return {job for job, start in zip(jobs, starts, strict=True) if _is_final(start)}
 
     def commit(self, step: Commit) -> list[str]:
         """Ends a batch: results, acknowledgement, counters and event in one step; returns the duplicates' ids.
@@ -320,12 +338,13 @@ class Broker:
         cancelled = [outcome.job for outcome in step.outcomes if outcome.status == "cancelled"]
         try:
             duplicates = self.connection.call(*self._function("commit", keys, arguments))
-            if cancelled:  # afterwards, and not with it: a mark that stays behind does no harm
-                self.connection.call("ZREM", topology.CANCELLED, *cancelled)
         except CommandError as error:
             if error.message.startswith("FENCED"):
                 raise Fenced(f"{held}: {error.message}") from error
             raise
+        if cancelled:  # afterwards, and not with it: a mark that stays behind does no harm
+            with suppress(CommandError):
+                self.connection.call("ZREM", topology.CANCELLED, *cancelled)
         return [name.decode() for name in duplicates]
 
     def release(self, slot: int, held: int) -> None:
@@ -342,14 +361,19 @@ class Broker:
 
     def cancel(self, jobs: Sequence[str]) -> None:
         """Marks jobs as cancelled and wakes the routers, unless somebody has done so already."""
-        known = self.marked(jobs)
-        if fresh := [job for job in jobs if job not in known]:
-            self.connection.many(cancellation.mark(fresh, self.incarnation, events_kept=self._settings.events_kept))
+        jobs = list(dict.fromkeys(jobs))
+        for at in range(0, len(jobs), _MARKED_AT_ONCE):
+            part = jobs[at : at + _MARKED_AT_ONCE]
+            known = self.marked(part)
+            if fresh := [job for job in part if job not in known]:
+                self.connection.many(cancellation.mark(fresh, self.incarnation, events_kept=self._settings.events_kept))
 
     def marked(self, jobs: Sequence[str]) -> set[str]:
         """Which of these jobs are marked as cancelled."""
-        scores = self.connection.call("ZMSCORE", topology.CANCELLED, *jobs) if jobs else []
-        return {job for job, score in zip(jobs, scores, strict=True) if score is not None}
+        if not jobs:
+            return set()
+        (scores,) = self.connection.receive(self.connection.send([("ZMSCORE", topology.CANCELLED, *jobs)]))
+        return _scored(jobs, scores)
 
     # -- events -------------------------------------------------------------------------------------------------
 
@@ -394,6 +418,19 @@ def announcements(connection: Connection) -> list[Announcement]:
 
 def _names(found: Iterable[bytes]) -> list[str]:
     return [name.decode(errors="replace") for name in found]  # anybody with the broker's password may write there
+
+
+def _scored(jobs: Sequence[str], scores: Any) -> set[str]:
+    """Whose score is there; none where the key is not what it should be: a job must not wait for that."""
+    if isinstance(scores, CommandError):
+        return set()
+    return {job for job, score in zip(jobs, scores, strict=True) if score is not None}
+
+
+def _is_final(start: bytes) -> bool:
+    """As `is_final` in functions.lua: the state stands first in a result, in capitals."""
+    found = _STATE.search(start)
+    return found is not None and found[1].decode() in FINAL_STATES
 
 
 def _checked(replies: list[Any]) -> list[Any]:

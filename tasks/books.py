@@ -20,7 +20,7 @@ from lepton_ai.device import Announcement
 from lepton_ai.event import Event
 from lepton_ai.settings import Settings
 from lepton_ai.topology import device_queue
-from queues.broker import Broker
+from queues.broker import MOST_REVOKED, Broker
 from queues.celery_events import task_event
 from queues.connection import Connection
 from tasks.runner import Ending
@@ -155,6 +155,8 @@ def install_commands(settings: Settings, url: str, announcement: Announcement) -
 
     def revoke(panel: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> dict[str, str]:
         jobs = [task_id] if isinstance(task_id, str) else [str(job) for job in task_id]
+        if len(jobs) > MOST_REVOKED:
+            return {"error": f"{len(jobs)} tasks at once, {MOST_REVOKED} are the most"}
         state.revoked.update([job for job in jobs if job not in state.revoked])
         connection = Connection(url, f"{announcement.incarnation}-revoke")
         try:

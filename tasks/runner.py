@@ -33,6 +33,8 @@ _RETRY_S = (0.05, 2.0)
 _FENCED_S = 0.5
 #: Weight of the newest batch in the mean time of a job, which bounds the next batch.
 _WEIGHT = 0.3
+#: How long ago a job with a foreign id may have been placed.
+_MINUTES_BACK = 10
 #: A kernel's progress is told so often at most.
 _PROGRESS_S = 0.2
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
@@ -233,7 +235,10 @@ class _Slot:
             broker.commit(step)
             self._slots.observer.ended(endings)
         except Fenced as error:
-            self._slots.observer.lost([ending.job for ending in endings])
+            # Where it was the answer of an earlier try that was lost, the results stand.
+            stand = broker.ended([ending.job for ending in endings])
+            self._slots.observer.ended([ending for ending in endings if ending.job in stand])
+            self._slots.observer.lost([ending.job for ending in endings if ending.job not in stand])
             log.warning("commit_fenced", slot=self.number, jobs=len(step.outcomes), reason=error.message)
             held = broker.held(self.number)
             if held:  # the lease has lapsed and nobody has recovered the batch yet: run it again, but not in a frenzy
@@ -307,7 +312,10 @@ class _Slot:
         if not ids:
             return {}, set()
         now = int(time.time()) // 60
-        minutes = {minute_of(job) or now for job in ids} | {now, now - 1}
+        ours = [minute_of(job) for job in ids]
+        # A foreign id does not say when it was placed; a device's queue is short.
+        back = _MINUTES_BACK if None in ours else 2
+        minutes = {minute for minute in ours if minute is not None} | set(range(now, now - back, -1))
         try:
             placements, marked = broker.known(ids, minutes)
             return {job: _PLACEMENT.decode(raw) for job, raw in placements.items()}, marked
@@ -319,8 +327,9 @@ class _Slot:
         """Runs a group in one launch; if that raises, each of its jobs alone, so that only the culprit fails."""
         self.running = names(group.jobs)
         self._slots.observer.started(self.running)
+        context = _Context(group, self._slots.observer)
         try:
-            outputs, observation = self._launch(group)
+            outputs, observation = self._launch(group, context)
             parts = split(group, outputs)
         # What a kernel raises, even sys.exit(), is its job's failure and never the worker's.
         except (Exception, SystemExit) as error:  # noqa: BLE001
@@ -334,7 +343,8 @@ class _Slot:
         start = time.perf_counter()
         succeeded: list[str] = []
         for job, part in zip(group.jobs, parts, strict=True):
-            if self._slots.observer.is_revoked(job.id):  # its kernel may have seen it, and stopped half way
+            # Its kernel may have seen it and stopped half way, whatever has been forgotten since.
+            if context.told or self._slots.observer.is_revoked(job.id):
                 self._fail(
                     job.id, job.kernel.name, job.options, job.keep, JobCancelled("cancelled while it ran"), ended
                 )
@@ -367,7 +377,7 @@ class _Slot:
             )
         )
 
-    def _launch(self, group: Group) -> tuple[dict[str, np.ndarray[Any, Any]], Observation]:
+    def _launch(self, group: Group, context: _Context) -> tuple[dict[str, np.ndarray[Any, Any]], Observation]:
         driver, name = self._slots.driver, group.kernel.name
         start = time.perf_counter()
         inputs = {
@@ -375,7 +385,7 @@ class _Slot:
             for name, value in group.inputs.items()
         }
         uploaded = time.perf_counter()
-        found = self._slots.repertoire.runs[name](inputs, _Context(group, self._slots.observer))
+        found = self._slots.repertoire.runs[name](inputs, context)
         driver.synchronize()
         ran = time.perf_counter()
         if found.keys() != group.kernel.signature.outputs.keys():
@@ -441,10 +451,13 @@ class _Context:
         self._kernel = group.kernel.name
         self._observer = observer
         self._told_at = time.monotonic()
+        self.told = False
+        """The kernel has been told that all its jobs are cancelled."""
 
     @property
     def cancelled(self) -> bool:
-        return all(map(self._observer.is_revoked, self._jobs))
+        self.told = self.told or all(map(self._observer.is_revoked, self._jobs))
+        return self.told
 
     def progress(self, fraction: float) -> None:
         """Told to those who follow the events, a few times a second at most."""

@@ -6,6 +6,7 @@ import json
 import secrets
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -850,3 +851,40 @@ def test_marks_of_jobs_that_nobody_has_harm_nobody(
     jobs = lane.send(3)
     assert worker.serve(3) == jobs
     assert "cancelled" not in connection.call("HGETALL", topology.COUNTERS)
+
+
+def test_a_parked_job_of_a_foreign_id_is_found_however_long_ago_it_was_parked(
+    start_router, lane: Lane, connection: Connection
+) -> None:
+    start_router()
+    foreign = str(uuid.uuid4())
+    lane.push([lane.message(foreign)])
+    lane.wait_for("job.parked", 1)
+    connection.call("DEL", *connection.call("KEYS", "lepton:jobs:*"))  # as if an hour had passed
+    ask_to_cancel(connection, foreign)
+    assert lane.wait_for("job.cancelled", 1) == [foreign]
+    assert stored(connection, foreign) == "REVOKED"
+
+
+def test_a_job_that_came_twice_and_has_its_result_is_not_ended_again(
+    start_router, lane: Lane, connection: Connection
+) -> None:
+    start_router()
+    (job,) = lane.send(reply_to=topology.reply("me"))
+    lane.wait_for("job.parked", 1)
+    record = wire.encode_meta(wire.success(job, {"y": 1}, None), "json")
+    connection.call("SET", topology.result(job), record)  # its other message has been run
+    ask_to_cancel(connection, job)
+    until(lambda: connection.call("HGET", topology.COUNTERS, "duplicate") == b"1", "the second message is counted")
+    assert stored(connection, job) == "SUCCESS"
+    assert connection.call("EXISTS", topology.reply("me")) == 0
+    assert int(connection.call("HGET", topology.COUNTERS, "cancelled") or 0) == 0
+    assert waiting_anywhere(connection) == 0
+
+
+def test_marks_of_a_wrong_type_hold_no_job_up(start_router, add_worker, lane: Lane, connection: Connection) -> None:
+    connection.call("SET", topology.CANCELLED, "x")
+    worker = add_worker()
+    start_router()
+    jobs = lane.send(3)
+    assert worker.serve(3) == jobs

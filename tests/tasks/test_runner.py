@@ -15,6 +15,7 @@ import pytest
 
 from lepton_ai import cancellation, event, topology, wire
 from lepton_ai.device import Peaks
+from lepton_ai.errors import BrokerUnavailable
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of, new_id, new_ids
 from lepton_ai.job import Meta, Options, Placement
@@ -702,6 +703,39 @@ def test_progress_is_told_now_and_then_and_stays_between_nought_and_one(
     assert worker.books.fractions == [0.0, 0.5, 1.0]
     worker.shop.gate.set()
     worker.meta(job)
+
+
+def test_a_kernel_that_was_told_to_stop_is_believed_whatever_is_forgotten_since(worker: Worker) -> None:
+    (job,) = worker.send(1.0, kernel="test.gated")
+    assert worker.shop.entered.acquire(timeout=5)
+    worker.books.revoke({job})
+    assert worker.shop.contexts[-1].cancelled
+    worker.books.revoked.clear()  # as Celery does beyond 50,000 ids
+    worker.shop.gate.set()
+    assert worker.failure(job)[0] == "REVOKED"
+
+
+def test_a_commit_whose_answer_was_lost_is_told_as_ended(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, lost = Broker.commit, []
+
+    def flaky(broker: Broker, step: Any) -> list[str]:
+        found = commit(broker, step)
+        if not lost:
+            lost.append(step)
+            raise BrokerUnavailable("the answer was lost")
+        return found
+
+    monkeypatch.setattr(Broker, "commit", flaky)
+    (job,) = worker.send(4.0)
+    until(lambda: job in worker.books.endings, "the end is told")
+    assert worker.books.endings[job].status == "succeeded"
+    assert ("lost", job) not in worker.books.seen
+
+
+def test_marks_of_a_wrong_type_hold_no_job_up(worker: Worker) -> None:
+    worker.connection.call("SET", topology.CANCELLED, "x")
+    (job,) = worker.send(4.0)
+    assert worker.double(job) == [8.0]
 
 
 def until(condition: Callable[[], Any], what: str) -> None:
