@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lepton_ai.settings import Settings
 
 _USAGE = "usage: python -m pipeline ingest|router|telemetry|demo|up"
+_OURS = ("examples", "lepton_ai", "pipeline", "queues", "tasks")
 
 
 def main(arguments: list[str]) -> int:
@@ -23,12 +24,20 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # `lepton` starts us with them held
-    if arguments[:1] in (["demo"], ["up"]):
+    if sys.stdout is None:  # `>&-`
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    try:
+        if arguments[:1] not in (["demo"], ["up"]):
+            return _run(arguments)
         code = _run_all(arguments[0], arguments[1:])
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # whoever leans on Ctrl-C cannot change what has been
-        return code
-    return _run(arguments)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in _OURS:
+            raise
+        print(f"lepton: {arguments[0]} needs {error.name}: pip install 'lepton-ai[all]'", file=sys.stderr)
+        return 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # whoever leans on Ctrl-C cannot change what has been
+    return code
 
 
 def _run_all(command: str, arguments: list[str]) -> int:

@@ -19,8 +19,9 @@ from typing import Any
 import msgspec
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from lepton_ai import Client, JobHandle, services
 from lepton_ai.errors import LeptonError, ResultTimeout, Unavailable
@@ -93,7 +94,7 @@ def _run(options: argparse.Namespace, console: Console, fpga: Found | None, chec
     """Everything, in the main thread; `check` raises KeyboardInterrupt where it is to stop."""
 
     def tell(step: str) -> None:
-        console.print(f"  {step}", highlight=False)
+        console.print(f"  {step}", highlight=False, markup=False)
 
     # The demo is a world of its own: a broker or port that the environment names is somebody else's.
     settings = msgspec.structs.replace(Settings.read(), redis_url=None)
@@ -262,12 +263,12 @@ def _explained(ended: Sequence[_Ended], devices: int) -> list[JobHandle]:
 
 
 def _print(console: Console, summary: Mapping[str, Any], explained: Sequence[JobHandle]) -> None:
-    table = Table(title=f"{summary['succeeded']} of {summary['submitted']} jobs succeeded", title_justify="left")
-    table.add_column("kernel or device")
-    table.add_column("jobs", justify="right")
-    for name, jobs in (*summary["by_kernel"].items(), *summary["by_device"].items()):
-        table.add_row(name, str(jobs))
-    console.print(table)
+    console.print(f"{summary['succeeded']} of {summary['submitted']} jobs succeeded", highlight=False)
+    for heading in ("kernel", "device"):
+        table = Table(heading, Column("jobs", justify="right"))
+        for name, jobs in summary[f"by_{heading}"].items():
+            table.add_row(escape(name), str(jobs))
+        console.print(table)
     console.print(
         f"{summary['jobs_per_s']} jobs/s, latency p50 {summary['p50_ms']} ms, p99 {summary['p99_ms']} ms "
         f"(submit to result in hand, up to {3 * _IN_FLIGHT} jobs in flight)",
@@ -277,11 +278,12 @@ def _print(console: Console, summary: Mapping[str, Any], explained: Sequence[Job
         record = handle.record()
         if record.placement is None or record.placement.estimate is None:
             continue
-        console.print(f"\nwhy {handle.kernel} {handle.id} ran on {record.placement.device}: {record.placement.reason}")
+        placed = record.placement
+        console.print(f"\nwhy {handle.kernel} {handle.id} ran on {placed.device}: {placed.reason}", markup=False)
         why = Table("device", "wait ms", "transfer ms", "run ms", "finish ms", "spread")
         for candidate in record.placement.candidates:
             if candidate.estimate is None:
-                why.add_row(candidate.device, candidate.excluded)
+                why.add_row(candidate.device, escape(candidate.excluded or ""))
                 continue
             e = candidate.estimate
             times = [f"{s * 1e3:.2f}" for s in (e.wait_s, e.transfer_s, e.run_s, e.finish_s)]

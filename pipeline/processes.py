@@ -104,6 +104,10 @@ class Processes:
             self._programs.pop(name, None)
             self._due.pop(name, None)
 
+    def leave_all(self) -> None:
+        """Starts nobody any more, whoever is due."""
+        self.leave(list(self._programs))
+
     def end(self, names: Collection[str]) -> None:
         """Tells processes to end, once; they are not started again. `look` sees them go."""
         self.leave(names)
@@ -193,7 +197,12 @@ def pause_s(failures: int, chance: float) -> float:
 
 def ending(code: int) -> str:
     """How a process ended, in words: `exit code 7`, `SIGKILL`."""
-    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:  # most of the real-time signals have no name
+        return f"signal {-code}"
 
 
 def _popen(command: list[str], program: Program, **streams: Any) -> subprocess.Popen[bytes]:

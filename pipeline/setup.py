@@ -10,11 +10,13 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from io import RawIOBase
 from pathlib import Path
 
 import msgspec
 
 from lepton_ai.errors import BrokerUnavailable, InvalidSettings
+from lepton_ai.placement import policies
 from lepton_ai.settings import Settings
 from pipeline.machine import Found, checked, default_workers, look_for_devices, parse_workers
 from pipeline.processes import Program, environment
@@ -40,6 +42,10 @@ class Setup(msgspec.Struct, frozen=True):
     flower_url: str | None
     workers: dict[str, int]
     found: tuple[Found, ...]
+
+    @property
+    def openapi_url(self) -> str:
+        return f"{self.http_url}/openapi/openapi.json"
 
     def guardian(self) -> tuple[str, ...] | None:
         """The command line, after the interpreter, of the embedded broker, if that is to be started."""
@@ -72,18 +78,12 @@ def set_up(arguments: Sequence[str], held: ExitStack) -> Setup:
     asked = {"LEPTON_REDIS_URL": options.broker, "LEPTON_LOG": options.log, "LEPTON_HTTP_PORT": options.http_port}
     given = {name: str(value) for name, value in asked.items() if value is not None}
     settings = Settings.read(os.environ | given)
+    policies.load(settings.policy)
     workers = parse_workers(options.workers) if options.workers else {}
     found: tuple[Found, ...] = ()
     if not workers or any(device.partition(".")[0] != "cpu" for device in workers):
         found = look_for_devices()
         checked(workers, found)
-    host = f"[{settings.http_host}]" if ":" in settings.http_host else settings.http_host
-    http_url = f"http://{host}:{_port(settings.http_host, settings.http_port, '--http-port')}"
-    flower_url = None
-    if options.flower:
-        if find_spec("flower") is None:
-            raise InvalidSettings("Flower is not installed: pip install 'lepton-ai[flower]'", "--flower")
-        flower_url = f"http://127.0.0.1:{_port('127.0.0.1', options.flower_port, '--flower-port')}"
     broker_url, server, data = settings.redis_url, None, None
     if broker_url:
         if options.data is not None:
@@ -94,6 +94,13 @@ def set_up(arguments: Sequence[str], held: ExitStack) -> Setup:
         data = (options.data or _default_data()).expanduser().absolute()
         held.enter_context(_locked(data))
         broker_url = address(_home(data))
+    host = f"[{settings.http_host}]" if ":" in settings.http_host else settings.http_host
+    http_url = f"http://{host}:{_port(settings.http_host, settings.http_port, '--http-port')}"
+    flower_url = None
+    if options.flower:
+        if find_spec("flower") is None:
+            raise InvalidSettings("Flower is not installed: pip install 'lepton-ai[flower]'", "--flower")
+        flower_url = f"http://127.0.0.1:{_port('127.0.0.1', options.flower_port, '--flower-port')}"
     workers = workers or default_workers(found)
     return Setup(settings, broker_url, server, data, http_url, flower_url, workers, found)
 
@@ -122,24 +129,28 @@ def _home(data: Path) -> Path:
 @contextmanager
 def _locked(data: Path) -> Iterator[None]:
     """Keeps a second `lepton up` off the same data; the lock ends with this process."""
-    try:
-        data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (data / "up.lock").open("a+")
-    except OSError as error:
-        raise InvalidSettings(f"{data} cannot hold the data ({error.strerror}): choose another with --data") from error
-    with lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
+            data.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _take(held.enter_context((data / "up.lock").open("a+b", buffering=0)), data)
+        except OSError as error:
             raise InvalidSettings(
-                f"another lepton up (pid {lock.read(32).strip() or 'unknown'}) is using {data}: stop it, or choose "
-                "another folder with --data"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+                f"{data} cannot hold the data ({error.strerror}): choose another with --data"
+            ) from error
         yield
+
+
+def _take(lock: RawIOBase, data: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = (lock.read(32) or b"").decode().strip() or "unknown"
+        raise InvalidSettings(
+            f"another lepton up (pid {holder}) is using {data}: stop it, or choose another folder with --data"
+        ) from None
+    lock.truncate(0)
+    lock.write(b"%d\n" % os.getpid())
 
 
 def _check_broker(url: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+import httpx
 import structlog
 from rich.console import Console
 
@@ -41,6 +43,10 @@ _TELL_S = 2.0
 _LAST_WORDS_S = 2.0
 #: How long a drain waits for what the broker has to say: it only wants to tell it.
 _ANSWER_S = 3.0
+#: How often Flower is told to look for workers (it tells them to send events every 5 s anyway).
+_REFRESH_S = 5.0
+#: How often the guardian of the broker may be killed before the broker has answered for the first time.
+_BROKER_STARTS = 3
 #: `python -m pipeline` ends with it where it cannot be started as asked: to start it again would not help.
 _AS_ASKED = 2
 
@@ -97,6 +103,7 @@ class _Up:
             log.error("up_failed", reason=error.message)
             return _AS_ASKED if isinstance(error, InvalidSettings) else 1
         finally:
+            self._processes.leave_all()
             self._processes.kill([name for name in self._processes.running if name != _BROKER])
             self._processes.stop([_BROKER], _END_S)
 
@@ -114,13 +121,14 @@ class _Up:
         began = time.monotonic()
         if (arguments := self._setup.guardian()) is not None:
             self._processes.start(Program(_BROKER, arguments, environment({}), self._hear_guardian))
-            while not self._broker_answers():
-                self._signals.check()
-                if _BROKER in self._turn(0.05):
-                    raise NoBroker(f"the broker did not start: {self._broker_failed or 'its lines are above'}")
-        self._introduce()
-        for program in self._setup.programs():
-            self._processes.start(program)
+            self._await_broker()
+        as_json = self._setup.settings.log == "json"
+        if as_json:
+            self._tell_starting()
+        programs = self._setup.programs()
+        for program in programs:
+            if program.name != FLOWER:
+                self._processes.start(program)
         while not self._arrival.complete():
             self._signals.check()
             gone = self._turn(0.1)
@@ -128,7 +136,25 @@ class _Up:
                 raise InvalidSettings(f"{', '.join(asked)} cannot be started as asked; the lines above say why")
             self._tell_arrived(began)
         self._tell_arrived(began)
+        for program in programs:
+            if program.name == FLOWER:  # it asks the workers what they are once, at its start
+                self._processes.start(program)
+                threading.Thread(target=_refresh, args=(self._setup.flower_url,), name="refresh", daemon=True).start()
         log.info("up_ready", seconds=round(time.monotonic() - began, 2))
+        if not as_json:
+            self._introduce()
+
+    def _await_broker(self) -> None:
+        """Returns once it answers; NoBroker where its guardian gives up, or is killed time and again."""
+        killed = 0
+        while not self._broker_answers():
+            self._signals.check()
+            code = self._turn(0.05).get(_BROKER)
+            if code is None:
+                continue
+            killed += 1
+            if code >= 0 or killed >= _BROKER_STARTS:
+                raise NoBroker(f"the broker did not start: {self._broker_failed or ending(code)}")
 
     def _tell_arrived(self, began: float) -> None:
         for device in self._arrival.news():
@@ -153,29 +179,29 @@ class _Up:
             self._broker_failed = status.reason
             log.error("broker_failed", reason=status.reason)
 
-    def _introduce(self) -> None:
-        """Says where everything is: an address with its password only to people, and only where it is our own."""
+    def _tell_starting(self) -> None:
         setup = self._setup
-        openapi = f"{setup.http_url}/openapi/openapi.json"
-        if setup.settings.log == "json":
-            log.info(
-                "up_starting",
-                broker=without_password(setup.broker_url),
-                http=setup.http_url,
-                openapi=openapi,
-                flower=setup.flower_url,
-                data=None if setup.data is None else str(setup.data),
-                workers=setup.workers,
-            )
-            return
+        log.info(
+            "up_starting",
+            broker=without_password(setup.broker_url),
+            http=setup.http_url,
+            openapi=setup.openapi_url,
+            flower=setup.flower_url,
+            data=None if setup.data is None else str(setup.data),
+            workers=setup.workers,
+        )
+
+    def _introduce(self) -> None:
+        """Tells people where everything is, to be pasted into a shell; with a password only where it is our own."""
+        setup = self._setup
         own = setup.broker_url if setup.data is not None else without_password(setup.broker_url)
         emulated = {each.kind for each in setup.found if each.emulated}
         lines = {
-            "HTTP": setup.http_url,
-            "OpenAPI": openapi,
+            "HTTP": shlex.quote(setup.http_url),
+            "OpenAPI": shlex.quote(setup.openapi_url),
             "Flower": setup.flower_url,
-            "Python client": f"LEPTON_REDIS_URL={own}",
-            "Celery": f"{celery_addresses(own)[0]} (broker and result backend of a producer)",
+            "Python client": f"LEPTON_REDIS_URL={shlex.quote(own)}",
+            "Celery": f"{shlex.quote(celery_addresses(own)[0])} (broker and result backend of a producer)",
             "data": setup.data,
             "workers": ", ".join(
                 f"{device} ({slots} slot{'s' if slots > 1 else ''}"
@@ -272,6 +298,14 @@ class _Up:
                 lists += (topology.held(holder, number), topology.claim(holder, number))
         lengths: list[int] = broker.many([("LLEN", each) for each in lists])
         return sum(lengths)
+
+
+def _refresh(flower_url: str) -> None:
+    """Has Flower look again and again for workers that have come since, which it does only where it is told to."""
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.get(f"{flower_url}/workers", params={"refresh": 1, "json": 1}, timeout=_REFRESH_S)
+        time.sleep(_REFRESH_S)
 
 
 def _note(event: str, **fields: Any) -> None:

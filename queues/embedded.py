@@ -401,7 +401,12 @@ def _last_line(log: Path) -> str:
 
 
 def _ending(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # most of the real-time signals have no name
+        return f"killed by signal {-code}"
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

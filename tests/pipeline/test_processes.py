@@ -128,6 +128,16 @@ def test_one_that_is_due_can_still_be_left_where_it_is(children: Children) -> No
     assert children.processes.running == {}
 
 
+def test_one_that_is_due_when_all_are_killed_is_not_started_again(children: Children) -> None:
+    children.start("router", "raise SystemExit(3)")
+    until(children.processes.look)
+    children.start("broker", SLEEP)
+    children.processes.leave_all()
+    assert children.processes.due_s == float("inf")
+    children.processes.stop(["broker"], 10)
+    assert [each["name"] for each in children.noted("process_started")] == ["router", "broker"]
+
+
 def test_stop_kills_those_alone_that_do_not_end(children: Children) -> None:
     children.start("deaf", DEAF)
     children.start("router", SLEEP)
@@ -192,6 +202,9 @@ def test_pauses_grow_from_a_fifth_of_a_second_to_ten() -> None:
     assert pause_s(3, 0.0) == longest[2] / 2
 
 
-@pytest.mark.parametrize(("code", "words"), [(0, "exit code 0"), (7, "exit code 7"), (-9, "SIGKILL"), (-11, "SIGSEGV")])
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(0, "exit code 0"), (7, "exit code 7"), (-9, "SIGKILL"), (-11, "SIGSEGV"), (-40, "signal 40")],
+)
 def test_an_end_is_told_by_the_signals_name(code: int, words: str) -> None:
     assert ending(code) == words

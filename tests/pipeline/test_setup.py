@@ -53,6 +53,12 @@ def test_a_device_that_is_not_there_is_refused(held: ExitStack, monkeypatch: pyt
         set_up(["--workers", "cpu:1,fpga:1", "--http-port", "0"], held)
 
 
+def test_a_policy_that_there_is_not_is_refused(held: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEPTON_POLICY", "nope")
+    with pytest.raises(InvalidSettings, match="no policy 'nope'"):
+        set_up(FREE, held)
+
+
 def test_the_children_get_its_broker_port_and_way_of_logging(held: ExitStack) -> None:
     setup = set_up([*FREE, "--log", "json"], held)
     environ = setup.programs()[0].environ
@@ -83,6 +89,19 @@ def test_a_second_one_on_the_same_data_is_refused_with_the_pid_of_the_first(held
     set_up(arguments, held)
     with pytest.raises(InvalidSettings, match=f"another lepton up .pid {os.getpid()}. is using"):
         set_up(arguments, held)
+
+
+def test_a_second_one_is_told_of_the_first_rather_than_of_its_port(held: ExitStack, tmp_path: Path, taken: int) -> None:
+    set_up([*FREE, "--data", str(tmp_path)], held)
+    with pytest.raises(InvalidSettings, match="another lepton up"):
+        set_up(["--workers", "cpu:1", "--http-port", str(taken), "--data", str(tmp_path)], held)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_disk_that_is_full_is_told_like_one_that_is_not_there(held: ExitStack, tmp_path: Path) -> None:
+    (tmp_path / "up.lock").symlink_to("/dev/full")
+    with pytest.raises(InvalidSettings, match="cannot hold the data"):
+        set_up([*FREE, "--data", str(tmp_path)], held)
 
 
 def test_a_place_that_can_hold_no_data_is_refused(held: ExitStack, tmp_path: Path) -> None:

@@ -62,6 +62,40 @@ def test_a_broker_that_does_not_start_ends_it_with_the_reason(tmp_path: Path) ->
     assert "exit code 7" in ran.stdout
 
 
+def test_a_guardian_that_is_killed_while_the_broker_starts_is_started_again_a_few_times(tmp_path: Path) -> None:
+    server = tmp_path / "server"
+    server.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Valkey server v=9.0.0" && exit 0\nkill -9 $PPID\n')
+    server.chmod(0o755)
+    ran = run(tmp_path / "data", LEPTON_REDIS_SERVER=str(server), LEPTON_LOG="json")
+    assert ran.returncode == 1
+    assert ran.stdout.count('"process_lost"') == 3
+    assert "the broker did not start: SIGKILL" in ran.stdout
+
+
+def test_without_an_output_it_runs_all_the_same(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m pipeline up --workers cpu:1 --http-port 0 --data {tmp_path} >&-"],
+        cwd=ROOT,
+        env=os.environ | {"LEPTON_HTTP_HOST": "0.0.0.0"},  # it ends once it has run
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (2, "")
+
+
+@pytest.mark.parametrize("service", ["up", "ingest"])
+def test_what_is_not_installed_is_named_with_what_installs_it(service: str) -> None:
+    program = (
+        "import sys; sys.modules['structlog'] = None; from pipeline.__main__ import main\n"
+        f"sys.exit(main(['{service}']))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr == f"lepton: {service} needs structlog: pip install 'lepton-ai[all]'\n"
+
+
 def test_a_service_that_cannot_run_as_asked_ends_it_with_exit_code_2(tmp_path: Path) -> None:
     ran = run(tmp_path / "data", LEPTON_HTTP_HOST="0.0.0.0")
     assert ran.returncode == 2
@@ -78,7 +112,7 @@ def test_people_see_where_everything_is_and_who_says_what(tmp_path: Path) -> Non
     ) as running:
         assert running.stdout is not None
         said = ""
-        while "router_online" not in said:
+        while "twice quits" not in said:
             line = running.stdout.readline()
             assert line, said
             said += line
@@ -90,6 +124,8 @@ def test_people_see_where_everything_is_and_who_says_what(tmp_path: Path) -> Non
         assert words in said
     for line in (r"  data +\S*", "Ctrl-C drains, twice quits.", r"router +\| .*router_online", r"up +\| .*up_stopped"):
         assert re.search(f"^{line}", said, re.MULTILINE), said
+    assert said.index("up_ready") < said.index("HTTP  ")  # it answers now, and the lines of the start are above
+    assert re.search(r"'redis\+socket://\S*\?\S*'", said)  # a shell would take `?` for a pattern
     assert "Flower" not in said
 
 

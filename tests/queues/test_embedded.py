@@ -413,3 +413,10 @@ def test_the_server_of_the_path_is_taken_where_none_came_along(
     server = a_server(tmp_path / name, "Valkey server v=8.1.0")
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert find_server(Settings()) == server
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(7, "exit code 7"), (-9, "killed by SIGKILL"), (-40, "killed by signal 40")]
+)
+def test_an_end_is_told_by_the_signals_name(code: int, words: str) -> None:
+    assert embedded._ending(code) == words

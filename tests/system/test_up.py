@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -227,6 +228,13 @@ def test_whatever_is_killed_is_back_within_seconds_and_every_job_has_one_result(
     up = start("--data", str(data), "--workers", "cpu:1,cpu.little:1", "--flower", "--flower-port", str(flower))
     up.wait_for("up_ready")
     url = broker_url(data)
+    page = f"http://127.0.0.1:{flower}/broker"
+
+    def lists_every_queue() -> bool:
+        listed = set(re.findall(r"lepton\.[a-z.]+", httpx.get(page).text))
+        return listed >= {"lepton.ingest", "lepton.cpu", "lepton.cpu.little"}
+
+    eventually(lists_every_queue, 30)
     checks: dict[str, Callable[[int, float], Any]] = {
         "router": lambda after, _: up.wait_for("router_online", BACK_S, after),
         "telemetry": lambda after, _: up.wait_for("telemetry_online", BACK_S, after),
@@ -253,6 +261,7 @@ def test_whatever_is_killed_is_back_within_seconds_and_every_job_has_one_result(
             took_s[name] = round(time.time() - since, 2)
     finally:
         feeder.stop()
+    eventually(lists_every_queue, 30)
     print(took_s, len(feeder.confirmed), "jobs,", feeder.unconfirmed, "not confirmed")
 
     for handle, number in feeder.confirmed:
