@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,15 +14,19 @@ from lepton_ai.errors import LeptonError
 
 __all__ = ["main"]
 
+#: The codes of what the command line or the environment itself has wrong: nothing was sent anywhere.
+_WRONG_USAGE = ("misuse", "invalid_settings")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0 is what was asked for, 1 a failure that is told in one line, 2 a command line that is wrong (or not installed),
-    130 Ctrl-C. Wrong usage that the parser finds itself, and some commands, end the process.
+    0 is what was asked for, 1 a failure that is told in one line, 2 a command line or a setting that is wrong (or the
+    command line is not installed), 130 Ctrl-C. Wrong usage that the parser finds itself, and some commands, end
+    the process.
     """
     try:
-        code = _main(_joined(sys.argv[1:] if arguments is None else arguments))
+        code = _told(_joined(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -28,9 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has seen enough. What is still buffered must not fail again at the very end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except LeptonError as error:
-        print(f"lepton: {error}", file=sys.stderr)
-        return 2 if error.code == "misuse" else 1
     except UnicodeError as error:
         print(f"lepton: an argument is no text (UTF-8): {error}", file=sys.stderr)
         return 2
@@ -40,6 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _told(arguments: Sequence[str]) -> int:
+    """Runs one command; tells an error of ours to people, and under --json to programs too."""
+    try:
+        return _main(arguments)
+    except LeptonError as error:
+        print(f"lepton: {error}", file=sys.stderr)
+        options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+        if "--json" in options:
+            print(json.dumps({"error": error.to_wire()}))
+        return 2 if error.code in _WRONG_USAGE else 1
+
+
 def _main(arguments: Sequence[str]) -> int:
     try:
         with _quiet_interrupts():
@@ -47,7 +62,13 @@ def _main(arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("cyclopts", "rich"):
             raise
-        print(f"lepton: the command line needs {error.name}: pip install 'lepton-ai[cli]'", file=sys.stderr)
+        from lepton_ai import services
+
+        here = services.root()
+        bundled = here.name == "_services"
+        what = "./lepton_ai-VERSION-py3-none-any.whl[cli]" if bundled else f"{here}[cli]"
+        install = shlex.join([sys.executable, "-m", "pip", "install", *([] if bundled else ["-e"]), what])
+        print(f"lepton: the command line needs {error.name}: {install}", file=sys.stderr)
         return 2
     return app(arguments) or 0
 

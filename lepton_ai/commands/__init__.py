@@ -109,8 +109,11 @@ def up(
 
 
 @app.command
-def serve(service: Annotated[Literal["ingest", "router", "telemetry"], Parameter(help="Which service.")]) -> None:
-    """Run one service in the foreground until Ctrl-C or SIGTERM. Needs LEPTON_REDIS_URL."""
+def serve(service: Annotated[Literal["ingest", "router", "telemetry"], Parameter(help="Which service.")], /) -> None:
+    """Run one service in the foreground until Ctrl-C or SIGTERM.
+
+    Needs LEPTON_REDIS_URL.
+    """
     _service(service)
 
 

@@ -13,8 +13,9 @@ from lepton_ai.client import Client
 from lepton_ai.errors import BrokerUnavailable, InvalidSettings, LeptonError, Unavailable
 from lepton_ai.settings import Settings
 
-__all__ = ["address", "connected", "http_address", "masked"]
+__all__ = ["address", "check_address", "connected", "http_address", "masked"]
 
+_SCHEMES = ("redis", "rediss", "unix", "http", "https")
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - what a service may listen on
 
 
@@ -28,6 +29,14 @@ def http_address(environ: Mapping[str, str] = os.environ) -> str:
     host = environ.get("LEPTON_HTTP_HOST", Settings().http_host)
     host = _EVERYWHERE.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{host}:{environ.get('LEPTON_HTTP_PORT', Settings().http_port)}"
+
+
+def check_address(url: str | None) -> None:
+    """InvalidSettings where what was named is no address of a broker or an ingest."""
+    if not url or url.partition("://")[0] in _SCHEMES:
+        return
+    near = f"; did you mean http://{url}?" if "://" not in url and "@" not in url else ""
+    raise InvalidSettings(f"an address begins with one of {', '.join(_SCHEMES)}://, not {masked(url)!r}{near}", "url")
 
 
 def masked(url: str) -> str:
@@ -45,7 +54,12 @@ def masked(url: str) -> str:
 
 @contextmanager
 def connected(url: str | None) -> Iterator[Client]:
-    """A Client at that address. Raises Unavailable, with what to do, where nothing of Lepton's answers there."""
+    """A Client at that address. Raises Unavailable, with what to do, where nothing of Lepton's answers there.
+
+    Raises InvalidSettings where the address is none, or a LEPTON_ variable is misspelt: another Lepton would be asked.
+    """
+    Settings.read()
+    check_address(url)
     url = address(url)
     try:
         with Client(url) as client:

@@ -31,7 +31,6 @@ _UNREADABLE = (
     RecursionError,
     zipfile.BadZipFile,
     csv.Error,
-    msgspec.DecodeError,
 )
 _KEPT_AS = (".npz", ".npy", ".json")
 
@@ -62,6 +61,9 @@ def read_arguments(given: Iterable[str]) -> dict[str, Any]:
             raise Misuse(f"argument {name!r} is given twice")
         try:
             found[name] = _read(text)
+        except msgspec.DecodeError as error:
+            fault = "does not read" if isinstance(error, msgspec.ValidationError) else "is no JSON"
+            raise Misuse(f"argument {name!r}: {text[:60]!r} {fault}: {error}; it is {_FORMS}", name) from None
         except _UNREADABLE as error:
             said = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise Misuse(f"argument {name!r}: {text[:60]!r} does not read: {said}; it is {_FORMS}", name) from None
@@ -105,7 +107,20 @@ def _read(text: str) -> Any:
 
 
 def _json(data: bytes) -> Any:
-    return wire.decode_value(_VALUE.decode(data))
+    value = wire.decode_value(_VALUE.decode(data))
+    if isinstance(value, list):
+        _shape(value)
+    return value
+
+
+def _shape(value: list[Any]) -> tuple[int, ...]:
+    """The shape of nested lists; ValueError where they differ side by side, which no array does."""
+    if not any(isinstance(each, list) for each in value):
+        return (len(value),)
+    shapes = {_shape(each) if isinstance(each, list) else () for each in value}
+    if len(shapes) > 1:
+        raise ValueError("its rows differ in length, and an array has rows of one length")
+    return (len(value), *shapes.pop())
 
 
 def _read_npz(path: Path, member: str | None) -> Any:

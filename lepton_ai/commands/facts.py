@@ -16,7 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -116,6 +118,8 @@ class Facts(msgspec.Struct, frozen=True):
     """Where the services are."""
     services_found: bool
     from_checkout: bool
+    executable: str = "python"
+    """The Python that runs this."""
     requirements: tuple[Requirement, ...] = ()
     settings: dict[str, str] = {}
     """The variables that are set, their secrets masked."""
@@ -124,7 +128,9 @@ class Facts(msgspec.Struct, frozen=True):
     """The server program that an embedded broker would run, and its version."""
     embedded_error: str | None = None
     url: str | None = None
-    """The broker that was asked, masked; None where none is named."""
+    """The broker that was asked, masked; None where none is named and none of `lepton up` answers."""
+    url_from: str = ""
+    """The file that names the broker, where it was not named but left by `lepton up`."""
     server: Server | None = None
     server_error: str | None = None
     fleet: Fleet | None = None
@@ -142,15 +148,20 @@ def gather(url: str | None = None, environ: Mapping[str, str] = os.environ) -> F
     named = address(url, environ)
     remote = named.startswith("http")
     broker = environ.get("LEPTON_REDIS_URL") if remote else named
+    left_at, left = (None, None) if url or broker else _left_by_up(environ)
     http_url = named if remote else http_address(environ)
     looks: dict[str, Callable[[], dict[str, Any]]] = {
         "embedded_error": lambda: _embedded(environ),
         "accelerators_error": lambda: _accelerators(environ),
         "http_error": lambda: _ingest(http_url),
     }
-    if broker:
-        looks["server_error"] = lambda: _broker(broker)
+    asked = broker or left
+    if asked:
+        looks["server_error"] = partial(_broker, asked)
     found = _at_once(looks)
+    if left and found.get("server") is None:  # that `lepton up` has ended, and nobody named its broker
+        left_at, asked = None, None
+        found.pop("server_error", None)
     if found.get("fleet") is None and found.get("remote_fleet") is not None:
         found["fleet"] = found["remote_fleet"]
     found.pop("remote_fleet", None)
@@ -161,10 +172,12 @@ def gather(url: str | None = None, environ: Mapping[str, str] = os.environ) -> F
         services=str(services.root()),
         services_found=(services.root() / "pipeline" / "__main__.py").is_file(),
         from_checkout=services.root().name != "_services",
+        executable=sys.executable,
         requirements=_requirements(),
         settings=_settings(environ),
         settings_errors=_settings_errors(environ),
-        url=masked(broker) if broker else None,
+        url=masked(asked) if asked else None,
+        url_from=str(left_at or ""),
         http_url=masked(http_url),
         http_named=remote and (url is not None),
         **found,
@@ -194,6 +207,17 @@ def _at_once(looks: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any
 
 
 # -- this machine -----------------------------------------------------------------------------------------------------
+
+
+def _left_by_up(environ: Mapping[str, str]) -> tuple[Path | None, str | None]:
+    """The file in which a `lepton up` of this user keeps the address of its broker, and that address."""
+    state = environ.get("XDG_STATE_HOME", "")
+    path = Path(state if state.startswith("/") else "~/.local/state") / "lepton" / "broker" / "broker.url"
+    try:
+        path = path.expanduser()
+        return path, path.read_text(encoding="utf-8").strip() or None
+    except (OSError, RuntimeError, UnicodeError):
+        return None, None
 
 
 def _version(distribution: str) -> str | None:

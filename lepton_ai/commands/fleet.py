@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,16 +15,19 @@ from cyclopts import Parameter, validators
 
 from lepton_ai.client import Client
 from lepton_ai.commands import shown
-from lepton_ai.commands.address import connected
+from lepton_ai.commands.address import check_address, connected
+from lepton_ai.commands.arguments import Misuse
 from lepton_ai.commands.jobs import Json, Url
 from lepton_ai.device import Announcement
 from lepton_ai.errors import UnknownKernel
-from lepton_ai.event import CloudEvent, Cursor
+from lepton_ai.event import TYPES, CloudEvent, Cursor
 from lepton_ai.kernel import KernelSpec
 
 __all__ = ["devices", "doctor", "events", "kernels"]
 
 _HEARTBEAT = "device.heartbeat"
+#: What a reader is told where earlier events are no longer kept is an event too.
+_ASKABLE = (*TYPES, "events.missed")
 #: Without --follow, `events` ends once nothing has come for so long.
 _SILENCE_S = 1.0
 
@@ -96,19 +100,20 @@ def events(
     url: Url = None,
     json: Json = False,
 ) -> int:
-    """Print what happened: jobs accepted, placed and ended, devices and routers that came and went.
+    """Print what happened to jobs, devices and routers.
 
     Without --follow, what the broker still keeps; with it, what happens from
     now on (of a job: from its first to its last). Heartbeats are shown only
-    where --types names device.heartbeat. --json prints a CloudEvent a line; the id of the
-    last one is where --since goes on.
+    where --types names device.heartbeat. --json prints a CloudEvent a line;
+    the id of the last one is where --since goes on.
 
     For example:
 
       lepton events --types job.failed --limit 20
       lepton events --follow --json | jq .data
     """
-    asked = [each for given in types or () for each in given.split(",") if each]
+    asked = [each.strip() for given in types or () for each in given.split(",") if each.strip()]
+    _check_types(asked)
     with connected(url) as client:
         found: Iterable[CloudEvent] = _stream(client, since, job, follow)
         found = (each for each in found if _is_asked(each, asked))
@@ -140,6 +145,7 @@ def doctor(*, url: Url = None, json: Json = False) -> int:
     from lepton_ai.commands import doctor as checks
     from lepton_ai.commands.facts import gather
 
+    check_address(url)
     found = checks.examine(gather(url))
     well = all(each.status != "problem" for each in found)
     if json:
@@ -169,6 +175,20 @@ def _by_kernel(found: Iterable[Announcement]) -> dict[str, tuple[KernelSpec, lis
 
 def _described(spec: KernelSpec, runs_on: list[str]) -> dict[str, Any]:
     return {**{name: getattr(spec, name) for name in spec.__struct_fields__}, "devices": runs_on}
+
+
+def _check_types(asked: Iterable[str]) -> None:
+    """Misuse for the first that is neither a type of event nor the beginning of one."""
+    families = sorted({each.partition(".")[0] for each in _ASKABLE})
+    for each in asked:
+        kind = each.removeprefix("io.lepton.").removesuffix(".v1")
+        if kind in _ASKABLE or each in families:
+            continue
+        near = difflib.get_close_matches(kind, (*_ASKABLE, *families), 3) or [
+            name for name in _ASKABLE if kind and kind in name
+        ]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"they are {', '.join(_ASKABLE)}"
+        raise Misuse(f"--types: no event is of the type {each!r}; {hint}")
 
 
 def _is_asked(event: CloudEvent, asked: list[str]) -> bool:

@@ -17,7 +17,7 @@ from lepton_ai.client import Client
 from lepton_ai.commands import shown
 from lepton_ai.commands.address import connected
 from lepton_ai.commands.arguments import Misuse, check_out, fit, plain, read_arguments, save
-from lepton_ai.errors import JobCancelled, LeptonError, ResultTimeout
+from lepton_ai.errors import JobCancelled, LeptonError, ResultTimeout, UnknownJob
 from lepton_ai.handle import JobHandle
 from lepton_ai.job import Record
 
@@ -50,7 +50,7 @@ Out = Annotated[
 def submit(
     kernel: Annotated[str, Parameter(help="Its name, such as linalg.matmul: see `lepton kernels`.")],
     /,
-    *,
+    *loose: Annotated[str, Parameter(show=False)],
     arg: Annotated[
         list[str] | None, Parameter(help="An argument; once for each.", metavar="NAME=VALUE", negative="")
     ] = None,
@@ -67,9 +67,10 @@ def submit(
 
     A VALUE is JSON (a number, true, false, nested lists) or a file: @a.npy,
     an array of several as @all.npz:name, @rows.json, @table.csv; @- is JSON
-    from standard input. Where a live worker announces the kernel, an array is cast to the
-    declared dtype if its values keep their meaning (float64 to float32, any
-    integers that fit), and a wrong argument is refused before it is sent.
+    from standard input. Where a live worker announces the kernel, an array
+    is cast to the declared dtype if its values keep their meaning (float64
+    to float32, any integers that fit), and a wrong argument is refused
+    before it is sent.
 
     Exits with 0 once the job is accepted, with --wait once it has succeeded;
     with 1 where it failed, was cancelled or did not end in time.
@@ -81,6 +82,9 @@ def submit(
              --arg queries=@q.npy --arg k=3 --wait=10 --out found.npz
       id=$(lepton submit vision.ndvi --arg red=@r.csv --arg nir=@n.csv)
     """
+    if loose:
+        meant = " ".join(f"--arg {each}" for each in loose)
+        raise Misuse(f"each argument of a kernel follows --arg; did you mean {meant}?")
     check_out(out)
     wait_s = _seconds(wait)
     if out is not None and wait_s is None:
@@ -143,14 +147,23 @@ def result(
 
 
 def why(
-    id: Annotated[str, Parameter(help="The id of a job, whoever submitted it.")], *, url: Url = None, json: Json = False
+    id: Annotated[str, Parameter(help="The id of a job, whoever submitted it.")],
+    /,
+    *,
+    url: Url = None,
+    json: Json = False,
 ) -> int:
-    """Explain where a job went: every device that was looked at, what each was predicted to cost, and the real cost.
+    """Explain where a job went, device by device, and what it really cost.
+
+    Every device that was looked at, with what the job was predicted to cost
+    there, or why it could not run there.
 
     For example:
 
       lepton why 01a208c9-72e5-74d8-bb78-baba0091b291
     """
+    from rich.text import Text
+
     with connected(url) as client:
         job = client.job(id)
         record, state = job.record(), job.state
@@ -158,7 +171,7 @@ def why(
         shown.as_json({"id": id, "state": state, **_written(record)})
     else:
         for each in shown.why(record):
-            shown.console().print(each, soft_wrap=isinstance(each, str))
+            shown.console().print(each, soft_wrap=isinstance(each, str | Text))
     if record == Record():
         shown.tell(f"nothing is known of job {id}: {_UNSEEN}")
         return 1
@@ -166,22 +179,27 @@ def why(
 
 
 def cancel(*id: Annotated[str, Parameter(help="Ids of jobs.")], url: Url = None, json: Json = False) -> int:
-    """Ask that jobs be ended before they run, or while they run where their kernel looks.
+    """Ask that jobs be ended before they run, or while they run.
 
-    Exits with 1 where one of them had ended already.
+    A running job ends where its kernel looks. Straight to a broker, an id of
+    which nothing is known is asked all the same: a router may not have seen
+    the job yet. An ingest refuses such an id.
+
+    Exits with 1 where one of them could not be asked to end, most often
+    because it had ended already.
 
     For example:
 
       lepton cancel 01a208c9-72e5-74d8-bb78-baba0091b291
     """
     with connected(url) as client:
-        asked = {each: client.cancel(each) for each in _given(id)}
+        rows = [_cancel(client, each) for each in _given(id)]
     if json:
-        shown.as_json([{"id": each, "cancelled": found} for each, found in asked.items()])
+        shown.as_json(rows)
     else:
-        for each, found in asked.items():
-            sys.stdout.write(f"{each} {'is asked to end' if found else 'had ended already'}\n")
-    return 0 if all(asked.values()) else 1
+        for each in rows:
+            sys.stdout.write(f"{each['id']} {shown.cancelled(each)}\n")
+    return 0 if all(each["asked"] for each in rows) else 1
 
 
 # -- behind them ------------------------------------------------------------------------------------------------------
@@ -203,6 +221,19 @@ def _seconds(wait: float | bool | None) -> float | None:
     if not seconds >= 0:
         raise Misuse(f"--wait takes seconds, not {wait}")
     return seconds
+
+
+def _cancel(client: Client, job_id: str) -> dict[str, Any]:
+    """Whether the job was asked to end, whether it had ended already, and whether anything is known of it."""
+    try:
+        asked = client.cancel(job_id)
+    except UnknownJob:
+        return {"id": job_id, "asked": False, "ended": False, "known": False}
+    if not asked:
+        return {"id": job_id, "asked": False, "ended": True, "known": True}
+    job = client.job(job_id)
+    known = job.record() != Record() or job.state != "waiting"
+    return {"id": job_id, "asked": True, "ended": False, "known": known}
 
 
 def _status(client: Client, job_id: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -19,11 +20,13 @@ from lepton_ai.kernel import KernelSpec
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from lepton_ai.commands.doctor import Finding
 
 __all__ = [
     "as_json",
+    "cancelled",
     "console",
     "devices",
     "event_line",
@@ -41,7 +44,8 @@ _PRINTED = 64
 #: No table is cut where a program or a file reads it.
 _UNLIMITED = 400
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "absent": "dim"}
-_PREDICTED = "(predicted when the job was placed, but for the line `really`)"
+_PREDICTED = "predicted when the job was placed, but for the line `really`"
+_SPREAD = "spread: the standard deviation of log(real / predicted run time); 0 before anything was measured"
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -91,9 +95,20 @@ def jobs(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def why(record: Record) -> list[Table | str]:
+def cancelled(row: Mapping[str, Any]) -> str:
+    """What came of asking a job to end."""
+    if row["ended"]:
+        return "had ended already"
+    if not row["known"]:
+        return f"nothing is known of it (yet); {'asked all the same' if row['asked'] else 'not asked'}"
+    return "is asked to end"
+
+
+def why(record: Record) -> list[Table | Text | str]:
     """Each device that was looked at, what it was predicted to cost, and what the job really cost."""
-    found: list[Table | str] = []
+    from rich.text import Text
+
+    found: list[Table | Text | str] = []
     placement = record.placement
     if placement is not None:
         head = f"{placement.kernel} {placement.job} is {placement.state}"
@@ -118,7 +133,7 @@ def why(record: Record) -> list[Table | str]:
             table.add_row("really", *map(_ms, times), "", f"batch {c.batch}", style="bold")
         found.append(table)
     if any(each.estimate is not None for each in candidates):
-        found.append(_PREDICTED)
+        found += [Text(f"({_PREDICTED})", "dim"), Text(f"({_SPREAD})", "dim")]
     if record.error is not None:
         found.append(f"ended with {record.error.get('code')}: {record.error.get('message')}")
     return found
@@ -154,7 +169,7 @@ def _range(array: Any) -> str:
 
 
 def devices(found: Sequence[Announcement]) -> Table:
-    """A row a worker that is alive."""
+    """A row a worker that is alive. A transfer without limit is none: the device works in the host's memory."""
     table = _table(
         "device",
         "worker",
@@ -175,7 +190,7 @@ def devices(found: Sequence[Announcement]) -> Table:
             each.worker,
             str(each.slots),
             str(len(each.kernels)),
-            *(f"{rate / 1e9:,.1f}" for rate in rates),
+            *(f"{rate / 1e9:,.1f}" if math.isfinite(rate) else "–" for rate in rates),
             f"{peaks.launch_s * 1e6:.1f}",
             time.strftime("%m-%d %H:%M:%S", time.localtime(each.started_at)),
         )

@@ -131,7 +131,7 @@ def test_an_id_of_one_command_is_what_the_others_take(run: Run, folder: Path) ->
 
     cancelled = run("cancel", job, "--json")
     assert cancelled.code == 1
-    assert json.loads(cancelled.out) == [{"id": job, "cancelled": False}]
+    assert json.loads(cancelled.out) == [{"id": job, "asked": False, "ended": True, "known": True}]
 
 
 def test_a_job_that_fails_ends_with_one_and_says_why(run: Run, client: Client) -> None:
@@ -146,6 +146,13 @@ def test_a_job_that_fails_ends_with_one_and_says_why(run: Run, client: Client) -
     assert f"job {job.id} failed" in ran.err
     assert "invalid_arguments" in run("why", job.id).out
     assert "argument 'b'" in run("status", job.id).out
+
+
+def test_what_nobody_knows_is_never_said_to_be_cancelled(run: Run, url: str) -> None:
+    ran = run("cancel", "nope", "--json")
+    straight = not url.startswith("http")
+    assert json.loads(ran.out) == [{"id": "nope", "asked": straight, "ended": False, "known": False}]
+    assert ran.code == (0 if straight else 1)
 
 
 def test_a_wrong_argument_is_refused_before_it_is_sent(run: Run) -> None:

@@ -1,6 +1,7 @@
 """The command line without a fleet: what it says of itself, of wrong usage, and where nothing or nobody answers."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lepton_ai import cli
+from lepton_ai import Announcement, Peaks, cli
 from lepton_ai.commands import app, shown
 from lepton_ai.commands.address import address, http_address, masked
+from lepton_ai.job import Candidate, Estimate, Placement, Record
 from queues.connection import Connection
 
 COMMANDS = ("submit", "status", "result", "why", "cancel", "devices", "kernels", "events", "doctor")
@@ -114,6 +116,11 @@ def test_a_completion_script_is_written_and_nothing_else(
         (["sumbit"], "sumbit"),
         (["submit"], "KERNEL"),
         (["submit", "a.b", "--prio", "3"], "--prio"),
+        (["submit", "a.b", "x=@a.npy"], "did you mean --arg x=@a.npy?"),
+        (["events", "--types", "job.fialed"], "did you mean job.failed"),
+        (["events", "--types", "job,nonsense"], "no event is of the type 'nonsense'; they are job.accepted"),
+        (["devices", "--url", "localhost:8780"], "did you mean http://localhost:8780?"),
+        (["doctor", "--url", "ftp://x"], "an address begins with one of"),
         (["submit", "a.b", "--priority", "10"], "priority"),
         (["submit", "a.b", "--arg", "x"], "--arg takes name=VALUE"),
         (["submit", "a.b", "--arg", "x=@none.npy"], "'x': '@none.npy' does not read: No such file"),
@@ -155,7 +162,8 @@ def test_the_command_line_says_what_must_be_installed_to_have_it() -> None:
     program = "import sys; sys.modules['cyclopts'] = None; from lepton_ai.cli import main; sys.exit(main([]))"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ran.returncode == 2
-    assert ran.stderr == "lepton: the command line needs cyclopts: pip install 'lepton-ai[cli]'\n"
+    assert ran.stderr.startswith(f"lepton: the command line needs cyclopts: {sys.executable} -m pip install -e ")
+    assert ran.stderr.endswith("[cli]'\n")
 
 
 # -- where to ask -----------------------------------------------------------------------------------------------------
@@ -219,10 +227,40 @@ def test_where_nothing_answers_one_line_names_address_and_fix(
     assert "s3cret" not in ran.err
 
 
-@pytest.mark.parametrize("url", ["ftp://h", "redis://h:port", "http://exa mple", "h:6379"])
-def test_what_is_no_address_is_told(run: Run, url: str) -> None:
-    ran = run("devices", "--url", url)
+@pytest.mark.parametrize("command", ["devices", "kernels", f"status {AN_ID}", f"cancel {AN_ID}", "events"])
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("LEPTON_REDIS_UR", "redis://h", "did you mean LEPTON_REDIS_URL?"),
+        ("LEPTON_HTTP_PORT", "abc", "LEPTON_HTTP_PORT does not fit"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_refused_before_anybody_is_asked(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, name: str, value: str, told: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    ran = run(*command.split())
+    assert ran.code == 2
+    assert told in ran.err
+
+
+@pytest.mark.parametrize("command", ["devices", "submit a.b", f"cancel {AN_ID}", f"why {AN_ID}", "events"])
+def test_programs_are_told_an_error_as_json(run: Run, command: str) -> None:
+    ran = run(*command.split(), "--url", NOWHERE, "--json")
     assert ran.code == 1
+    error = json.loads(ran.out)["error"]
+    assert error["code"] == "unavailable"
+    assert ran.err == f"lepton: {error['message']}\n"
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    # Whether a host's name can be one is for the resolver to say.
+    [("ftp://h", 2), ("redis://h:port", 2), ("http://h:port", 2), ("h:6379", 2), ("http://exa mple", 1)],
+)
+def test_what_is_no_address_is_told(run: Run, url: str, code: int) -> None:
+    ran = run("devices", "--url", url)
+    assert ran.code == code
     assert ran.err.startswith("lepton: ")
     assert ran.err.count("\n") == 1
 
@@ -282,6 +320,23 @@ def test_a_small_output_is_shown_whole_and_a_large_one_by_what_it_is_like(value:
     assert shown.outputs({"x": value}) == lines
 
 
+def test_a_transfer_without_limit_is_shown_as_none(capsys: pytest.CaptureFixture[str]) -> None:
+    peaks = Peaks(1e9, 1e9, math.inf, 0.0, 1e-6)
+    found = Announcement("worker-1", "cpu@here", "cpu", "cpu", 1, False, peaks, (), 0.0)
+    shown.console().print(shown.devices([found]))
+    out = capsys.readouterr().out
+    assert "inf" not in out
+    assert "–" in out
+
+
+def test_the_spread_is_explained_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    candidates = (Candidate("cpu", Estimate(0.0, 0.0, 1.0, 0.1)),)
+    placement = Placement("j", "a.b", "placed", "the soonest", 0.0, "router-1", "cpu", None, candidates)
+    for each in shown.why(Record(placement)):
+        shown.console().print(each)
+    assert "spread: the standard deviation of log(real / predicted run time)" in capsys.readouterr().out
+
+
 # -- a broker, and nobody else ----------------------------------------------------------------------------------------
 
 
@@ -302,6 +357,13 @@ def test_bytes_that_are_no_text_are_told(run: Run, broker_url: str, arguments: l
     ran = run(*arguments, "--url", broker_url)
     assert ran.code == 2
     assert ran.err.startswith("lepton: an argument is no text")
+
+
+def test_a_job_that_nobody_knows_is_asked_to_end_all_the_same(run: Run, broker_url: str) -> None:
+    ran = run("cancel", "nope", "--url", broker_url)
+    assert (ran.code, ran.out) == (0, "nope nothing is known of it (yet); asked all the same\n")
+    (found,) = json.loads(run("cancel", "nope", "--url", broker_url, "--json").out)
+    assert found == {"id": "nope", "asked": True, "ended": False, "known": False}
 
 
 def test_the_broker_of_the_environment_is_asked(run: Run, broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,9 @@ def test_missing_packages_of_an_extra_are_absent_and_one_command_brings_them() -
     found = the(bad(requirements=asked))
     assert found.status == "absent"
     assert "missing: celery, numba, for workers" in found.text
-    assert found.fix == "pip install 'lepton-ai[worker]'"
+    assert found.fix == "python -m pip install -e '/here[worker]'"
+    (wheel,) = bad(requirements=asked, from_checkout=False)
+    assert wheel.fix == "python -m pip install './lepton_ai-0.1.0-py3-none-any.whl[worker]'"
 
 
 def test_a_package_that_every_producer_needs_is_a_problem_where_it_is_missing() -> None:
@@ -212,10 +214,10 @@ def test_an_ingest_that_was_named_must_answer(changed: dict[str, Any], status: s
 
 
 @pytest.fixture
-def environ() -> dict[str, str]:
-    """An environment in which nothing of Lepton is set, and no ingest of somebody else's is found."""
+def environ(tmp_path: Path) -> dict[str, str]:
+    """An environment in which nothing of Lepton is set, and neither broker nor ingest of somebody else's is found."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LEPTON_")}
-    return kept | {"LEPTON_HTTP_PORT": "1"}
+    return kept | {"LEPTON_HTTP_PORT": "1", "XDG_STATE_HOME": str(tmp_path / "state")}
 
 
 def test_broken_settings_are_all_told_with_their_hints_and_without_secrets(environ: dict[str, str]) -> None:
@@ -248,7 +250,7 @@ def test_missing_extras_are_found(environ: dict[str, str], monkeypatch: pytest.M
     found = {each.check: each for each in examine(gather(environ=environ))}
     assert found["extra worker"].status == "absent"
     assert "missing: celery," in found["extra worker"].text
-    assert found["extra services"].fix == "pip install 'lepton-ai[services]'"
+    assert found["extra services"].fix == f"{sys.executable} -m pip install -e '{services.root()}[services]'"
     assert found["extra cli"].status == "ok"
 
 
@@ -330,6 +332,40 @@ def test_a_real_broker_tells_what_it_is_and_what_waits(
     assert found.fleet == Fleet(
         (WORKER,), 1, waiting=2, again=1, queued={"cpu": 0, "gpu": 3}, parked={"no.such": 1}, dead=1
     )
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_broker_of_a_lepton_up_is_looked_at_where_it_answers(
+    broker_url: str, environ: dict[str, str], tmp_path: Path, answers: bool
+) -> None:
+    path = tmp_path / "state" / "lepton" / "broker" / "broker.url"
+    path.parent.mkdir(parents=True)
+    path.write_text(broker_url if answers else "redis://127.0.0.1:1/0")
+    found = gather(environ=environ)
+    finding = next(each for each in examine(found) if each.check == "broker")
+    assert (found.server is not None, finding.status == "absent") == (answers, not answers)
+    assert (str(path) in finding.text) == answers
+
+
+def test_one_slot_is_no_slots() -> None:
+    one = msgspec.structs.replace(WORKER, slots=1)
+    worker = next(
+        each for each in examine(msgspec.structs.replace(WELL, fleet=Fleet((one,), 1))) if each.check == "worker"
+    )
+    assert worker.text.endswith(": 1 slot, 0 kernels")
+
+
+def test_a_misspelt_setting_is_a_finding_and_the_rest_is_looked_at(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, broker_url: str
+) -> None:
+    monkeypatch.setenv("LEPTON_REDIS_UR", "x")
+    monkeypatch.setenv("LEPTON_HTTP_PORT", "abc")
+    assert cli.main(["doctor", "--url", broker_url, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["findings"]
+    problems = [each["text"] for each in found if each["check"] == "settings" and each["status"] == "problem"]
+    assert any("did you mean LEPTON_REDIS_URL?" in each for each in problems)
+    assert any("LEPTON_HTTP_PORT" in each for each in problems)
+    assert any(each["check"] == "functions" for each in found)
 
 
 def test_a_user_who_may_not_ask_everything_gets_the_rest(
