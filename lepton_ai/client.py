@@ -161,8 +161,8 @@ def connect(url: str | None, direct: Callable[[str], C], remote: Callable[[str],
     url = url or os.environ.get("LEPTON_REDIS_URL")
     if not url:
         raise NoBroker(
-            "no address: pass Client('http://localhost:8780') where `lepton up` runs, or Client('redis://host:6379/0'), "
-            "or set LEPTON_REDIS_URL"
+            "no address: pass Client('http://localhost:8780') where `lepton up` runs, else "
+            "Client('redis://host:6379/0'), or set LEPTON_REDIS_URL"
         )
     try:
         parts = urlsplit(url)
