@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -73,8 +74,9 @@ def test_a_guardian_that_is_killed_while_the_broker_starts_is_started_again_a_fe
 
 
 def test_without_an_output_it_runs_all_the_same(tmp_path: Path) -> None:
+    arguments = f"-m pipeline up --workers cpu:1 --http-port 0 --data {shlex.quote(str(tmp_path))} >&-"
     ran = subprocess.run(
-        ["sh", "-c", f"exec {sys.executable} -m pipeline up --workers cpu:1 --http-port 0 --data {tmp_path} >&-"],
+        ["sh", "-c", f"exec {shlex.quote(sys.executable)} {arguments}"],
         cwd=ROOT,
         env=os.environ | {"LEPTON_HTTP_HOST": "0.0.0.0"},  # it ends once it has run
         stderr=subprocess.PIPE,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -162,7 +163,9 @@ def test_the_command_line_says_what_must_be_installed_to_have_it() -> None:
     program = "import sys; sys.modules['cyclopts'] = None; from lepton_ai.cli import main; sys.exit(main([]))"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ran.returncode == 2
-    assert ran.stderr.startswith(f"lepton: the command line needs cyclopts: {sys.executable} -m pip install -e ")
+    assert ran.stderr.startswith(
+        f"lepton: the command line needs cyclopts: {shlex.quote(sys.executable)} -m pip install -e "
+    )
     assert ran.stderr.endswith("[cli]'\n")
 
 

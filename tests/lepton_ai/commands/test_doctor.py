@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -250,7 +251,9 @@ def test_missing_extras_are_found(environ: dict[str, str], monkeypatch: pytest.M
     found = {each.check: each for each in examine(gather(environ=environ))}
     assert found["extra worker"].status == "absent"
     assert "missing: celery," in found["extra worker"].text
-    assert found["extra services"].fix == f"{sys.executable} -m pip install -e '{services.root()}[services]'"
+    assert found["extra services"].fix == shlex.join(
+        [sys.executable, "-m", "pip", "install", "-e", f"{services.root()}[services]"]
+    )
     assert found["extra cli"].status == "ok"
 
 
