@@ -23,9 +23,9 @@ from lepton_ai.identity import made_at
 from lepton_ai.settings import Settings
 from pipeline.window import ClaimedJob, Window
 from queues.addresses import celery_addresses, transport_options
-from queues.broker import MOST_REVOKED, Broker
 from queues.celery_events import Audience, EventMessage, node_name, task_event, worker_event
 from queues.connection import Command, Connection
+from queues.revoke import revoke
 
 __all__ = ["Narrator", "RemoteControl"]
 
@@ -195,12 +195,4 @@ class RemoteControl:
         return [{"id": job.id, "name": job.kernel, "type": job.kernel, "args": [], "kwargs": {}} for job in jobs]
 
     def _revoke(self, _: Any, task_id: Any = (), **__: Any) -> dict[str, str]:
-        jobs = [str(job) for job in ([task_id] if isinstance(task_id, str) else task_id)]
-        if len(jobs) > MOST_REVOKED:
-            return {"error": f"{len(jobs)} tasks at once, {MOST_REVOKED} are the most"}
-        connection = Connection(self._url, f"{self._incarnation}-revoke")
-        try:
-            Broker(connection, self._incarnation, self._settings).cancel(jobs)
-        finally:
-            connection.close()
-        return {"ok": f"tasks {', '.join(jobs)} flagged as revoked"}
+        return revoke(self._url, self._incarnation, self._settings, task_id)

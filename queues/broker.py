@@ -35,8 +35,6 @@ WAKE: Final = LISTS_EACH - 1
 _NOT_NOW: Final = ("MISCONF", "READONLY", "OOM", "LOADING", "MASTERDOWN", "NOREPLICAS", "BUSY")
 _MOVED_AT_ONCE: Final = 64
 _MARKED_AT_ONCE: Final = 1024
-#: Jobs in one revoke: each node that hears it marks them all, and must not be held up for long.
-MOST_REVOKED: Final = 50_000
 #: Where in a result its state is looked for.
 _STATE: Final = re.compile(rb"status[^A-Z]*([A-Z]+)")
 _STATE_WITHIN: Final = 200
@@ -317,8 +315,10 @@ class Broker:
 
     def ended(self, jobs: Sequence[str]) -> set[str]:
         """Which of these jobs have a final result. Reads no more of it than its state."""
-        starts = self.connection.many([("GETRANGE", topology.result(job), 0, _STATE_WITHIN) for job in jobs])
-        return {job for job, start in zip(jobs, starts, strict=True) if _is_final(start)}
+        asked = [("GETRANGE", topology.result(job), 0, _STATE_WITHIN) for job in jobs]
+        starts = self.connection.receive(self.connection.send(asked)) if asked else []
+        # What is no result at all, a key of another type, is none that stands.
+        return {job for job, start in zip(jobs, starts, strict=True) if isinstance(start, bytes) and _is_final(start)}
 
     def commit(self, step: Commit) -> list[str]:
         """Ends a batch: results, acknowledgement, counters and event in one step; returns the duplicates' ids.

@@ -20,9 +20,8 @@ from lepton_ai.device import Announcement
 from lepton_ai.event import Event
 from lepton_ai.settings import Settings
 from lepton_ai.topology import device_queue
-from queues.broker import MOST_REVOKED, Broker
 from queues.celery_events import task_event
-from queues.connection import Connection
+from queues.revoke import revoke as mark_revoked
 from tasks.runner import Ending
 from tasks.teller import Teller
 
@@ -153,17 +152,14 @@ def install_commands(settings: Settings, url: str, announcement: Announcement) -
     """
     celery_stats = control.Panel.data["stats"]
 
-    def revoke(panel: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> dict[str, str]:
-        jobs = [task_id] if isinstance(task_id, str) else [str(job) for job in task_id]
-        if len(jobs) > MOST_REVOKED:
-            return {"error": f"{len(jobs)} tasks at once, {MOST_REVOKED} are the most"}
+    def heed(jobs: list[str]) -> None:
         state.revoked.update([job for job in jobs if job not in state.revoked])
-        connection = Connection(url, f"{announcement.incarnation}-revoke")
-        try:
-            Broker(connection, announcement.incarnation, settings).cancel(jobs)
-        finally:
-            connection.close()
-        return {"ok": f"tasks {', '.join(jobs)} flagged as revoked"}
+
+    def revoke(panel: Any, task_id: Any, **_: Any) -> dict[str, str]:
+        return mark_revoked(url, announcement.incarnation, settings, task_id, heed)
+
+    def terminate(panel: Any, signal: Any = None, task_id: Any = (), **_: Any) -> dict[str, str]:
+        return revoke(panel, task_id)
 
     def stats(panel: Any, **_: Any) -> dict[str, Any]:
         found: dict[str, Any] = celery_stats(panel)
@@ -184,11 +180,4 @@ def install_commands(settings: Settings, url: str, announcement: Announcement) -
     def registered(panel: Any, taskinfoitems: Any = None, builtins: bool = False, **_: Any) -> list[str]:
         return sorted(spec.name for spec in announcement.kernels)
 
-    control.Panel.data.update(revoke=revoke, terminate=_terminate(revoke), stats=stats, registered=registered)
-
-
-def _terminate(revoke: Any) -> Any:
-    def terminate(panel: Any, signal: Any = None, task_id: Any = (), **_: Any) -> Any:
-        return revoke(panel, task_id, terminate=True, signal=signal)
-
-    return terminate
+    control.Panel.data.update(revoke=revoke, terminate=terminate, stats=stats, registered=registered)

@@ -888,3 +888,17 @@ def test_marks_of_a_wrong_type_hold_no_job_up(start_router, add_worker, lane: La
     start_router()
     jobs = lane.send(3)
     assert worker.serve(3) == jobs
+
+
+def test_a_result_key_of_a_wrong_type_does_not_stop_the_router(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker(kernels=(OTHER,))
+    start_router()
+    (job,) = lane.send()
+    lane.wait_for("job.parked", 1)
+    connection.call("LPUSH", topology.result(job), "no result")
+    ask_to_cancel(connection, job)
+    assert lane.wait_for("job.cancelled", 1) == [job]
+    others = lane.send(2, kernel="test.other")
+    assert worker.serve(2) == others
