@@ -26,26 +26,8 @@ from pipeline.supervisor import Fleet, run_fleet
 from queues.addresses import celery_addresses
 from queues.connection import Connection
 
-GATED = """
-import os, time
-from pathlib import Path
-import numpy as np
-from lepton_ai.kernel import Kernel
-
-# Predicted to take very long, so that a slot is given two and the rest wait in the router's window.
-gated = Kernel("test.gated", inputs={"n": "int64"}, outputs={"y": "int64[k]"}, flops="1000000000000000", bytes="n")
-gated.reference(lambda n: {"y": np.array([n])})
-gated.samples(lambda: [{"n": 0}])
-
-@gated.on("cpu")
-def build(device):
-    place = Path(os.environ["TEST_GATE"])
-    def run(inputs, context):
-        while inputs["n"] and not (place / str(inputs["n"])).exists() and not context.cancelled:
-            time.sleep(0.005)
-        return {"y": np.array([inputs["n"]])}
-    return run
-"""
+#: Where `gated_kernels` is.
+KERNELS = Path(__file__).parents[1]
 DEVICE = "cpu.gate"
 
 
@@ -221,8 +203,7 @@ def test_no_password_is_shown(fleet: Fleet, flower: Flower) -> None:
 def gated(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Flower, Path]]:
     """A fleet of one slot whose kernel runs until it is let go, and Flower on it."""
     place = tmp_path_factory.mktemp("gated")
-    (place / "gated_kernels.py").write_text(GATED)
-    path = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(KERNELS), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("LEPTON_KERNELS", "gated_kernels"), ("TEST_GATE", str(place)), ("PYTHONPATH", path)):
             patch.setenv(name, value)

@@ -24,33 +24,13 @@ from queues.embedded import EmbeddedBroker
 from queues.event_stream import EventStream
 
 QUEUE = "lepton.cpu.test"
-#: A user's kernel, which runs until the test lets it end or its job is revoked.
-GATED = """
-import os, time
-from pathlib import Path
-import numpy as np
-from lepton_ai.kernel import Kernel
-
-gated = Kernel("test.gated", inputs={"n": "int64"}, outputs={"y": "int64[k]"}, flops="n", bytes="n")
-gated.reference(lambda n: {"y": np.array([n])})
-gated.samples(lambda: [{"n": 0}])
-
-@gated.on("cpu")
-def build(device):
-    place = Path(os.environ["TEST_GATE"])
-    def run(inputs, context):
-        while inputs["n"] and not (place / str(inputs["n"])).exists() and not context.cancelled:
-            time.sleep(0.005)
-        return {"y": np.array([inputs["n"]])}
-    return run
-"""
+#: Where `gated_kernels` is.
+KERNELS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("consumer")
-    (found / "gated_kernels.py").write_text(GATED)
-    return found
+    return tmp_path_factory.mktemp("consumer")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +41,7 @@ def url(settings: Settings, place: Path) -> Iterator[str]:
             "LEPTON_REDIS_URL": broker.url,
             "LEPTON_KERNELS": "gated_kernels",
             "TEST_GATE": str(place),
-            "PYTHONPATH": os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(KERNELS), os.environ.get("PYTHONPATH", "")]),
         }
         connection = Connection(broker.url, "consumer-test")
         stream = EventStream(connection)
