@@ -10,12 +10,19 @@ LeptonError                     anything of ours
 │   ├── UnknownKernel           no live device announces the kernel
 │   ├── UnknownJob              no job of that id is known (or its result has expired)
 │   ├── UnsupportedMediaType    a body in a format that the ingest does not read
+│   ├── KeyConflict             the idempotency key stands for another job already
 │   └── TooLarge                a body above the limit
 ├── JobFailed                   the job itself ended without a result
 │   ├── KernelFailed            its kernel raised
-│   └── JobCancelled            it was revoked before it finished
+│   ├── JobCancelled            it was revoked before it finished
+│   ├── JobExpired              its deadline passed before it could run
+│   ├── TimeLimitExceeded       it ran longer than it may
+│   ├── JobDead                 it killed the workers that ran it, or its retries are used up
+│   └── RetryJob                its kernel asks to be run again later
 ├── Unavailable                 try again later
 │   ├── BrokerUnavailable       Redis cannot be reached or refuses writes
+│   ├── Overloaded              too much waits already, or the broker's memory is nearly full
+│   ├── QuotaExceeded           too much of this tenant waits already
 │   └── NoBroker                no broker is configured and none can be started
 ├── ResultTimeout               the wait ended before the job did; the job goes on
 └── Fenced                      somebody else owns what this process still holds
@@ -35,13 +42,20 @@ __all__ = [
     "InvalidRequest",
     "InvalidSettings",
     "JobCancelled",
+    "JobDead",
+    "JobExpired",
     "JobFailed",
     "KernelFailed",
+    "KeyConflict",
     "LeptonError",
     "Malformed",
     "NoBroker",
     "OptionNotSupported",
+    "Overloaded",
+    "QuotaExceeded",
     "ResultTimeout",
+    "RetryJob",
+    "TimeLimitExceeded",
     "TooLarge",
     "Unavailable",
     "UnknownJob",
@@ -114,6 +128,11 @@ class UnsupportedMediaType(InvalidRequest):
     status = 415
 
 
+class KeyConflict(InvalidRequest):
+    code = "key_conflict"
+    status = 422
+
+
 class TooLarge(InvalidRequest):
     code = "too_large"
     status = 413
@@ -132,13 +151,48 @@ class JobCancelled(JobFailed):
     status = 409
 
 
+class JobExpired(JobFailed):
+    code = "expired"
+    status = 409
+
+
+class TimeLimitExceeded(JobFailed):
+    code = "time_limit"
+    status = 409
+
+
+class JobDead(JobFailed):
+    code = "dead"
+    status = 409
+
+
+class RetryJob(JobFailed):
+    """A kernel raises it to be run again after `delay_s`, or after what its retry policy says where that is None."""
+
+    code = "retry"
+
+    def __init__(self, message: str = "", field: str | None = None, *, delay_s: float | None = None) -> None:
+        super().__init__(message, field)
+        self.delay_s = delay_s
+
+
 class Unavailable(LeptonError):
     code = "unavailable"
     status = 503
+    retry_after_s: float = 1.0
 
 
 class BrokerUnavailable(Unavailable):
     code = "broker_unavailable"
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+
+
+class QuotaExceeded(Unavailable):
+    code = "quota_exceeded"
+    status = 429
 
 
 class NoBroker(Unavailable):

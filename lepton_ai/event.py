@@ -6,11 +6,15 @@
 | job.placed       | router  | yes  | seconds: predicted transfer and run time of each job                        |
 | job.parked       | router  | yes  | (the reason is in each job's Placement)                                     |
 | job.rejected     | router  | yes  | dead: how many more were no messages (the error is in each job's result)    |
+| job.scheduled    | router  | yes  | due_at: seconds since the epoch, of each job                                |
 | job.progressed   | worker  | yes  | fraction: 0 to 1, as the kernel tells it                                    |
 | job.cancel_asked | anybody | yes  | (whoever holds the job ends it, unless it ends before)                      |
 | job.succeeded    | worker  | yes  | observation of the launch (see `Observation`)                               |
 | job.failed       | worker  | yes  | code, message, field: the error (see `LeptonError.to_wire`)                 |
 | job.cancelled    | who held| yes  | code, message                                                               |
+| job.expired      | who held| yes  | code, message: its deadline has passed                                      |
+| job.retried      | worker  | yes  | code, message; delay_s: after which it runs again; retries: before this one |
+| job.dead         | who held| yes  | code, message; attempts: it is among the dead letters                       |
 | device.online    | worker  |      | worker                                                                      |
 | device.heartbeat | worker  |      | state: ResourceState                                                        |
 | device.offline   | worker  |      | worker                                                                      |
@@ -98,12 +102,14 @@ def decode(data: bytes) -> tuple[Event, ...]:
 _TYPE: Final = "io.lepton.{}.v1"
 #: Every type in the table above.
 TYPES: Final = (
-    *("job.accepted", "job.placed", "job.parked", "job.rejected", "job.progressed", "job.cancel_asked"),
-    *("job.succeeded", "job.failed", "job.cancelled", "device.online", "device.heartbeat", "device.offline"),
+    *("job.accepted", "job.placed", "job.parked", "job.scheduled", "job.rejected", "job.progressed"),
+    *("job.cancel_asked", "job.succeeded", "job.failed", "job.cancelled", "job.expired", "job.retried", "job.dead"),
+    *("device.online", "device.heartbeat", "device.offline"),
     *("kernel.refused", "router.online", "router.offline"),
 )
 #: After one of these a job has no more events.
-FINAL_EVENTS: Final = frozenset(_TYPE.format(f"job.{end}") for end in ("succeeded", "failed", "cancelled", "rejected"))
+_FINAL: Final = ("succeeded", "failed", "cancelled", "expired", "dead", "rejected")
+FINAL_EVENTS: Final = frozenset(_TYPE.format(f"job.{end}") for end in _FINAL)
 _CURSOR = re.compile(r"(\d{1,20})(?:-(\d{1,20})(?:\.(\d{1,9}))?)?")
 _LAST: Final = 2**64 - 1
 

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import msgspec
 
 from lepton_ai import topology
-from lepton_ai.errors import OptionNotSupported
+from lepton_ai.errors import JobExpired, OptionNotSupported
 
-__all__ = ["FINAL_STATES", "Candidate", "Cost", "Estimate", "Meta", "Options", "Placement", "Record", "state_of"]
+__all__ = [
+    "ENDED",
+    "FINAL_STATES",
+    "Candidate",
+    "Cost",
+    "Estimate",
+    "Meta",
+    "Options",
+    "Placement",
+    "Record",
+    "state_of",
+]
 
 #: Celery's states that end a job, and ours.
 _LONGEST_REPLY_TO: Final = 200
 
 FINAL_STATES: Final = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "cancelled"}
+#: Our states that end a job. Celery's REVOKED is either of the last two.
+ENDED: Final = frozenset({*FINAL_STATES.values(), "expired"})
 
 
 class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -29,6 +43,8 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     shapes: dict[str, Any] | None = None
     #: The encoding of the result: json or msgpack.
     result: str | None = None
+    #: The longest that it may run, in seconds; its kernel's own limit where it is unset.
+    limit_s: float | None = None
 
     def checked(self) -> Options:
         """These options; OptionNotSupported names the first that is out of range."""
@@ -40,6 +56,8 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             raise OptionNotSupported(f"reply_to must begin with {topology.reply('')}", "reply_to")
         if self.result not in (None, "json", "msgpack"):
             raise OptionNotSupported(f"result is json or msgpack, not {self.result!r}", "result")
+        if self.limit_s is not None and not 0 < self.limit_s < math.inf:
+            raise OptionNotSupported(f"limit_s must be above 0 and finite, not {self.limit_s}", "limit_s")
         return self
 
     @property
@@ -75,7 +93,7 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
     job: str
     kernel: str
     state: str
-    """`placed` on a device queue, or `parked` because no live device can run it."""
+    """`placed` on a device queue, `parked` because no live device can run it, `scheduled` until it is due."""
     reason: str
     placed_at: float
     """Seconds since the epoch, by the router's clock."""
@@ -123,7 +141,9 @@ class Meta(msgspec.Struct, frozen=True):
 
 
 def state_of(meta: Meta | None, placement: Placement | None) -> str:
-    """A job's state in our words: waiting, placed, parked, succeeded, failed or cancelled."""
+    """A job's state in our words: waiting, scheduled, placed, parked, succeeded, failed, cancelled or expired."""
     if meta is not None and meta.status in FINAL_STATES:
-        return FINAL_STATES[meta.status]
+        error = meta.lepton.error if meta.lepton is not None else None
+        expired = error is not None and error.get("code") == JobExpired.code
+        return "expired" if expired else FINAL_STATES[meta.status]
     return placement.state if placement is not None else "waiting"

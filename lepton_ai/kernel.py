@@ -14,7 +14,7 @@ from lepton_ai.errors import InvalidKernel
 from lepton_ai.formula import Formula
 from lepton_ai.signature import Dims, Signature
 
-__all__ = ["DEVICE_KINDS", "Builder", "Context", "Kernel", "KernelSpec", "Run", "Work"]
+__all__ = ["DEVICE_KINDS", "Builder", "Context", "Kernel", "KernelSpec", "Retry", "Run", "Work"]
 
 DEVICE_KINDS = ("cpu", "gpu", "fpga", "tpu")
 Batching = Literal["stack", "concat"] | None
@@ -59,6 +59,37 @@ class Work(msgspec.Struct, frozen=True):
     bytes: float
 
 
+class Retry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """When a kernel that raised is run again: at most `times`, after growing delays."""
+
+    times: int = 3
+    delay_s: float = 1.0
+    """Before the first retry; each next is `factor` times as long, up to `longest_s`."""
+    factor: float = 2.0
+    longest_s: float = 600.0
+    jitter: float = 0.5
+    """The share of each delay that chance may take away, 0 to 1, so that many retries do not come at once."""
+    errors: tuple[str, ...] = ()
+    """The exceptions, by the name of their class or of one above it (`OSError`); empty for every one."""
+
+    def checked(self) -> Retry:
+        """This policy; InvalidKernel where a number is out of range."""
+        numbers = (self.delay_s, self.factor, self.longest_s)
+        if self.times < 0 or not all(0 <= each < math.inf for each in numbers) or not 0 <= self.jitter <= 1:
+            raise InvalidKernel(f"retry: times, delays and factor are not below 0, jitter is 0 to 1: {self}", "retry")
+        return self
+
+    def applies(self, error: BaseException, retries: int) -> bool:
+        """Whether a job whose kernel raised this, after so many retries, is run once more."""
+        names = {each.__name__ for each in type(error).__mro__}
+        return retries < self.times and (not self.errors or not names.isdisjoint(self.errors))
+
+    def wait_s(self, retries: int, chance: float) -> float:
+        """Seconds before the retry that follows `retries` earlier ones; `chance` is 0 to 1."""
+        grown = self.delay_s * self.factor ** min(retries, 64)
+        return min(self.longest_s, grown) * (1 - self.jitter * chance)
+
+
 class KernelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """What others may know of a kernel: data only, as a worker announces it."""
 
@@ -71,6 +102,9 @@ class KernelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     batch: Batching = None
     tolerance: float = 1e-5
     summary: str = ""
+    limit_s: float | None = None
+    """The longest that one of its jobs may run; the fleet's own limit where it is unset."""
+    retry: Retry | None = None
 
     def work(self, dims: Dims) -> Work:
         """The Work of a job with these dims; a formula that is not defined there counts as nought."""
@@ -89,6 +123,7 @@ class Kernel:
     conditions on single inputs. `batch` says how jobs of one kernel may run in one launch: `"stack"` (equal shapes
     and equal scalars get a new leading axis), `"concat"` (along the first axis), or None (one after another).
     `tolerance` is the largest difference to the reference, relative to the larger of 1 and the reference's values.
+    `limit_s` is the longest that a job may run before its worker is ended; `retry` says which failures run again when.
     """
 
     def __init__(
@@ -103,10 +138,26 @@ class Kernel:
         batch: Batching = None,
         tolerance: float = 1e-5,
         summary: str = "",
+        limit_s: float | None = None,
+        retry: Retry | None = None,
     ) -> None:
         if not _NAME.fullmatch(name):
             raise InvalidKernel(f"a kernel's name is like linalg.matmul, not {name!r}")
-        self.spec = KernelSpec(name, inputs, outputs, flops, bytes, limits or {}, batch, tolerance, summary)
+        if limit_s is not None and not 0 < limit_s < math.inf:
+            raise InvalidKernel(f"{name}: limit_s must be above 0 and finite, not {limit_s}", "limit_s")
+        self.spec = KernelSpec(
+            name,
+            inputs,
+            outputs,
+            flops,
+            bytes,
+            limits or {},
+            batch,
+            tolerance,
+            summary,
+            limit_s,
+            retry.checked() if retry is not None else None,
+        )
         self._builders: dict[str, Builder] = {}
         self._reference: Reference | None = None
         self._samples: Samples | None = None

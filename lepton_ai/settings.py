@@ -37,6 +37,24 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     result_serializer: Literal["json", "msgpack"] = "json"
     """The encoding of results whose job names none: what plain Celery clients expect."""
     result_ttl_s: float = 3600.0
+    durability: Literal["everysec", "fsync"] = "everysec"
+    """What an accepted job survives: fsync also a killed broker and a full disk, at the price of a disk write each."""
+    attempts: int = 3
+    """How often a job may die alone with its worker before it is a dead letter."""
+    limit_s: float = 600.0
+    """The longest that a job may run whose kernel says nothing of it; then its worker process is ended."""
+    least_limit_s: float = 5.0
+    """No job's own limit ends a worker sooner than this."""
+    waiting_jobs: int = 1_000_000
+    """Jobs that may wait in all lanes together before the ingest refuses more (503)."""
+    waiting_bytes: int = 0
+    """And their messages; 0 for a quarter of the broker's memory limit."""
+    tenant_jobs: int = 100_000
+    """Jobs that may wait in one tenant's lane before the ingest refuses more of them (429)."""
+    tenant_bytes: int = 0
+    """And their messages; 0 for a tenth of the broker's memory limit."""
+    dead_bytes: int = 64 * 1024 * 1024
+    """What the dead letters may take before the oldest go."""
     lease_s: float = 5.0
     """A worker or router that has not renewed its lease for so long is taken for dead."""
     heartbeat_s: float = 1.0
@@ -97,6 +115,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "batch_jobs",
             "batch_s",
             "events_kept",
+            "attempts",
+            "limit_s",
+            "least_limit_s",
+            "waiting_jobs",
+            "tenant_jobs",
+            "dead_bytes",
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidSettings(

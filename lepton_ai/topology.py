@@ -14,6 +14,21 @@ HOLDERS: Final = "lepton:holders"
 EVENTS: Final = "lepton:events"
 COUNTERS: Final = "lepton:counters"
 AGAIN: Final = "lepton:again"
+#: Suspects: whoever held them died, so each runs with nothing beside it.
+ALONE: Final = "lepton:again.alone"
+#: Due times by job id, and the jobs' messages by id: what waits for its `eta` or its retry.
+ETA: Final = "lepton:eta"
+ETA_MESSAGES: Final = "lepton:eta.messages"
+#: How often each job died alone, by id.
+ATTEMPTS: Final = "lepton:attempts"
+#: The parts of Celery's chords that have ended and are not counted yet, by job id.
+CHORD_PARTS: Final = "lepton:chord.parts"
+#: Kernels by the earliest deadline among their parked jobs.
+DEADLINES: Final = "lepton:deadlines"
+#: When a router last looked for lapsed holders, by the server's clock.
+SWEPT: Final = "lepton:swept"
+#: The lanes of tenants, by name; the default lane is not among them.
+LANES: Final = "lepton:lanes"
 PARKED: Final = "lepton:parked"
 DEVICES: Final = "lepton:devices"
 DEAD: Final = "lepton:dead"
@@ -21,29 +36,45 @@ MODEL: Final = "lepton:model"
 CANCELLED: Final = "lepton:cancelled"
 
 DEFAULT_PRIORITY: Final = 5
+_ALONE: Final = ".alone"
 
 
-def lane_list(priority: int) -> str:
-    """The list of the default lane that jobs of a Lepton priority (1..9, 9 most urgent) are pushed to."""
+def lane_list(priority: int, lane: str = LANE) -> str:
+    """The list of a lane that jobs of a Lepton priority (1..9, 9 most urgent) are pushed to."""
     if priority >= 7:
-        return LANE + PRIORITY_SUFFIXES[0]
+        return lane + PRIORITY_SUFFIXES[0]
     if priority >= 4:
-        return LANE
-    return LANE + PRIORITY_SUFFIXES[{3: 2, 2: 3, 1: 4}[priority]]
+        return lane
+    return lane + PRIORITY_SUFFIXES[{3: 2, 2: 3, 1: 4}[priority]]
 
 
-def lane_lists() -> tuple[str, ...]:
-    """Every list of the default lane, most urgent first."""
-    return tuple(LANE + suffix for suffix in PRIORITY_SUFFIXES)
+def lane_lists(lane: str = LANE) -> tuple[str, ...]:
+    """Every list of a lane, most urgent first."""
+    return tuple(lane + suffix for suffix in PRIORITY_SUFFIXES)
+
+
+def lane(tenant: str | None) -> str:
+    """The lane of a tenant, or the default one."""
+    return LANE if tenant is None else f"{LANE}.{tenant}"
+
+
+def key(job_id: str) -> str:
+    """Where the fingerprint of a job is kept whose id was made from an idempotency key."""
+    return f"lepton:key:{job_id}"
 
 
 def device_queue(device: str) -> str:
     return f"lepton.{device}"
 
 
+def alone_queue(device: str) -> str:
+    """The suspects among a device's jobs, which are taken one at a time."""
+    return f"lepton.{device}{_ALONE}"
+
+
 def device_of_queue(queue: str) -> str | None:
     """The device that a queue serves (`lepton.gpu.h100` -> `gpu.h100`), or None for a lane or a foreign queue."""
-    if not queue.startswith("lepton.") or queue == LANE or queue.startswith(LANE + "."):
+    if not queue.startswith("lepton.") or queue == LANE or queue.startswith(LANE + ".") or queue.endswith(_ALONE):
         return None
     return queue.removeprefix("lepton.") or None
 

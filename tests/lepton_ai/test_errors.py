@@ -76,4 +76,4 @@ def test_a_caller_may_catch_the_kind_or_pythons_own() -> None:
 
 def test_only_the_callers_mistakes_are_answered_with_400s() -> None:
     for cls in PUBLIC:
-        assert (400 <= cls.status < 500) == (issubclass(cls, InvalidRequest) or cls.status == 409)
+        assert (400 <= cls.status < 500) == (issubclass(cls, InvalidRequest) or cls.status in (409, 429))
