@@ -102,7 +102,7 @@ def decode(data: bytes) -> tuple[Event, ...]:
 _TYPE: Final = "io.lepton.{}.v1"
 #: Every type in the table above.
 TYPES: Final = (
-    *("job.accepted", "job.placed", "job.parked", "job.scheduled", "job.rejected", "job.progressed"),
+    *("job.accepted", "job.placed", "job.parked", "job.rejected", "job.scheduled", "job.progressed"),
     *("job.cancel_asked", "job.succeeded", "job.failed", "job.cancelled", "job.expired", "job.retried", "job.dead"),
     *("device.online", "device.heartbeat", "device.offline"),
     *("kernel.refused", "router.online", "router.offline"),
