@@ -21,7 +21,15 @@ import msgspec
 import numpy as np
 
 from lepton_ai import tensor
-from lepton_ai.errors import InvalidArguments, JobCancelled, LeptonError, Malformed, OptionNotSupported, TooLarge
+from lepton_ai.errors import (
+    InvalidArguments,
+    JobCancelled,
+    JobExpired,
+    LeptonError,
+    Malformed,
+    OptionNotSupported,
+    TooLarge,
+)
 from lepton_ai.job import Meta, Options, Record
 from lepton_ai.signature import describe, shapes_of
 from lepton_ai.topology import LANE
@@ -31,7 +39,9 @@ __all__ = [
     "Headers",
     "Value",
     "batches",
+    "deadline_at",
     "decode_value",
+    "due_at",
     "encode_meta",
     "envelope",
     "failure",
@@ -40,6 +50,8 @@ __all__ = [
     "read_envelope",
     "read_meta",
     "read_options",
+    "retried",
+    "retrying",
     "success",
     "to_value",
 ]
@@ -106,6 +118,7 @@ _BODY_MSGPACK = msgspec.msgpack.Decoder(_Body)
 _BODY_JSON = msgspec.json.Decoder(_Body)
 _META_MSGPACK = msgspec.msgpack.Decoder(Meta)
 _META_JSON = msgspec.json.Decoder(Meta)
+_ANYTHING = msgspec.json.Decoder()
 _JSON = msgspec.json.Encoder()
 _MSGPACK = msgspec.msgpack.Encoder()
 _ERRORS: Final = LeptonError.__module__
@@ -215,6 +228,24 @@ def read_options(headers: Headers) -> Options:
     return (options or Options()).checked()
 
 
+def due_at(headers: Headers) -> float | None:
+    """Not before when a job is to run (`eta`), in seconds since the epoch; InvalidArguments where that is no time."""
+    return None if headers.eta is None else _seconds(headers.eta, "eta")
+
+
+def deadline_at(headers: Headers) -> float | None:
+    """After when a job is not to run any more (`expires`), as `due_at`."""
+    return None if headers.expires is None else _seconds(headers.expires, "expires")
+
+
+def _seconds(value: str | float, field: str) -> float:
+    try:
+        at = datetime.fromisoformat(value) if isinstance(value, str) else datetime.fromtimestamp(value, UTC)
+        return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise InvalidArguments(f"{field} is not a time: {value!r}", field) from None
+
+
 def read_body(envelope: Envelope, *, limit_bytes: int) -> tuple[dict[str, Any], bool]:
     """The arguments of a message, and whether it carries callbacks (link, chain, chord).
 
@@ -306,7 +337,7 @@ def success(job_id: str, outputs: Mapping[str, Any], record: Record | None) -> M
 
 def failure(job_id: str, error: LeptonError, trace: str | None = None, record: Record | None = None) -> Meta:
     """The record of a job that ended with an error: Celery's clients raise it by name, ours by its code."""
-    cancelled = isinstance(error, JobCancelled)
+    cancelled = isinstance(error, JobCancelled | JobExpired)
     # Celery's clients expect their own class for a task that never ran, whoever stopped it.
     module, name = ("celery.exceptions", "TaskRevokedError") if cancelled else (_ERRORS, type(error).__name__)
     result = {"exc_type": name, "exc_message": [error.message], "exc_module": module}
@@ -314,6 +345,21 @@ def failure(job_id: str, error: LeptonError, trace: str | None = None, record: R
     status = "REVOKED" if cancelled else "FAILURE"
     trace = None if trace is None else trace.encode("utf-8", "backslashreplace").decode()  # a path may hold surrogates
     return Meta(status, result, trace, date_done=_now(), task_id=job_id, lepton=record)
+
+
+def retrying(job_id: str, error: LeptonError, trace: str | None) -> Meta:
+    """The record of a job whose kernel raised and that runs again later: Celery's RETRY, which ends nothing."""
+    return msgspec.structs.replace(failure(job_id, error, trace), status="RETRY", date_done=None)
+
+
+def retried(message: bytes) -> bytes:
+    """The message of a job for its next try: the same, with one retry more. Malformed where it cannot be decoded."""
+    found: Any = _typed(_ANYTHING, message)
+    headers = found["headers"]
+    headers["retries"] = (headers.get("retries") or 0) + 1
+    headers["eta"] = None
+    found["properties"]["delivery_tag"] = str(uuid.uuid4())
+    return _JSON.encode(found)
 
 
 def _now() -> str:
