@@ -12,10 +12,10 @@ local AGAIN, ALONE = 'lepton:again', 'lepton:again.alone'
 local ETA, ETA_MESSAGES = 'lepton:eta', 'lepton:eta.messages'
 local ATTEMPTS, DEAD, PARTS = 'lepton:attempts', 'lepton:dead', 'lepton:chord.parts'
 local COUNTERS, EVENTS, HOLDERS = 'lepton:counters', 'lepton:events', 'lepton:holders'
-local SWEPT, HOLD = 'lepton:swept', 'lepton:hold'
+local SWEPT, HOLD, PARKED = 'lepton:swept', 'lepton:hold', 'lepton:parked'
 local TYPES = {
   [AGAIN] = 'list', [ALONE] = 'list', [ETA] = 'zset', [ETA_MESSAGES] = 'hash', [ATTEMPTS] = 'hash',
-  [DEAD] = 'stream', [PARTS] = 'hash', [COUNTERS] = 'hash', [EVENTS] = 'stream', [HOLDERS] = 'set', [LANES] = 'set',
+  [DEAD] = 'stream', [PARTS] = 'hash', [COUNTERS] = 'hash', [EVENTS] = 'stream', [HOLDERS] = 'set', [LANES] = 'set', [PARKED] = 'set',
 }
 
 local function is_type(key, expected)
@@ -79,7 +79,7 @@ local function bury(most, id, kernel, code, reason, attempts, trace, message)
   local kept = redis.pcall('XADD', DEAD, '*', 'job', id, 'kernel', kernel, 'code', code, 'reason', reason,
     'attempts', attempts, 'trace', trace, 'message', message)
   local size = redis.pcall('MEMORY', 'USAGE', DEAD)
-  if type(size) == 'number' and size > most then
+  if type(size) == 'number' and size > tonumber(most) then
     redis.pcall('XTRIM', DEAD, 'MAXLEN', math.max(1, math.floor(redis.call('XLEN', DEAD) * 0.9)))
   end
   return kept
@@ -139,6 +139,16 @@ local function room(lane, n, size, limits)
     jobs, bytes = jobs + its_jobs, bytes + its_bytes
     if lane == other then refused = quota(its_jobs, its_bytes) end
   end
+  for _, kernel in ipairs(redis.call('SMEMBERS', PARKED)) do
+    local parked = 'lepton:parked:' .. kernel
+    local its_jobs = redis.pcall('LLEN', parked)
+    if type(its_jobs) == 'number' and its_jobs > 0 then
+      jobs = jobs + its_jobs
+      if with_bytes then bytes = bytes + redis.call('MEMORY', 'USAGE', parked) end
+    end
+  end
+  jobs = jobs + redis.call('HLEN', ETA_MESSAGES)
+  if with_bytes then bytes = bytes + (redis.call('MEMORY', 'USAGE', ETA_MESSAGES) or 0) end
   if jobs + n > tonumber(limits[1]) then
     return string.format('OVERLOADED jobs %d %s', jobs, limits[1])
   elseif bytes + size > all_bytes then
@@ -149,7 +159,7 @@ end
 
 local function accept(_, args)
   local ttl, lane, n = tonumber(args[1]), args[7], tonumber(args[9])
-  local bad = wrong(EVENTS, LANES)
+  local bad = wrong(EVENTS, LANES, ETA_MESSAGES, PARKED)
   if bad then return bad end
   local found, fresh, size = {}, 0, 0
   local here = {}
@@ -461,7 +471,7 @@ local function unpark(_, args)
   if bad then return bad end
   while moved < tonumber(args[2]) and redis.call('LMOVE', parked, AGAIN, 'RIGHT', 'LEFT') do moved = moved + 1 end
   if redis.call('EXISTS', parked) == 0 then
-    redis.pcall('SREM', 'lepton:parked', args[1])
+    redis.pcall('SREM', PARKED, args[1])
     redis.pcall('ZREM', 'lepton:deadlines', args[1])
   end
   return moved
@@ -502,7 +512,7 @@ local function sizes(_, args)
   note('again', length('LLEN', AGAIN))
   note('alone', length('LLEN', ALONE))
   note('scheduled_now', length('HLEN', ETA_MESSAGES))
-  local kernels = redis.pcall('SMEMBERS', 'lepton:parked')
+  local kernels = redis.pcall('SMEMBERS', PARKED)
   for _, kernel in ipairs(kernels) do note('parked_now', length('LLEN', 'lepton:parked:' .. kernel)) end
   local devices = redis.pcall('SMEMBERS', 'lepton:devices')
   for _, device in ipairs(devices) do
