@@ -74,6 +74,20 @@ local function emit(event, kept)
   if event ~= '' then redis.pcall('XADD', EVENTS, 'MAXLEN', '~', kept, '*', 'e', event) end
 end
 
+-- An event value (msgpack, a list of Events) without what it says of these jobs: nobody is told of a second end.
+local function without(event, late)
+  local kept = {}
+  for _, each in ipairs(cmsgpack.unpack(event)) do
+    local jobs = {}
+    for _, id in ipairs(each['jobs'] or {}) do
+      if not late[id] then jobs[#jobs + 1] = id end
+    end
+    each['jobs'] = jobs
+    if #jobs > 0 then kept[#kept + 1] = each end
+  end
+  return #kept > 0 and cmsgpack.pack(kept) or ''
+end
+
 -- Keeps a dead letter, at the cost of the oldest where they take more than `most` bytes.
 local function bury(most, id, kernel, code, reason, attempts, trace, message)
   local kept = redis.pcall('XADD', DEAD, '*', 'job', id, 'kernel', kernel, 'code', code, 'reason', reason,
@@ -272,7 +286,12 @@ local function commit(keys, args)
     if not late[args[first]] then bury(args[4], unpack(args, first, first + 6)) end
   end)
   for status, number in pairs(counts) do count(status, number) end
-  emit(args[5], args[3])
+  local event = args[5]
+  if #duplicates > 0 then
+    local readable, rest = pcall(without, event, late)
+    event = readable and rest or event
+  end
+  emit(event, args[3])
   return duplicates
 end
 
