@@ -300,7 +300,7 @@ class _Session:
             return
         serializer = self._settings.result_serializer
         step = Dispatch({}, {}, leaving={}, rejected=[how(job.id, job.options, serializer) for job in jobs])
-        step.told = self._narrator.ended([], jobs)
+        step.told = self._narrator.ended([], jobs, expired=how is intake.expired)
         self._end(step, [(job.claim, job.message) for job in jobs])
         self._window.left(jobs)
         for job in jobs:
