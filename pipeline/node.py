@@ -96,7 +96,7 @@ class Narrator:
         *,
         expired: bool = False,
     ) -> Command | None:
-        """The message that tells of jobs that the router itself ended, the revoked ones because they `expired` or not."""
+        """The message that tells of jobs that the router itself ended; `expired` says why the revoked ones were."""
         now = self._now()
         events: list[dict[str, Any]] = []
         for headers, error in refused[: self._audience.room(now, len(refused))]:

@@ -174,10 +174,10 @@ class _Slot:
 
     def _serve(self, broker: Broker) -> None:
         if self._pending is not None:
+            self._commit(broker, *self._pending, again=True)
+        if messages := broker.held(self.number):
             with self._inside():
-                self._commit(broker, *self._pending, again=True)
-        with self._inside():
-            self._work(broker, broker.held(self.number))
+                self._work(broker, messages)
         while not self._slots.stopping:
             self._slots.wait_open()
             if self._slots.stopping:
