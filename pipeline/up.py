@@ -30,7 +30,7 @@ from queues import logs
 from queues.addresses import celery_addresses
 from queues.broker import LISTS_EACH
 from queues.connection import CommandError, Connection
-from queues.embedded import Status
+from queues.guardian import Status
 
 __all__ = ["main", "without_password"]
 
