@@ -52,7 +52,7 @@ class Setup(msgspec.Struct, frozen=True):
         """The command line, after the interpreter, of the embedded broker, if that is to be started."""
         if self.server is None or self.data is None:
             return None
-        return guardian.command(self.server, _home(self.data))
+        return guardian.command(self.server, self.settings.durability, _home(self.data))
 
     def programs(self) -> list[Program]:
         """Everything but the broker."""

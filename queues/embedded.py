@@ -33,7 +33,8 @@ class EmbeddedBroker:
         server = find_server(settings)
         self._private: Path | None = None
         self._guardian = subprocess.Popen(
-            [sys.executable, "-P", *guardian.command(server, directory)],  # not a `queues.py` of the folder we are in
+            # -P: not a `queues.py` of the folder we are in
+            [sys.executable, "-P", *guardian.command(server, settings.durability, directory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,

@@ -1,10 +1,13 @@
-"""The guardian of an embedded broker: `python -m queues.guardian SERVER [DIRECTORY]`.
+"""The guardian of an embedded broker: `python -m queues.guardian SERVER DURABILITY [DIRECTORY]`.
 
 It owns server and directory, and starts the server again where it dies: on the same data, with the same address. It
 holds the read end of a pipe from its parent, so whatever ends the parent, even SIGKILL, also ends the server and
 removes a private directory; should the guardian itself be killed, the kernel ends the server (PR_SET_PDEATHSIG, Linux),
 and the next guardian of a directory waits until it is gone: both of them hold the directory's lock. On its standard
 output the guardian says what happens, a `Status` a line.
+
+A server that must have each write on the disk before it answers (LEPTON_DURABILITY=fsync) ends where the disk is full:
+it is started again as soon as there is room, however long that takes.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import select
 import shutil
 import signal
@@ -23,14 +27,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, cast, get_args
 from urllib.parse import urlsplit
 
 import msgspec
 
 from lepton_ai.errors import BrokerUnavailable, LeptonError
 from queues.connection import CommandError, Connection
-from queues.server import address, configure
+from queues.server import Durability, address, configure
 
 __all__ = ["STOP_S", "Status", "command"]
 
@@ -42,12 +46,21 @@ _PR_SET_PDEATHSIG = 1
 _STARTS = 5
 _STEADY_S = 10.0
 _PAUSE_S = 0.2
+#: How often a disk that was full is tried, and with how much.
+_LONGEST_PAUSE_S = 5.0
+_PROBE_BYTES = 1 << 20
+#: What a server writes into its log before it ends because the disk takes no more (or nothing: the log is there too).
+_DISK_REFUSES = re.compile("AOF write error|AOF for fsync error|No space left on device|Disk quota exceeded")
+_LOG_TAIL_BYTES = 1 << 16
 
 
 class Status(msgspec.Struct, frozen=True):
-    """What a guardian says on its standard output: the server answers, has ended, or will not be started again."""
+    """What a guardian says on its standard output: the server answers, or has ended.
 
-    event: Literal["started", "ended", "failed"]
+    Then it is started again: at once, when the disk takes something again (waiting), or never (failed).
+    """
+
+    event: Literal["started", "ended", "waiting", "failed"]
     pid: int = 0
     """Of the server."""
     url: str = ""
@@ -65,20 +78,24 @@ class Status(msgspec.Struct, frozen=True):
             return cls("failed", reason=line.decode("utf-8", "replace").strip())
 
 
-def command(server: Path, directory: Path | None) -> tuple[str, ...]:
+def command(server: Path, durability: Durability, directory: Path | None) -> tuple[str, ...]:
     """The command line, after the interpreter, of a guardian; it ends once its standard input does.
 
     Without a directory it makes a private one and removes it at the end.
     """
-    return ("-m", "queues.guardian", str(server), *([str(directory)] if directory else []))
+    return ("-m", "queues.guardian", str(server), durability, *([str(directory)] if directory else []))
 
 
 class _Guardian:
     """One server on one directory. Leaves by SystemExit as soon as the parent is gone."""
 
-    def __init__(self, server: str, home: Path) -> None:
+    def __init__(self, server: str, durability: Durability, home: Path) -> None:
         self._server = server
+        self._durability = durability
         self._home = home
+        self._log = home / "broker.log"
+        self._log_at = 0
+        """Where in the log the running server began."""
         self._lock = -1
         self._socket: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -95,19 +112,28 @@ class _Guardian:
         """Keeps a server running; raises BrokerUnavailable where it cannot be started, at first or several times."""
         self._take_lock()
         url = address(self._home)
-        config = configure(self._home, url)
-        failures = 0
+        config = configure(self._home, url, self._durability)
+        failures = refusals = 0
         self._start(config, url)
         while True:
             began = time.monotonic()
             code = self._await_end()
-            failures = 1 if time.monotonic() - began >= _STEADY_S else failures + 1
+            if time.monotonic() - began >= _STEADY_S:
+                failures = refusals = 0
+            failures += 1
             while True:
-                reason = f"{_ending(code)}: {_last_line(self._home / 'broker.log')}"
-                if failures >= _STARTS:
+                reason = f"{_ending(code)}: {self._last_line()}"
+                if refused := self._disk_refuses(code):
+                    failures = 1
+                elif failures >= _STARTS:
                     raise BrokerUnavailable(f"{self._server} ended {failures} times in a row; {reason}")
                 self._say(Status("ended", code=code, reason=reason))
-                self._rest(_PAUSE_S * 2 ** (failures - 2) if failures > 1 else 0.0)
+                if refused:
+                    self._say(Status("waiting", reason=refused))
+                    self._await_room(refusals)
+                    refusals += 1
+                else:
+                    self._rest(_PAUSE_S * 2 ** (failures - 2) if failures > 1 else 0.0)
                 try:
                     self._start(config, url)
                     break
@@ -129,6 +155,7 @@ class _Guardian:
     def _start(self, config: Path, url: str) -> None:
         self._socket = Path(urlsplit(url).path)
         self._socket.unlink(missing_ok=True)  # of a server that was killed
+        self._log_at = self._log.stat().st_size if self._log.exists() else 0
         self._process = subprocess.Popen(
             [self._server, str(config)],
             stdin=subprocess.DEVNULL,
@@ -139,7 +166,7 @@ class _Guardian:
         deadline = time.monotonic() + _START_S
         while True:
             if (code := self._process.poll()) is not None:
-                raise BrokerUnavailable(f"{_ending(code)}: {_last_line(self._home / 'broker.log')}")
+                raise BrokerUnavailable(f"{_ending(code)}: {self._last_line()}")
             try:
                 with contextlib.closing(Connection(url, "guardian")) as connection:
                     connection.call("PING")
@@ -159,6 +186,51 @@ class _Guardian:
         while (code := self._process.poll()) is None:
             self._rest(None)
         return code
+
+    def _disk_refuses(self, code: int) -> str:
+        """Why a server that ended so could not go on writing; empty where the disk is not to blame."""
+        if code < 0:  # killed
+            return ""
+        refused = self._probe()
+        if not refused and not _DISK_REFUSES.search(self._logged()):
+            return ""
+        free = shutil.disk_usage(self._home).free >> 20
+        return f"the disk of {self._home} takes no more ({refused or self._last_line()}; {free} MiB are free)"
+
+    def _await_room(self, tries: int) -> None:
+        """Returns once the disk takes something. Pauses longer at each call: what was refused may be larger."""
+        pause_s = min(_LONGEST_PAUSE_S, _PAUSE_S * 2.0 ** min(tries, 16))
+        while True:
+            self._rest(pause_s)
+            if not self._probe():
+                return
+            pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+
+    def _probe(self) -> str:
+        """Why the disk takes nothing now; empty where it does."""
+        path = self._home / "broker.probe"
+        try:
+            with path.open("wb") as file:
+                file.write(bytes(_PROBE_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            return error.strerror or str(error)
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return ""
+
+    def _logged(self) -> str:
+        """What the server has written into its log since its start, or the end of that."""
+        if not self._log.exists():
+            return ""
+        with self._log.open("rb") as file:
+            file.seek(max(self._log_at, self._log.stat().st_size - _LOG_TAIL_BYTES))
+            return file.read().decode("utf-8", "replace")
+
+    def _last_line(self) -> str:
+        return (self._logged().splitlines() or ["nothing in its log"])[-1]
 
     def _rest(self, seconds: float | None) -> None:
         """Waits, at the longest until the server ends; leaves where the parent is gone."""
@@ -202,11 +274,12 @@ class _Guardian:
             os.write(self._said, msgspec.json.encode(status) + b"\n")
 
 
-def _guard(server: str, directory: str | None) -> int:
+def _guard(server: str, durability: str, directory: str | None) -> int:
+    assert durability in get_args(Durability)
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the pipe
     home = Path(directory or tempfile.mkdtemp(prefix="lepton-")).absolute()
-    guard = _Guardian(server, home)
+    guard = _Guardian(server, cast(Durability, durability), home)
     try:
         guard.serve()
     except SystemExit:
@@ -220,10 +293,6 @@ def _guard(server: str, directory: str | None) -> int:
         if directory is None:
             shutil.rmtree(home, ignore_errors=True)
     return 0
-
-
-def _last_line(log: Path) -> str:
-    return (log.read_text("utf-8", "replace").splitlines() or [""])[-1] if log.exists() else "no log"
 
 
 def _ending(code: int) -> str:
@@ -253,4 +322,4 @@ def _die_with_parent() -> Callable[[], None] | None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(_guard(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None))
+    raise SystemExit(_guard(sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None))

@@ -11,17 +11,22 @@ import stat
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Final, Literal
 from urllib.parse import urlsplit
 
 from lepton_ai.errors import NoBroker
 from lepton_ai.settings import Settings
 
-__all__ = ["address", "configure", "find_server"]
+__all__ = ["Durability", "address", "configure", "find_server"]
+
+Durability = Literal["everysec", "fsync"]
 
 _OLDEST = (7, 0)
 #: What fits everywhere into a socket's address (Linux: 107, macOS: 103), and what no client's URL parser stumbles over.
 _SOCKET_BYTES = 103
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._~+-]+")
+#: A server that writes always answers a write once it is on the disk, and ends where the disk takes no more.
+_FSYNC: Final[dict[Durability, str]] = {"everysec": "everysec", "fsync": "always"}
 _PASSWORD = re.compile(r"[A-Za-z0-9_-]{32,}")
 
 
@@ -73,7 +78,7 @@ def address(directory: Path) -> str:
     return url
 
 
-def configure(home: Path, url: str) -> Path:
+def configure(home: Path, url: str, durability: Durability) -> Path:
     """Writes the server's configuration into its directory; returns the file, which only this user can read."""
     half_of_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     parts = urlsplit(url)
@@ -88,7 +93,9 @@ def configure(home: Path, url: str) -> Path:
             f"logfile {_quoted(str(home / 'broker.log'))}\n"
             f"requirepass {parts.password}\n"
             "appendonly yes\n"
-            "appendfsync everysec\n"
+            f"appendfsync {_FSYNC[durability]}\n"
+            # A server that ends on a full disk may leave half a command behind, which nobody was told is done.
+            "aof-load-truncated yes\n"
             # A waiting and a finished job write a few kB of log: rewriting early would only stall them.
             "auto-aof-rewrite-min-size 256mb\n"
             'save ""\n'

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
@@ -142,7 +143,8 @@ def test_the_next_guardian_of_a_directory_waits_until_the_last_one_s_server_is_g
 
 
 def test_a_directory_that_another_broker_uses_is_refused_with_its_guardians_pid(tmp_path: Path) -> None:
-    program = f"from queues import guardian; guardian.STOP_S = 0.2; guardian._guard('/nowhere', {str(tmp_path)!r})"
+    guard = f"guardian._guard('/nowhere', 'everysec', {str(tmp_path)!r})"
+    program = f"from queues import guardian; guardian.STOP_S = 0.2; {guard}"
     with EmbeddedBroker(Settings(), tmp_path) as broker:
         with subprocess.Popen(
             [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -171,3 +173,79 @@ def test_a_broker_that_takes_long_to_read_its_data_is_waited_for(tmp_path: Path)
 )
 def test_an_end_is_told_by_the_signals_name(code: int, words: str) -> None:
     assert guardian._ending(code) == words
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+#: In a mount namespace of its own: a disk of 16 MiB, filled and freed three times, and a guardian that would give up
+#: after two failures. Prints what was acknowledged, what was there in the end, and what the guardian said.
+FULL_DISK = """
+import json, subprocess, sys
+from pathlib import Path
+from lepton_ai.errors import LeptonError
+from lepton_ai.settings import Settings
+from queues import guardian
+from queues.connection import Connection
+from queues.embedded import EmbeddedBroker
+
+disk = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "lepton", disk], check=True)
+patient = "import sys; from queues import guardian as g; g._STARTS = 2; raise SystemExit(g._guard(*sys.argv[1:]))"
+guardian.command = lambda server, durability, home: ("-c", patient, str(server), durability, str(home))
+acknowledged, found, said = 0, [], []
+with EmbeddedBroker(Settings(durability="fsync"), disk / "broker") as broker:
+    for _ in range(3):
+        ballast = (disk / "ballast").open("wb", buffering=0)
+        connection = Connection(broker.url, "writer")
+        try:
+            ballast.write(bytes(12 << 20))
+            while True:
+                acknowledged = connection.call("LPUSH", "list", bytes(20_000))
+        except (LeptonError, OSError):
+            pass
+        while not said or said[-1]["event"] != "waiting":
+            said.append(json.loads(broker._guardian.stdout.readline()))
+        ballast.truncate(0)
+        ballast.close()
+        said.append(json.loads(broker._guardian.stdout.readline()))
+        connection = Connection(broker.url, "reader")
+        found.append((acknowledged, connection.call("LLEN", "list")))
+        connection.call("DEL", "list")
+        connection.call("BGREWRITEAOF")
+        while b"aof_rewrite_in_progress:1" in connection.call("INFO", "persistence"):
+            pass
+print(json.dumps([found, said]))
+"""
+
+
+@pytest.fixture
+def in_a_namespace() -> list[str]:
+    """What runs a command where it may mount a disk that nobody else sees."""
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    try:
+        tried = subprocess.run([*alone, "true"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"a small disk cannot be made here: {error}")
+    if tried.returncode != 0:
+        pytest.skip(f"a small disk cannot be made here: {tried.stderr.strip()}")
+    return alone
+
+
+def test_a_server_on_a_full_disk_is_back_with_all_that_was_acknowledged_once_there_is_room(
+    tmp_path: Path, in_a_namespace: list[str]
+) -> None:
+    ran = subprocess.run(
+        [*in_a_namespace, sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found, said = json.loads(ran.stdout)
+    assert [each["event"] for each in said] == ["ended", "waiting", "started"] * 3
+    for acknowledged, kept in found:
+        assert 50 < acknowledged <= kept <= acknowledged + 1
+    assert said[0]["code"] == 1
+    assert "takes no more (No space left on device" in said[1]["reason"]
