@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,9 +11,10 @@ import msgspec
 import numpy as np
 
 from lepton_ai import wire
-from lepton_ai.errors import InvalidArguments, JobCancelled, LeptonError, Malformed, OptionNotSupported, UnknownKernel
+from lepton_ai.errors import InvalidArguments, JobCancelled, LeptonError, Malformed, UnknownKernel
 from lepton_ai.job import Options
 from lepton_ai.kernel import Kernel, Work
+from lepton_ai.succession import Sequel, inherit, sequel_of
 from lepton_ai.tensor import TensorMap
 
 __all__ = ["Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "split"]
@@ -30,6 +32,8 @@ class TakenJob(msgspec.Struct, eq=False):
     """Its arrays came as tensor maps, so its answer goes back as tensor maps; else as nested lists."""
     keep: bool
     """False where the caller asked to ignore the result."""
+    sequel: Sequel | None = None
+    """What is to follow it, for tasks/canvas.py; None where nothing is."""
     decode_s: float = 0.0
     """What reading it from its message took."""
 
@@ -47,6 +51,7 @@ class Refused(msgspec.Struct, frozen=True):
     options: Options
     error: LeptonError
     keep: bool = True
+    sequel: Sequel | None = None
 
 
 class Unreadable(msgspec.Struct, frozen=True):
@@ -86,7 +91,10 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
         options = wire.read_options(headers)
         return _read(envelope, options, kernels, limit_bytes, keep)
     except LeptonError as error:
-        return Refused(headers.id, headers.task, options, error, keep)
+        sequel = None
+        with suppress(LeptonError):  # then the job's own fault is told, and nobody can tell what should follow it
+            sequel = sequel_of(headers, wire.read_embed(envelope, limit_bytes=limit_bytes))
+        return Refused(headers.id, headers.task, options, error, keep, sequel)
 
 
 def _read(
@@ -98,13 +106,14 @@ def _read(
         raise UnknownKernel(f"this worker has no kernel {headers.task!r}; it has {', '.join(sorted(kernels))}")
     if headers.expires is not None and _expired(headers.expires):
         raise JobCancelled(f"the job expired at {headers.expires}")
-    arguments, callbacks = wire.read_body(envelope, limit_bytes=limit_bytes)
-    if callbacks:
-        raise OptionNotSupported("link, chain and chord are not supported yet", "callbacks")
+    body = wire.read_body(envelope, limit_bytes=limit_bytes)
+    sequel = sequel_of(headers, body.embed)
+    arguments = inherit(kernel.signature, body)
     inputs, dims = kernel.signature.bind(arguments)
-    arrays = [value for value in arguments.values() if isinstance(value, TensorMap | list)]
-    tensors = any(isinstance(value, TensorMap) for value in arrays) or (not arrays and options.result == "msgpack")
-    return TakenJob(headers.id, kernel, inputs, kernel.spec.work(dims), options, tensors, keep)
+    arrays = [value for value in arguments.values() if isinstance(value, TensorMap | np.ndarray | list)]
+    lists = all(isinstance(value, list) for value in arrays)
+    tensors = not lists or (not arrays and options.result == "msgpack")
+    return TakenJob(headers.id, kernel, inputs, kernel.spec.work(dims), options, tensors, keep, sequel)
 
 
 def _expired(expires: str | float) -> bool:
