@@ -35,6 +35,7 @@ from lepton_ai.signature import describe, shapes_of
 from lepton_ai.topology import LANE
 
 __all__ = [
+    "Body",
     "Envelope",
     "Headers",
     "Value",
@@ -47,6 +48,7 @@ __all__ = [
     "failure",
     "pack",
     "read_body",
+    "read_embed",
     "read_envelope",
     "read_meta",
     "read_options",
@@ -85,6 +87,10 @@ class Headers(msgspec.Struct):
     timelimit: list[float | None] | None = None
     ignore_result: bool | None = None
     compression: str | None = None
+    # Where the job stands in Celery's canvas (lepton_ai/succession.py); checked only where something follows it.
+    root_id: Any = None
+    group: Any = None
+    group_index: Any = None
     # For those who watch (Flower); nothing is done by them, so anything may stand there.
     origin: Any = None
     argsrepr: Any = None
@@ -106,16 +112,28 @@ class Properties(msgspec.Struct):
     priority: int | None = 0
 
 
-class _Body(msgspec.Struct, array_like=True):
+class Body(msgspec.Struct, array_like=True):
+    """What a message says to its kernel. `args` and `embed` are Celery's, and checked by lepton_ai/succession.py."""
+
     args: list[Any]
+    """What the jobs before it gave."""
     kwargs: dict[str, Value]
+    embed: Any = None
+    """What is to follow it."""
+
+
+class _AnyBody(msgspec.Struct, array_like=True):
+    """A body whose arguments may be anything."""
+
+    args: Any
+    kwargs: Any
     embed: Any = None
 
 
 _ENVELOPE = msgspec.json.Decoder(Envelope)
 _OPTIONS = msgspec.json.Decoder(Options | None)
-_BODY_MSGPACK = msgspec.msgpack.Decoder(_Body)
-_BODY_JSON = msgspec.json.Decoder(_Body)
+_BODY = {MSGPACK: msgspec.msgpack.Decoder(Body), JSON: msgspec.json.Decoder(Body)}
+_ANY_BODY = {MSGPACK: msgspec.msgpack.Decoder(_AnyBody), JSON: msgspec.json.Decoder(_AnyBody)}
 _META_MSGPACK = msgspec.msgpack.Decoder(Meta)
 _META_JSON = msgspec.json.Decoder(Meta)
 _ANYTHING = msgspec.json.Decoder()
@@ -246,20 +264,21 @@ def _seconds(value: str | float, field: str) -> float:
         raise InvalidArguments(f"{field} is not a time: {value!r}", field) from None
 
 
-def read_body(envelope: Envelope, *, limit_bytes: int) -> tuple[dict[str, Any], bool]:
-    """The arguments of a message, and whether it carries callbacks (link, chain, chord).
+def read_body(envelope: Envelope, *, limit_bytes: int) -> Body:
+    """The body of a message.
 
-    Raises TooLarge where the body unpacks to more than `limit_bytes`, InvalidArguments where positional arguments or
-    values that are no arguments stand in it, Malformed where it is not what its headers say.
+    Raises TooLarge where it unpacks to more than `limit_bytes`, InvalidArguments where values that are no arguments
+    stand in it, Malformed where it is not what its headers say.
     """
-    body = _open_body(envelope, limit_bytes)
-    if body.args:
-        raise InvalidArguments("arguments are given by name (kwargs); positional ones are not understood", "args")
-    callbacks = body.embed if isinstance(body.embed, dict) else {"embed": body.embed}
-    return body.kwargs, any(value is not None for value in callbacks.values())
+    return _open_body(envelope, limit_bytes, _BODY)  # type: ignore[no-any-return]
 
 
-def _open_body(envelope: Envelope, limit_bytes: int) -> _Body:
+def read_embed(envelope: Envelope, *, limit_bytes: int) -> Any:
+    """What is to follow a job whose arguments are wrong. Raises as `read_body`, but never for the arguments."""
+    return _open_body(envelope, limit_bytes, _ANY_BODY).embed
+
+
+def _open_body(envelope: Envelope, limit_bytes: int, decoders: Mapping[str, Any]) -> Any:
     data: bytes
     if envelope.properties.body_encoding == "base64":
         try:
@@ -274,11 +293,10 @@ def _open_body(envelope: Envelope, limit_bytes: int) -> _Body:
         raise Malformed(f"compression {envelope.headers.compression!r} is not understood; use gzip or none")
     if len(data) > limit_bytes:
         raise TooLarge(f"the body has {len(data)} bytes, the limit is {limit_bytes}")
-    if envelope.content_type == MSGPACK:
-        return _typed(_BODY_MSGPACK, data)  # type: ignore[no-any-return]
-    if envelope.content_type == JSON:
-        return _typed(_BODY_JSON, data)  # type: ignore[no-any-return]
-    raise Malformed(f"content type {envelope.content_type!r} is refused; use {MSGPACK} or {JSON}")
+    decoder = decoders.get(envelope.content_type)
+    if decoder is None:
+        raise Malformed(f"content type {envelope.content_type!r} is refused; use {MSGPACK} or {JSON}")
+    return _typed(decoder, data)
 
 
 def _inflate(data: bytes, limit_bytes: int) -> bytes:

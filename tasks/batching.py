@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from lepton_ai import wire
 from lepton_ai.errors import InvalidArguments, LeptonError, OptionNotSupported, UnknownKernel
 from lepton_ai.job import Options
 from lepton_ai.kernel import Kernel, Work
+from lepton_ai.succession import Sequel, inherit, sequel_of
 from lepton_ai.tensor import TensorMap
 
 __all__ = ["Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "split"]
@@ -37,6 +39,8 @@ class TakenJob(msgspec.Struct, eq=False):
     """The longest that it may run, where it says so itself."""
     deadline_at: float | None = None
     """After when it must not begin any more, in seconds since the epoch."""
+    sequel: Sequel | None = None
+    """What is to follow it; None where nothing is."""
     decode_s: float = 0.0
     """What reading it from its message took."""
 
@@ -54,6 +58,7 @@ class Refused(msgspec.Struct, frozen=True):
     options: Options
     error: LeptonError
     keep: bool = True
+    sequel: Sequel | None = None
 
 
 class Unreadable(msgspec.Struct, frozen=True):
@@ -94,7 +99,10 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
         options = wire.read_options(headers)
         return _read(message, envelope, options, kernels, limit_bytes, keep)
     except LeptonError as error:
-        return Refused(headers.id, headers.task, options, error, keep)
+        sequel = None
+        with suppress(LeptonError):  # then the job's own fault is told, and nobody can tell what should follow it
+            sequel = sequel_of(headers, wire.read_embed(envelope, limit_bytes=limit_bytes))
+        return Refused(headers.id, headers.task, options, error, keep, sequel)
 
 
 def _read(
@@ -110,24 +118,25 @@ def _read(
     if kernel is None:
         raise UnknownKernel(f"this worker has no kernel {headers.task!r}; it has {', '.join(sorted(kernels))}")
     deadline_at = wire.deadline_at(headers)
-    arguments, callbacks = wire.read_body(envelope, limit_bytes=limit_bytes)
-    if callbacks:
-        raise OptionNotSupported("link, chain and chord are not supported yet", "callbacks")
+    body = wire.read_body(envelope, limit_bytes=limit_bytes)
+    sequel = sequel_of(headers, body.embed)
+    arguments = inherit(kernel.signature, body)
     inputs, dims = kernel.signature.bind(arguments)
-    arrays = [value for value in arguments.values() if isinstance(value, TensorMap | list)]
-    tensors = any(isinstance(value, TensorMap) for value in arrays) or (not arrays and options.result == "msgpack")
+    arrays = [value for value in arguments.values() if isinstance(value, TensorMap | np.ndarray | list)]
+    lists = all(isinstance(value, list) for value in arrays)
     return TakenJob(
         headers.id,
         kernel,
         inputs,
         kernel.spec.work(dims),
         options,
-        tensors,
+        not lists or (not arrays and options.result == "msgpack"),
         keep,
         message,
         max(0, headers.retries or 0),
         _limit_s(options, headers),
         deadline_at,
+        sequel,
     )
 
 
