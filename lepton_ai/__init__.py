@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lepton_ai.errors import LeptonError
     from lepton_ai.event import CloudEvent
     from lepton_ai.handle import JobHandle
+    from lepton_ai.idempotency import job_id
     from lepton_ai.job import Cost, Estimate, Placement
     from lepton_ai.kernel import Kernel, KernelSpec
 
@@ -30,6 +31,7 @@ __all__ = [
     "LeptonError",
     "Peaks",
     "Placement",
+    "job_id",
 ]
 
 #: Where each is. They are loaded when they are asked for: NumPy and asyncio take a third of a second, and not everybody
@@ -49,6 +51,7 @@ _MODULES = {
     "LeptonError": "errors",
     "Peaks": "device",
     "Placement": "job",
+    "job_id": "idempotency",
 }
 
 

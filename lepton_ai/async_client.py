@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
 from lepton_ai.async_events import AsyncEvents
 from lepton_ai.async_flight import Rows
 from lepton_ai.async_handle import AsyncJobHandle, AsyncJobReader
-from lepton_ai.client import connect
+from lepton_ai.client import asked, connect
 from lepton_ai.device import Announcement
 from lepton_ai.event import Cursor
 from lepton_ai.identity import new_id
-from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec
+from lepton_ai.terms import Terms, check_tenant
 
 __all__ = ["AsyncClient"]
 
 
 class _Connection(AsyncJobReader, Protocol):
     async def submit(
-        self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options
+        self,
+        kernel: str,
+        rows: Iterable[Mapping[str, Any]],
+        terms: Terms,
+        keys: Sequence[str] | None = None,
+        *,
+        patient: bool = False,
     ) -> list[AsyncJobHandle]: ...
-    def map(self, kernel: str, rows: Rows, options: Options, window: int) -> AsyncGenerator[AsyncJobHandle, None]: ...
+    def map(self, kernel: str, rows: Rows, terms: Terms, window: int) -> AsyncGenerator[AsyncJobHandle, None]: ...
     def events(self, since: Cursor | None, job: str | None, timeout_s: float | None) -> AsyncEvents: ...
     async def announcements(self) -> list[Announcement]: ...
     async def close(self) -> None: ...
@@ -42,8 +49,9 @@ class AsyncClient:
     Use it in an `async with`, or `await close()` it: what still waits then gets BrokerUnavailable.
     """
 
-    def __init__(self, url: str | None = None) -> None:
-        self._connection = connect(url, _direct, _remote)
+    def __init__(self, url: str | None = None, *, tenant: str | None = None) -> None:
+        check_tenant(tenant)
+        self._connection = connect(url, partial(_direct, tenant=tenant), partial(_remote, tenant=tenant))
 
     async def submit(
         self,
@@ -52,9 +60,14 @@ class AsyncClient:
         *,
         priority: int | None = None,
         device: str | None = None,
+        key: str | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
+        limit_s: float | None = None,
     ) -> AsyncJobHandle:
         """Submits one job; when this returns, the broker has it: see `Client.submit`."""
-        return (await self.submit_many(kernel, [arguments], priority=priority, device=device))[0]
+        terms = asked(priority, device, delay_s, deadline_s, limit_s)
+        return (await self._connection.submit(kernel, [arguments], terms, None if key is None else [key]))[0]
 
     async def submit_many(
         self,
@@ -63,9 +76,14 @@ class AsyncClient:
         *,
         priority: int | None = None,
         device: str | None = None,
+        keys: Sequence[str] | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
+        limit_s: float | None = None,
     ) -> list[AsyncJobHandle]:
         """Submits one job for each row of arguments, in as few round trips as their size allows."""
-        return await self._connection.submit(kernel, rows, Options(priority=priority, device=device).checked())
+        terms = asked(priority, device, delay_s, deadline_s, limit_s)
+        return await self._connection.submit(kernel, rows, terms, keys, patient=True)
 
     def map(
         self,
@@ -75,6 +93,9 @@ class AsyncClient:
         window: int = 1000,
         priority: int | None = None,
         device: str | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
+        limit_s: float | None = None,
     ) -> AsyncGenerator[AsyncJobHandle, None]:
         """Submits a job for each row as there is room, and hands out each once it has ended: see `Client.map`.
 
@@ -83,7 +104,7 @@ class AsyncClient:
         landed while the caller does something else, up to the window. Leaving early ends that: at once by
         `contextlib.aclosing(lepton.map(...))` or `aclose()`, soon after where the iterator is only dropped.
         """
-        return self._connection.map(kernel, rows, Options(priority=priority, device=device).checked(), window)
+        return self._connection.map(kernel, rows, asked(priority, device, delay_s, deadline_s, limit_s), window)
 
     def job(self, job_id: str) -> AsyncJobHandle:
         """The handle of a job by its id, whoever submitted it."""
@@ -124,13 +145,13 @@ class AsyncClient:
         await self.close()
 
 
-def _direct(url: str) -> _Connection:
+def _direct(url: str, tenant: str | None) -> _Connection:
     from lepton_ai.async_direct import AsyncDirect  # redis-py is loaded only by those who talk to the broker
 
-    return AsyncDirect(url, new_id())
+    return AsyncDirect(url, new_id(), tenant)
 
 
-def _remote(url: str) -> _Connection:
+def _remote(url: str, tenant: str | None) -> _Connection:
     from lepton_ai.async_remote import AsyncRemote  # and httpx by those who talk HTTP
 
-    return AsyncRemote(url)
+    return AsyncRemote(url, tenant)

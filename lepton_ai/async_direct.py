@@ -6,7 +6,7 @@ import asyncio
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
@@ -26,21 +26,29 @@ from lepton_ai.direct_protocol import (
     LAST_LOOK_S,
     PIPELINE_BYTES,
     POP_AT_ONCE,
+    Keyed,
     Lookout,
     answered_to,
+    bytes_of,
+    key_commands,
+    keyed,
     look_commands,
+    message,
+    push_commands,
     read_final,
     read_finals,
     read_look,
     read_replies,
+    unknown,
 )
 from lepton_ai.errors import BrokerUnavailable
 from lepton_ai.event import Cursor
 from lepton_ai.event_stream import Follower, follow, follow_job
 from lepton_ai.flight import MOST_TOGETHER, part
 from lepton_ai.identity import new_id
-from lepton_ai.job import Meta, Options, Placement
+from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import Patience
+from lepton_ai.terms import Terms
 
 __all__ = ["AsyncDirect"]
 
@@ -53,9 +61,10 @@ Tell = Callable[[Meta | Exception], None]
 class AsyncDirect:
     """A connection to the broker for submitting, waiting and looking, for one event loop."""
 
-    def __init__(self, url: str, client_id: str) -> None:
+    def __init__(self, url: str, client_id: str, tenant: str | None = None) -> None:
         self._url = url
         self._client_id = client_id
+        self._tenant = tenant
         self._reply_to = topology.reply(client_id)
         pool = redis.BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=None, **CONNECTION)
         self._redis: Any = redis.Redis.from_pool(pool)
@@ -68,29 +77,46 @@ class AsyncDirect:
         self._ways = EventWays()
         self._was_there = False
 
-    async def submit(self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options) -> list[AsyncJobHandle]:
-        """Publishes one job a row in pipelines of a few MiB; when this returns, the broker has them all."""
-        options = answered_to(options, self._reply_to)
+    async def submit(
+        self,
+        kernel: str,
+        rows: Iterable[Mapping[str, Any]],
+        terms: Terms,
+        keys: Sequence[str] | None = None,
+        *,
+        patient: bool = False,
+    ) -> list[AsyncJobHandle]:
+        """Publishes one job a row in pipelines of a few MiB; when this returns, the broker has them all.
+
+        Patience is for an ingest that refuses what is too much: nobody does that here.
+        """
+        terms = answered_to(terms, self._reply_to)
         handles: list[AsyncJobHandle] = []
+        if keys is not None:
+            known: dict[str, AsyncJobHandle] = {}
+            for jobs in wire.batches(keyed(kernel, rows, keys, terms, self._tenant), PIPELINE_BYTES, bytes_of):
+                handles += [known.setdefault(job.id, AsyncJobHandle(job.id, kernel, self)) for job in jobs]
+                await self._push_keyed(terms, jobs, known)
+            return handles
 
         def messages() -> Iterator[bytes]:
             for row in rows:
                 handle = AsyncJobHandle(new_id(), kernel, self)
-                yield wire.envelope(handle.id, kernel, row, options)
+                yield message(handle.id, kernel, row, terms, self._tenant)
                 self._pending[handle.id] = handle
                 handles.append(handle)
 
         for batch in wire.batches(messages(), PIPELINE_BYTES):
-            await self._push(options, batch)
+            await self._push(terms, batch)
         return handles
 
-    def map(self, kernel: str, rows: Rows, options: Options, window: int) -> AsyncGenerator[AsyncJobHandle, None]:
+    def map(self, kernel: str, rows: Rows, terms: Terms, window: int) -> AsyncGenerator[AsyncJobHandle, None]:
         """One job a row, handed out as they end."""
-        options = answered_to(options, self._reply_to)
+        terms = answered_to(terms, self._reply_to)
         flight = AsyncFlight(window)
 
         def encode(job_id: str, row: Mapping[str, Any]) -> bytes:
-            return wire.envelope(job_id, kernel, row, options)
+            return message(job_id, kernel, row, terms, self._tenant)
 
         def told(job: AsyncJobHandle, found: Meta | Exception) -> None:
             if isinstance(found, Exception):
@@ -99,19 +125,19 @@ class AsyncDirect:
                 flight.end(job)
 
         def begin(number: int, row: Mapping[str, Any]) -> Part:
-            job, message = part(AsyncJobHandle(new_id(), kernel, self, number), row, encode)
-            if message:
+            job, data = part(AsyncJobHandle(new_id(), kernel, self, number), row, encode)
+            if data:
                 self._pending[job.id] = job
                 self._listen(job.id, partial(told, job))
-            return job, message
+            return job, data
 
         async def send() -> None:
             patience = Patience(was_there=self._was_there)
             while True:
-                messages = [message for _, message in await flight.batch(MOST_TOGETHER, PIPELINE_BYTES)]
+                messages = [data for _, data in await flight.batch(MOST_TOGETHER, PIPELINE_BYTES)]
                 while messages:  # perhaps more than once: a job that runs twice ends once
                     try:
-                        await self._push(options, messages)
+                        await self._push(terms, messages)
                         patience.renew()
                         break
                     except BrokerUnavailable as error:
@@ -145,7 +171,7 @@ class AsyncDirect:
 
     async def look(self, job_id: str) -> tuple[Meta | None, Placement | None]:
         """See JobReader."""
-        return read_look(await self._all(look_commands(job_id), transaction=False))
+        return read_look(job_id, await self._all(look_commands(job_id), transaction=False))
 
     async def cancel(self, job_id: str) -> bool:
         """See JobReader."""
@@ -178,9 +204,32 @@ class AsyncDirect:
         await self._replies.aclose()
         await self._redis.aclose()
 
-    async def _push(self, options: Options, messages: list[bytes]) -> None:
-        lane = topology.lane_list(options.urgency)
-        await self._all([("LPUSH", lane, message) for message in messages], transaction=False)
+    async def _push(self, terms: Terms, messages: list[bytes]) -> None:
+        await self._all(push_commands(messages, terms, self._tenant), transaction=self._tenant is not None)
+
+    async def _push_keyed(self, terms: Terms, jobs: list[Keyed], handles: Mapping[str, AsyncJobHandle]) -> None:
+        """Publishes those jobs that the broker does not have: all in one step with their keys, or none."""
+        names = [topology.key(each.id) for each in jobs]
+        with self._asking():
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                while True:
+                    await pipeline.watch(*names)
+                    fresh = unknown(jobs, await pipeline.mget(names))
+                    if not fresh:
+                        return
+                    pipeline.multi()
+                    pushed = push_commands([each.message for each in fresh], terms, self._tenant)
+                    for command in key_commands(fresh) + pushed:
+                        pipeline.execute_command(*command)
+                    for each in fresh:  # its reply may come before the answer to this does
+                        self._pending[each.id] = handles[each.id]
+                    try:
+                        await pipeline.execute()
+                        return
+                    except redis.WatchError:  # somebody brings one of them at this moment, or the connection broke
+                        for each in fresh:
+                            if self._pending.get(each.id) is handles[each.id]:
+                                del self._pending[each.id]
 
     async def _all(self, commands: Iterable[tuple[Any, ...]], *, transaction: bool) -> list[Any]:
         with self._asking():

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from lepton_ai.async_events import AsyncEvents
 from lepton_ai.handle import Handle, joined
-from lepton_ai.job import FINAL_STATES, Meta, Placement, Record, state_of
+from lepton_ai.job import ENDED, Meta, Placement, Record, state_of
 
 __all__ = ["AsyncJobHandle", "AsyncJobReader"]
 
@@ -45,13 +45,13 @@ class AsyncJobHandle(Handle):
         return self.result().__await__()
 
     async def state(self) -> str:
-        """waiting, placed, parked, succeeded, failed or cancelled."""
+        """waiting, scheduled, placed, parked, succeeded, failed, cancelled or expired."""
         meta, placement = (self.meta, None) if self.meta else await self._reader.look(self.id)
         return state_of(meta, placement)
 
     async def done(self) -> bool:
         """Whether the job has ended."""
-        return await self.state() in FINAL_STATES.values()
+        return await self.state() in ENDED
 
     async def why(self) -> Placement | None:
         """Where the job went and why, with every device that was looked at; None while it waits for a router."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import httpx
 
-from lepton_ai import wire
+from lepton_ai import idempotency, wire
 from lepton_ai.async_events import AsyncEvents, EventWays
 from lepton_ai.async_flight import AsyncFlight, Part, Rows
 from lepton_ai.async_handle import AsyncJobHandle
@@ -17,8 +18,8 @@ from lepton_ai.errors import BrokerUnavailable, InvalidRequest, Unavailable, Unk
 from lepton_ai.event import Cursor
 from lepton_ai.flight import part
 from lepton_ai.identity import new_id
-from lepton_ai.job import Meta, Options, Placement
-from lepton_ai.patience import Patience
+from lepton_ai.job import Meta, Placement
+from lepton_ai.patience import REFUSALS, Patience
 from lepton_ai.remote_protocol import (
     MAP_REQUESTS,
     MAP_WAIT_S,
@@ -35,6 +36,8 @@ from lepton_ai.remote_protocol import (
     error_of,
     final_meta,
     follow,
+    halves,
+    headers,
     path_of,
     place_of,
     read_announcements,
@@ -44,6 +47,7 @@ from lepton_ai.remote_protocol import (
     stream_error,
     what_is_known,
 )
+from lepton_ai.terms import Terms
 
 __all__ = ["AsyncRemote"]
 
@@ -60,31 +64,59 @@ Look = Callable[[str], Awaitable[tuple[Meta | None, Placement | None]]]
 class AsyncRemote:
     """A connection to an ingest, for one event loop."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tenant: str | None = None) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=_REQUESTS + _WAITING)
-        self._http = httpx.AsyncClient(
-            base_url=url, timeout=WAIT_S + 10, limits=limits, headers={"accept": wire.MSGPACK}
-        )
+        self._http = httpx.AsyncClient(base_url=url, timeout=WAIT_S + 10, limits=limits, headers=headers(tenant))
         self._asking, self._waiting = asyncio.Semaphore(_REQUESTS), asyncio.Semaphore(_WAITING)
         self._waiters = 0
         self._ways = EventWays()
         self._was_there = False
 
-    async def submit(self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options) -> list[AsyncJobHandle]:
-        """Posts one job a row in requests of a few MiB; each is accepted whole or not at all."""
+    async def submit(
+        self,
+        kernel: str,
+        rows: Iterable[Mapping[str, Any]],
+        terms: Terms,
+        keys: Sequence[str] | None = None,
+        *,
+        patient: bool = False,
+    ) -> list[AsyncJobHandle]:
+        """Posts one job a row in requests of a few MiB; each is accepted whole or not at all: see `Remote.submit`."""
+        requests = (
+            (request(kernel, row, terms) for row in rows)
+            if keys is None
+            else (request(kernel, row, terms, key) for row, key in idempotency.paired(rows, keys))
+        )
         handles: list[AsyncJobHandle] = []
-        for batch in wire.batches((request(kernel, row, options) for row in rows), REQUEST_BYTES):
-            handles += [AsyncJobHandle(view.id, view.kernel, self) for view in await self._posted(batch, 0.0)]
+        patience = Patience(was_there=patient)
+        for batch in wire.batches(requests, REQUEST_BYTES):
+            left = deque([batch])
+            while left:
+                try:
+                    views = await self._posted(left[0], 0.0)
+                except REFUSALS as error:
+                    await asyncio.sleep(patience.spend(error).seconds)
+                    left.extendleft(reversed(halves(left.popleft())))
+                    continue
+                if patient:
+                    patience.renew()
+                left.popleft()
+                handles += map(self._handle, views)
         return handles
 
-    def map(self, kernel: str, rows: Rows, options: Options, window: int) -> AsyncGenerator[AsyncJobHandle, None]:
+    def _handle(self, view: JobView) -> AsyncJobHandle:
+        job = AsyncJobHandle(view.id, view.kernel, self)
+        job.meta = final_meta(view)  # one of a key may have ended long ago
+        return job
+
+    def map(self, kernel: str, rows: Rows, terms: Terms, window: int) -> AsyncGenerator[AsyncJobHandle, None]:
         """One job a row, handed out as they end: see `remote_protocol.Stragglers` for what is asked when."""
         flight, chunk = AsyncFlight(window), chunk_of(window)
         stragglers: Stragglers[AsyncJobHandle] = Stragglers()
         has_stragglers = asyncio.Event()
 
         def encode(_: str, row: Mapping[str, Any]) -> bytes:
-            return request(kernel, row, options)
+            return request(kernel, row, terms)
 
         def begin(number: int, row: Mapping[str, Any]) -> Part:
             return part(AsyncJobHandle(new_id(), kernel, self, number), row, encode)
@@ -96,7 +128,11 @@ class AsyncRemote:
 
         async def post() -> None:
             while True:
-                settle(await self._post(await flight.batch(chunk, REQUEST_BYTES), MAP_WAIT_S))
+                left = deque([await flight.batch(chunk, REQUEST_BYTES)])
+                while left:
+                    jobs, refused = await self._post(left.popleft(), MAP_WAIT_S, stragglers.admission)
+                    left.extendleft(reversed(refused))
+                    settle(jobs)
 
         async def sweep() -> None:
             while True:
@@ -167,14 +203,19 @@ class AsyncRemote:
         await self._http.aclose()
 
     async def _posted(self, requests: list[bytes], wait_s: float) -> list[JobView]:
-        headers = {"content-type": wire.MSGPACK}
+        of = {"content-type": wire.MSGPACK}
         params = {"wait_s": f"{wait_s:.3f}"} if wait_s else {}
         async with self._asking:
-            answer = await self._call("POST", "/v1/jobs", content=body_of(requests), headers=headers, params=params)
+            answer = await self._call("POST", "/v1/jobs", content=body_of(requests), headers=of, params=params)
         return read_views(answer)
 
-    async def _post(self, batch: list[Part], wait_s: float) -> list[AsyncJobHandle]:
-        """Posts jobs of a map; those that are refused for themselves have failed with that."""
+    async def _post(
+        self, batch: list[Part], wait_s: float, admission: Patience
+    ) -> tuple[list[AsyncJobHandle], list[list[Part]]]:
+        """Posts jobs of a map; those that are refused for themselves have failed with that.
+
+        Returns them, and the batches that are still to be posted because the ingest took no more.
+        """
         jobs = [job for job, _ in batch]
         try:
             views = await self._posted([message for _, message in batch], wait_s)
@@ -182,13 +223,17 @@ class AsyncRemote:
             if concerns_every_row(error):
                 raise
             if len(batch) > 1:  # accepted whole or not at all: the halves, until the one at fault stands alone
-                half = len(batch) // 2
-                return await self._post(batch[:half], 0.0) + await self._post(batch[half:], 0.0)
+                first, second = [await self._post(half, 0.0, admission) for half in halves(batch)]
+                return first[0] + second[0], first[1] + second[1]
             jobs[0].meta = wire.failure(jobs[0].id, error)
-            return jobs
+            return jobs, []
+        except REFUSALS as error:
+            await asyncio.sleep(admission.spend(error).seconds)
+            return [], halves(batch)
+        admission.renew()
         for job, view in zip(jobs, views, strict=True):
             job.id, job.meta = view.id, final_meta(view)
-        return jobs
+        return jobs, []
 
     async def _sweep(self, jobs: list[AsyncJobHandle], wait_s: float, patience: Patience) -> list[AsyncJobHandle]:
         """Looks at stragglers of a map: waits for the first, by which time others may have ended too."""
@@ -215,7 +260,7 @@ class AsyncRemote:
         if response.is_success:
             self._was_there = True
             return response.content
-        raise error_of(response.status_code, response.content)
+        raise error_of(response.status_code, response.content, response.headers.get("retry-after", ""))
 
     def _following(self, follower: Follower) -> AsyncEvents:
         return AsyncEvents(follower, _Way(self._http, self.look), self._ways)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -15,8 +16,9 @@ from lepton_ai.handle import JobHandle, JobReader
 from lepton_ai.identity import new_id
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec
+from lepton_ai.terms import Terms, check_tenant
 
-__all__ = ["Client", "connect"]
+__all__ = ["Client", "asked", "connect"]
 
 C = TypeVar("C")
 
@@ -25,9 +27,17 @@ _REMOTE = ("http", "https")
 
 
 class _Connection(JobReader, Protocol):
-    def submit(self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options) -> list[JobHandle]: ...
+    def submit(
+        self,
+        kernel: str,
+        rows: Iterable[Mapping[str, Any]],
+        terms: Terms,
+        keys: Sequence[str] | None = None,
+        *,
+        patient: bool = False,
+    ) -> list[JobHandle]: ...
     def map(
-        self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options, window: int
+        self, kernel: str, rows: Iterable[Mapping[str, Any]], terms: Terms, window: int
     ) -> Generator[JobHandle, None, None]: ...
     def events(
         self, since: Cursor | None, job: str | None, timeout_s: float | None
@@ -43,10 +53,14 @@ class Client:
     `LEPTON_REDIS_URL`. Safe for several threads; close it, or use it in a `with`.
     Raises BrokerUnavailable from any call while the other side cannot be reached. Only who waits (for a result, a map,
     events) and has reached it before goes on trying, for 30 s.
+
+    `tenant` is for whom jobs are submitted: 1 to 63 of a-z, 0-9, `_` and `-`. They wait in a lane of that tenant's own,
+    and its idempotency keys are its own. It is what the caller says: nobody checks it yet.
     """
 
-    def __init__(self, url: str | None = None) -> None:
-        self._connection = connect(url, _direct, _remote)
+    def __init__(self, url: str | None = None, *, tenant: str | None = None) -> None:
+        check_tenant(tenant)
+        self._connection = connect(url, partial(_direct, tenant=tenant), partial(_remote, tenant=tenant))
 
     def submit(
         self,
@@ -55,13 +69,29 @@ class Client:
         *,
         priority: int | None = None,
         device: str | None = None,
+        key: str | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
+        limit_s: float | None = None,
     ) -> JobHandle:
         """Submits one job; when this returns, the broker has it.
 
         `arguments` are arrays, numbers or nested lists by name. `priority` is 1 (low) to 9 (high), unset is the
         middle. `device` pins the job to a device (`gpu.h100`) or a kind of device (`cpu`).
+
+        `delay_s`: it is not run before (at most 30 days from now). `deadline_s`: where it has not begun to run by then,
+        it expires, and `result()` raises JobExpired. `limit_s`: the longest that it may run, then TimeLimitExceeded.
+
+        `key` makes it the only job of that idempotency key (1 to 255 characters): whoever submits the same job with the
+        same key, before, now or later, gets the same id and result. So what was perhaps accepted (BrokerUnavailable)
+        may be submitted again. A key is remembered until its job's result is forgotten. Raises KeyConflict where it
+        stands for another kernel, other arguments or another device: see `lepton_ai.idempotency.fingerprint`.
+
+        Over HTTP raises QuotaExceeded where too much of this tenant waits already, and Overloaded where too much does
+        altogether; their `retry_after_s` says when to try again.
         """
-        return self.submit_many(kernel, [arguments], priority=priority, device=device)[0]
+        terms = asked(priority, device, delay_s, deadline_s, limit_s)
+        return self._connection.submit(kernel, [arguments], terms, None if key is None else [key])[0]
 
     def submit_many(
         self,
@@ -70,13 +100,19 @@ class Client:
         *,
         priority: int | None = None,
         device: str | None = None,
+        keys: Sequence[str] | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
+        limit_s: float | None = None,
     ) -> list[JobHandle]:
-        """Submits one job for each row of arguments, in as few round trips as their size allows.
+        """Submits one job for each row of arguments, in as few round trips as their size allows: see `submit`.
 
-        When this returns, the broker has them all. Where a row cannot be sent or is refused, the error is raised, and
-        rows before it may have been accepted.
+        `keys` are one for each row. When this returns, the broker has them all. Where a row cannot be sent or is
+        refused, the error is raised, and rows before it may have been accepted. Where an ingest takes no more for now
+        (QuotaExceeded, Overloaded), it goes on trying until nothing was accepted for 30 s.
         """
-        return self._connection.submit(kernel, rows, Options(priority=priority, device=device).checked())
+        terms = asked(priority, device, delay_s, deadline_s, limit_s)
+        return self._connection.submit(kernel, rows, terms, keys, patient=True)
 
     def job(self, job_id: str) -> JobHandle:
         """The handle of a job by its id, whoever submitted it."""
@@ -90,6 +126,9 @@ class Client:
         window: int = 1000,
         priority: int | None = None,
         device: str | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
+        limit_s: float | None = None,
     ) -> Generator[JobHandle, None, None]:
         """Submits a job for each row as there is room, and hands out each job once it has ended, in any order.
 
@@ -102,10 +141,11 @@ class Client:
         to come, so is what has ended. Over HTTP a job that outlives its request (1 s) is looked at by turns, and
         handed out up to 2 s after it ended. Leaving early (`close()`, or dropping the iterator) forgets what is under
         way; those jobs run on. So does every error that is raised here: the rows' own, BrokerUnavailable after 30 s
-        (over HTTP at once where rows are just being sent), and over HTTP UnknownKernel.
+        (over HTTP at once where rows are just being sent), and over HTTP UnknownKernel, and QuotaExceeded or Overloaded
+        where for 30 s no row was accepted and no job ended.
         """
-        options = Options(priority=priority, device=device).checked()
-        return self._connection.map(kernel, rows, options, window)
+        terms = asked(priority, device, delay_s, deadline_s, limit_s)
+        return self._connection.map(kernel, rows, terms, window)
 
     def cancel(self, job_id: str) -> bool:
         """Asks for a job to be cancelled, whoever submitted it; False where it has ended, and its result stands.
@@ -176,13 +216,24 @@ def connect(url: str | None, direct: Callable[[str], C], remote: Callable[[str],
     raise InvalidSettings(f"an address is one of {', '.join((*_DIRECT, *_REMOTE))}, not {url!r}", "url")
 
 
-def _direct(url: str) -> _Connection:
+def asked(
+    priority: int | None,
+    device: str | None,
+    delay_s: float | None,
+    deadline_s: float | None,
+    limit_s: float | None,
+) -> Terms:
+    """What a caller of either client asks; OptionNotSupported names what is out of range."""
+    return Terms(Options(priority=priority, device=device, limit_s=limit_s), delay_s, deadline_s).checked()
+
+
+def _direct(url: str, tenant: str | None) -> _Connection:
     from lepton_ai.direct import Direct  # redis-py is loaded only by those who talk to the broker
 
-    return Direct(url, new_id())
+    return Direct(url, new_id(), tenant)
 
 
-def _remote(url: str) -> _Connection:
+def _remote(url: str, tenant: str | None) -> _Connection:
     from lepton_ai.remote import Remote  # and httpx by those who talk HTTP
 
-    return Remote(url)
+    return Remote(url, tenant)

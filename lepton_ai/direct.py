@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,13 +22,20 @@ from lepton_ai.direct_protocol import (
     LOOK_EVERY_S,
     PIPELINE_BYTES,
     POP_AT_ONCE,
+    Keyed,
     Lookout,
     answered_to,
+    bytes_of,
+    key_commands,
+    keyed,
     look_commands,
+    message,
+    push_commands,
     read_final,
     read_finals,
     read_look,
     read_replies,
+    unknown,
 )
 from lepton_ai.errors import BrokerUnavailable
 from lepton_ai.event import CloudEvent, Cursor
@@ -36,8 +43,9 @@ from lepton_ai.event_stream import Follower, follow, follow_job
 from lepton_ai.flight import Flight, part, taken
 from lepton_ai.handle import JobHandle
 from lepton_ai.identity import new_id
-from lepton_ai.job import Meta, Options, Placement
+from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import Patience, Pause
+from lepton_ai.terms import Terms
 
 __all__ = ["Direct"]
 
@@ -45,9 +53,10 @@ __all__ = ["Direct"]
 class Direct:
     """A connection to the broker for submitting, waiting and looking. Safe for several threads."""
 
-    def __init__(self, url: str, client_id: str) -> None:
+    def __init__(self, url: str, client_id: str, tenant: str | None = None) -> None:
         self._url = url
         self._client_id = client_id
+        self._tenant = tenant
         self._reply_to = topology.reply(client_id)
         self._redis: redis.Redis = redis.Redis.from_url(url, **CONNECTION)
         self._pending: weakref.WeakValueDictionary[str, JobHandle] = weakref.WeakValueDictionary()
@@ -57,37 +66,54 @@ class Direct:
         self._popping = False
         self._was_there = False
 
-    def submit(self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options) -> list[JobHandle]:
-        """Publishes one job a row in pipelines of a few MiB; when this returns, the broker has them all."""
-        options = answered_to(options, self._reply_to)
+    def submit(
+        self,
+        kernel: str,
+        rows: Iterable[Mapping[str, Any]],
+        terms: Terms,
+        keys: Sequence[str] | None = None,
+        *,
+        patient: bool = False,
+    ) -> list[JobHandle]:
+        """Publishes one job a row in pipelines of a few MiB; when this returns, the broker has them all.
+
+        Patience is for an ingest that refuses what is too much: nobody does that here.
+        """
+        terms = answered_to(terms, self._reply_to)
         handles: list[JobHandle] = []
+        if keys is not None:
+            known: dict[str, JobHandle] = {}
+            for jobs in wire.batches(keyed(kernel, rows, keys, terms, self._tenant), PIPELINE_BYTES, bytes_of):
+                handles += [known.setdefault(job.id, JobHandle(job.id, kernel, self)) for job in jobs]
+                self._push_keyed(terms, jobs, known)
+            return handles
 
         def messages() -> Iterator[bytes]:
             for row in rows:
                 handle = JobHandle(new_id(), kernel, self)
-                yield wire.envelope(handle.id, kernel, row, options)
+                yield message(handle.id, kernel, row, terms, self._tenant)
                 self._pending[handle.id] = handle
                 handles.append(handle)
 
         for batch in wire.batches(messages(), PIPELINE_BYTES):
-            self._push(options, batch)
+            self._push(terms, batch)
         return handles
 
     def map(
-        self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options, window: int
+        self, kernel: str, rows: Iterable[Mapping[str, Any]], terms: Terms, window: int
     ) -> Generator[JobHandle, None, None]:
         """One job a row, handed out as they end: by the reply list, and their keys looked at once a second."""
         flight: Flight[JobHandle] = Flight(window)
-        return self._map(kernel, rows, answered_to(options, self._reply_to), flight)
+        return self._map(kernel, rows, answered_to(terms, self._reply_to), flight)
 
     def _map(
-        self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options, flight: Flight[JobHandle]
+        self, kernel: str, rows: Iterable[Mapping[str, Any]], terms: Terms, flight: Flight[JobHandle]
     ) -> Generator[JobHandle, None, None]:
         lookout, patience = Lookout(), Patience(was_there=self._was_there)
         unsent: list[tuple[JobHandle, bytes]] = []
 
         def encode(job_id: str, row: Mapping[str, Any]) -> bytes:
-            return wire.envelope(job_id, kernel, row, options)
+            return message(job_id, kernel, row, terms, self._tenant)
 
         parts = (part(JobHandle(new_id(), kernel, self, number), row, encode) for number, row in enumerate(rows))
         more = True
@@ -95,7 +121,7 @@ class Direct:
             while True:
                 yield from flight.land()
                 # A push whose answer was lost may have arrived all the same, and so may all of its jobs' results.
-                unsent = [(job, message) for job, message in unsent if job.meta is None]
+                unsent = [(job, data) for job, data in unsent if job.meta is None]
                 if more and not unsent and (room := flight.room):
                     batch = taken(parts, room, PIPELINE_BYTES)
                     more = bool(batch)
@@ -110,7 +136,7 @@ class Direct:
                 now = time.monotonic()
                 try:
                     if unsent:  # perhaps once more: a job that runs twice ends once
-                        self._push(options, [message for _, message in unsent])
+                        self._push(terms, [data for _, data in unsent])
                         unsent = []
                         self._pump(lambda: flight.landed, 0.0)  # rows that are slow to come hold up no results
                     else:
@@ -154,7 +180,7 @@ class Direct:
 
     def look(self, job_id: str) -> tuple[Meta | None, Placement | None]:
         """See JobReader."""
-        return read_look(self._all(look_commands(job_id), transaction=False))
+        return read_look(job_id, self._all(look_commands(job_id), transaction=False))
 
     def cancel(self, job_id: str) -> bool:
         """See JobReader."""
@@ -185,9 +211,32 @@ class Direct:
     def close(self) -> None:
         self._redis.close()
 
-    def _push(self, options: Options, messages: list[bytes]) -> None:
-        lane = topology.lane_list(options.urgency)
-        self._all([("LPUSH", lane, message) for message in messages], transaction=False)
+    def _push(self, terms: Terms, messages: list[bytes]) -> None:
+        self._all(push_commands(messages, terms, self._tenant), transaction=self._tenant is not None)
+
+    def _push_keyed(self, terms: Terms, jobs: list[Keyed], handles: Mapping[str, JobHandle]) -> None:
+        """Publishes those jobs that the broker does not have: all in one step with their keys, or none."""
+        names = [topology.key(each.id) for each in jobs]
+        with self._asking(), self._redis.pipeline(transaction=True) as pipeline:
+            while True:
+                pipeline.watch(*names)  # type: ignore[no-untyped-call]
+                found: Any = pipeline.mget(names)
+                fresh = unknown(jobs, found)
+                if not fresh:
+                    return
+                pipeline.multi()
+                pushed = push_commands([each.message for each in fresh], terms, self._tenant)
+                for command in key_commands(fresh) + pushed:
+                    pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
+                for each in fresh:  # its reply may come before the answer to this does
+                    self._pending[each.id] = handles[each.id]
+                try:
+                    pipeline.execute()
+                    return
+                except redis.WatchError:  # somebody brings one of them at this moment, or the connection broke
+                    for each in fresh:
+                        if self._pending.get(each.id) is handles[each.id]:
+                            del self._pending[each.id]
 
     def _all(self, commands: Iterable[tuple[Any, ...]], *, transaction: bool) -> list[Any]:
         with self._asking(), self._redis.pipeline(transaction=transaction) as pipeline:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Container, Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from lepton_ai import topology, wire
+from lepton_ai import idempotency, topology, wire
 from lepton_ai.errors import LeptonError
 from lepton_ai.identity import minute_of
-from lepton_ai.job import FINAL_STATES, Meta, Options, Placement
+from lepton_ai.job import FINAL_STATES, Meta, Placement
+from lepton_ai.terms import Terms
 
 __all__ = [
     "CONNECTION",
@@ -21,13 +23,20 @@ __all__ = [
     "LOOK_EVERY_S",
     "PIPELINE_BYTES",
     "POP_AT_ONCE",
+    "Keyed",
     "Lookout",
     "answered_to",
+    "bytes_of",
+    "key_commands",
+    "keyed",
     "look_commands",
+    "message",
+    "push_commands",
     "read_final",
     "read_finals",
     "read_look",
     "read_replies",
+    "unknown",
 ]
 
 #: How each connection is made. (redis-py 8 would wait 5 s for an answer, which is less than our blocking commands do.)
@@ -44,22 +53,94 @@ _MINUTES_BACK: Final = 60
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 
-def answered_to(options: Options, reply_to: str) -> Options:
-    """The options of a job whose result comes to a reply list, with arrays as arrays."""
-    return msgspec.structs.replace(options, reply_to=reply_to, result=options.result or "msgpack")
+Command = tuple[Any, ...]
+
+# -- submitting -------------------------------------------------------------------------------------------------------
 
 
-def look_commands(job_id: str) -> list[tuple[Any, ...]]:
+def answered_to(terms: Terms, reply_to: str) -> Terms:
+    """The terms of a job whose result comes to a reply list, with arrays as arrays."""
+    options = msgspec.structs.replace(terms.options, reply_to=reply_to, result=terms.options.result or "msgpack")
+    return msgspec.structs.replace(terms, options=options)
+
+
+def message(job_id: str, kernel: str, row: Mapping[str, Any], terms: Terms, tenant: str | None) -> bytes:
+    """A job as it stands on the lane of a tenant, submitted now."""
+    return wire.envelope(job_id, kernel, row, terms.options, lane=topology.lane(tenant), **terms.times())
+
+
+def push_commands(messages: Iterable[bytes], terms: Terms, tenant: str | None) -> list[Command]:
+    """What puts messages on the lane of a tenant; for the default lane they need no transaction."""
+    lane = topology.lane_list(terms.options.urgency, topology.lane(tenant))
+    known: list[Command] = [] if tenant is None else [("SADD", topology.LANES, topology.lane(tenant))]
+    return [*known, *(("LPUSH", lane, each) for each in messages)]
+
+
+class Keyed(NamedTuple):
+    """A job with an idempotency key, ready to be sent."""
+
+    id: str
+    key: str
+    fingerprint: bytes
+    message: bytes
+
+
+def bytes_of(job: Keyed) -> int:
+    """What a job takes on the way."""
+    return len(job.message)
+
+
+def keyed(
+    kernel: str, rows: Iterable[Mapping[str, Any]], keys: Sequence[str], terms: Terms, tenant: str | None
+) -> Iterator[Keyed]:
+    """The jobs of these rows, one for each key. Raises KeyConflict where rows that differ have the same one."""
+    seen: dict[str, bytes] = {}
+    for row, key in idempotency.paired(rows, keys):
+        job_id = idempotency.job_id(key, tenant)
+        fingerprint = idempotency.fingerprint(kernel, row, terms.options.device)
+        if seen.setdefault(job_id, fingerprint) != fingerprint:
+            raise idempotency.conflict(key)
+        yield Keyed(job_id, key, fingerprint, message(job_id, kernel, row, terms, tenant))
+
+
+def unknown(jobs: Iterable[Keyed], found: Iterable[bytes | None]) -> list[Keyed]:
+    """Those of these jobs that the broker does not have, each once, by what stands in their keys' place.
+
+    Raises KeyConflict where that is another job.
+    """
+    fresh: dict[str, Keyed] = {}
+    for job, fingerprint in zip(jobs, found, strict=True):
+        if fingerprint is None:
+            fresh[job.id] = job
+        elif fingerprint != job.fingerprint:
+            raise idempotency.conflict(job.key)
+    return list(fresh.values())
+
+
+def key_commands(jobs: Iterable[Keyed]) -> list[Command]:
+    """What makes the broker remember these jobs' keys, in the transaction that brings the jobs."""
+    return [("SET", topology.key(each.id), each.fingerprint, "EX", idempotency.KEPT_S) for each in jobs]
+
+
+# -- looking ----------------------------------------------------------------------------------------------------------
+
+
+def look_commands(job_id: str) -> list[Command]:
     """What to ask for all that is known of a job."""
     minute, now = minute_of(job_id), int(time.time()) // 60
     minutes = [minute] if minute is not None else range(now, now - _MINUTES_BACK, -1)
-    return [("GET", topology.result(job_id)), *(("HGET", topology.jobs(each), job_id) for each in minutes)]
+    placements = (("HGET", topology.jobs(each), job_id) for each in minutes)
+    return [("GET", topology.result(job_id)), ("ZSCORE", topology.ETA, job_id), *placements]
 
 
-def read_look(replies: Sequence[Any]) -> tuple[Meta | None, Placement | None]:
+def read_look(job_id: str, replies: Sequence[Any]) -> tuple[Meta | None, Placement | None]:
     """The answers to `look_commands`."""
-    found, *placements = replies
+    found, due_ms, *placements = replies
     placement = next((_PLACEMENT.decode(raw) for raw in placements if raw), None)
+    if due_ms is not None and (placement is None or placement.state != "scheduled"):
+        due = datetime.fromtimestamp(float(due_ms) / 1000, UTC).isoformat(timespec="seconds")
+        placement = placement or Placement(job_id, "", "", "", 0.0, "")  # a note does not last so long
+        placement = msgspec.structs.replace(placement, state="scheduled", reason=f"it is due at {due}")
     return (wire.read_meta(found) if found else None), placement
 
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import msgspec
 
 from lepton_ai.card import card
-from lepton_ai.errors import JobCancelled, LeptonError, ResultTimeout, from_wire
+from lepton_ai.errors import JobCancelled, JobExpired, LeptonError, ResultTimeout, from_wire
 from lepton_ai.event import CloudEvent
-from lepton_ai.job import FINAL_STATES, Meta, Placement, Record, state_of
+from lepton_ai.job import ENDED, FINAL_STATES, Meta, Placement, Record, state_of
 
 __all__ = ["Handle", "JobHandle", "JobReader", "joined"]
 
@@ -33,6 +33,9 @@ class Handle:
         if meta.status == "SUCCESS":
             return meta.result  # type: ignore[no-any-return]
         if meta.status == "REVOKED":
+            if state_of(meta, None) == "expired":
+                told = str(_wire_error(meta).get("message") or "its deadline passed before it was run")
+                raise JobExpired(f"job {self.id} has expired: {told}")
             raise JobCancelled(f"job {self.id} was cancelled")
         raise from_wire(_wire_error(meta))
 
@@ -44,7 +47,7 @@ class Handle:
         told = ""
         if state == "waiting":
             told = " (no router has placed it yet: is one running?)"
-        elif state == "parked" and placement is not None:
+        elif state in ("parked", "scheduled") and placement is not None:
             told = f" ({placement.reason})"
         raise ResultTimeout(f"job {self.id} is {state} after {timeout_s} s{told}; call result() again to wait on")
 
@@ -93,8 +96,9 @@ class JobHandle(Handle):
     def result(self, timeout: float | None = None) -> Mapping[str, Any]:
         """The outputs by name, arrays where arrays were sent.
 
-        Raises the job's own error (the class that its code names), JobCancelled, or ResultTimeout after `timeout`
-        seconds; the job goes on after a timeout, and `result` may be called again.
+        Raises the job's own error (the class that its code names: KernelFailed, TimeLimitExceeded, JobDead where it
+        is among the dead letters), JobCancelled, JobExpired where its deadline has passed, or ResultTimeout after
+        `timeout` seconds; the job goes on after a timeout, and `result` may be called again.
         """
         if self.meta is None:
             self.meta = self._reader.wait(self, timeout)
@@ -104,13 +108,13 @@ class JobHandle(Handle):
 
     @property
     def state(self) -> str:
-        """waiting, placed, parked, succeeded, failed or cancelled."""
+        """waiting, scheduled, placed, parked, succeeded, failed, cancelled or expired."""
         meta, placement = (self.meta, None) if self.meta else self._reader.look(self.id)
         return state_of(meta, placement)
 
     @property
     def done(self) -> bool:
-        return self.state in FINAL_STATES.values()
+        return self.state in ENDED
 
     def why(self) -> Placement | None:
         """Where the job went and why, with every device that was looked at; None while it waits for a router."""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
 import httpx
 
-from lepton_ai import wire
+from lepton_ai import idempotency, wire
 from lepton_ai.device import Announcement
 from lepton_ai.errors import BrokerUnavailable, InvalidRequest, LeptonError, Unavailable, UnknownJob
 from lepton_ai.event import CloudEvent, Cursor
 from lepton_ai.flight import Flight, part, taken
 from lepton_ai.handle import JobHandle
 from lepton_ai.identity import new_id
-from lepton_ai.job import Meta, Options, Placement
-from lepton_ai.patience import Patience, Pause
+from lepton_ai.job import Meta, Placement
+from lepton_ai.patience import REFUSALS, Patience, Pause
 from lepton_ai.remote_protocol import (
     MAP_REQUESTS,
     MAP_WAIT_S,
@@ -36,6 +37,8 @@ from lepton_ai.remote_protocol import (
     error_of,
     final_meta,
     follow,
+    halves,
+    headers,
     path_of,
     place_of,
     read_announcements,
@@ -45,64 +48,107 @@ from lepton_ai.remote_protocol import (
     stream_error,
     what_is_known,
 )
+from lepton_ai.terms import Terms
 
 __all__ = ["JobRequest", "JobView", "Remote"]
+
+Part = tuple[JobHandle, bytes]
+#: The jobs of a map that were posted or looked at, and the batches that are still to be posted.
+Answer = tuple[list[JobHandle], list[list[Part]]]
 
 
 class Remote:
     """A connection to an ingest. Safe for several threads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tenant: str | None = None) -> None:
         # A request waits in its thread, so as many connections as there are threads that ask.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
-        self._http = httpx.Client(base_url=url, timeout=WAIT_S + 10, limits=limits, headers={"accept": wire.MSGPACK})
+        self._http = httpx.Client(base_url=url, timeout=WAIT_S + 10, limits=limits, headers=headers(tenant))
         self._was_there = False
 
-    def submit(self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options) -> list[JobHandle]:
+    def submit(
+        self,
+        kernel: str,
+        rows: Iterable[Mapping[str, Any]],
+        terms: Terms,
+        keys: Sequence[str] | None = None,
+        *,
+        patient: bool = False,
+    ) -> list[JobHandle]:
         """Posts one job a row in requests of a few MiB; each is accepted whole or not at all.
 
-        When this returns, the broker has them all; where a row is refused, it may have those before it.
+        When this returns, the broker has them all; where a row is refused, it may have those before it. One who is
+        patient comes again, with less at once, where the ingest takes no more for now.
         """
+        requests = (
+            (request(kernel, row, terms) for row in rows)
+            if keys is None
+            else (request(kernel, row, terms, key) for row, key in idempotency.paired(rows, keys))
+        )
         handles: list[JobHandle] = []
-        for batch in wire.batches((request(kernel, row, options) for row in rows), REQUEST_BYTES):
-            handles += [JobHandle(view.id, view.kernel, self) for view in self._posted(batch, 0.0)]
+        patience = Patience(was_there=patient)
+        for batch in wire.batches(requests, REQUEST_BYTES):
+            left = deque([batch])
+            while left:
+                try:
+                    views = self._posted(left[0], 0.0)
+                except REFUSALS as error:
+                    time.sleep(patience.spend(error).seconds)
+                    left.extendleft(reversed(halves(left.popleft())))
+                    continue
+                if patient:
+                    patience.renew()
+                left.popleft()
+                handles += map(self._handle, views)
         return handles
 
+    def _handle(self, view: JobView) -> JobHandle:
+        job = JobHandle(view.id, view.kernel, self)
+        job.meta = final_meta(view)  # one of a key may have ended long ago
+        return job
+
     def map(
-        self, kernel: str, rows: Iterable[Mapping[str, Any]], options: Options, window: int
+        self, kernel: str, rows: Iterable[Mapping[str, Any]], terms: Terms, window: int
     ) -> Generator[JobHandle, None, None]:
         """One job a row, handed out as they end: see `remote_protocol.Stragglers` for what is asked when."""
-        return self._map(kernel, rows, options, Flight(window), chunk_of(window))
+        return self._map(kernel, rows, terms, Flight(window), chunk_of(window))
 
     def _map(
         self,
         kernel: str,
         rows: Iterable[Mapping[str, Any]],
-        options: Options,
+        terms: Terms,
         flight: Flight[JobHandle],
         chunk: int,
     ) -> Generator[JobHandle, None, None]:
         def encode(_: str, row: Mapping[str, Any]) -> bytes:
-            return request(kernel, row, options)
+            return request(kernel, row, terms)
 
         parts = (part(JobHandle(new_id(), kernel, self, number), row, encode) for number, row in enumerate(rows))
         stragglers: Stragglers[JobHandle] = Stragglers()
-        answers: SimpleQueue[Future[list[JobHandle]]] = SimpleQueue()
-        posts: set[Future[list[JobHandle]]] = set()
-        sweep: Future[list[JobHandle]] | None = None
+        answers: SimpleQueue[Future[Answer]] = SimpleQueue()
+        posts: set[Future[Answer]] = set()
+        sweep: Future[Answer] | None = None
         pool = ThreadPoolExecutor(MAP_REQUESTS + 1, "lepton-map")
+        refused: deque[list[Part]] = deque()
         more = True
+
+        def post(batch: list[Part]) -> None:
+            posts.add(posted := pool.submit(self._post, batch, MAP_WAIT_S, stragglers.admission))
+            posted.add_done_callback(answers.put)
+
         try:
             while True:
                 yield from flight.land()
-                if more and len(posts) < MAP_REQUESTS and answers.empty() and (room := flight.room):
+                if refused and len(posts) < MAP_REQUESTS and answers.empty():
+                    post(refused.popleft())
+                elif more and len(posts) < MAP_REQUESTS and answers.empty() and (room := flight.room):
                     batch = taken(parts, min(room, chunk), REQUEST_BYTES)
                     more = bool(batch)
                     for job, _ in batch:
                         flight.start(job)
                     if sent := [each for each in batch if each[1]]:
-                        posts.add(post := pool.submit(self._post, sent, MAP_WAIT_S))
-                        post.add_done_callback(answers.put)
+                        post(sent)
                 elif stragglers and sweep is None:
                     sweep = pool.submit(self._sweep, *stragglers.turn(), stragglers.patience)
                     sweep.add_done_callback(answers.put)
@@ -110,7 +156,9 @@ class Remote:
                     answered = answers.get()
                     posts.discard(answered)
                     sweep = None if answered is sweep else sweep
-                    stragglers.settle(answered.result(), flight)
+                    jobs, unsent = answered.result()
+                    refused.extend(unsent)
+                    stragglers.settle(jobs, flight)
                 elif not flight.landed:
                     return
         finally:
@@ -163,11 +211,11 @@ class Remote:
         self._http.close()
 
     def _posted(self, requests: list[bytes], wait_s: float) -> list[JobView]:
-        headers = {"content-type": wire.MSGPACK}
+        of = {"content-type": wire.MSGPACK}
         params = {"wait_s": f"{wait_s:.3f}"} if wait_s else {}
-        return read_views(self._call("POST", "/v1/jobs", content=body_of(requests), headers=headers, params=params))
+        return read_views(self._call("POST", "/v1/jobs", content=body_of(requests), headers=of, params=params))
 
-    def _post(self, batch: list[tuple[JobHandle, bytes]], wait_s: float) -> list[JobHandle]:
+    def _post(self, batch: list[Part], wait_s: float, admission: Patience) -> Answer:
         """Posts jobs of a map; those that are refused for themselves have failed with that."""
         jobs = [job for job, _ in batch]
         try:
@@ -176,15 +224,19 @@ class Remote:
             if concerns_every_row(error):
                 raise
             if len(batch) > 1:  # accepted whole or not at all: the halves, until the one at fault stands alone
-                half = len(batch) // 2
-                return self._post(batch[:half], 0.0) + self._post(batch[half:], 0.0)
+                first, second = (self._post(half, 0.0, admission) for half in halves(batch))
+                return first[0] + second[0], first[1] + second[1]
             jobs[0].meta = wire.failure(jobs[0].id, error)
-            return jobs
+            return jobs, []
+        except REFUSALS as error:
+            time.sleep(admission.spend(error).seconds)
+            return [], halves(batch)
+        admission.renew()
         for job, view in zip(jobs, views, strict=True):
             job.id, job.meta = view.id, final_meta(view)
-        return jobs
+        return jobs, []
 
-    def _sweep(self, jobs: list[JobHandle], wait_s: float, patience: Patience) -> list[JobHandle]:
+    def _sweep(self, jobs: list[JobHandle], wait_s: float, patience: Patience) -> Answer:
         """Looks at stragglers of a map: waits for the first, by which time others may have ended too."""
         for job in jobs:
             try:
@@ -196,7 +248,7 @@ class Remote:
             else:
                 patience.renew()
             wait_s = 0.0
-        return jobs
+        return jobs, []
 
     def _view(self, job_id: str, wait_s: float) -> JobView:
         return read_view(self._call("GET", path_of(job_id), params={"wait_s": f"{wait_s:.3f}"}))
@@ -209,7 +261,7 @@ class Remote:
         if response.is_success:
             self._was_there = True
             return response.content
-        raise error_of(response.status_code, response.content)
+        raise error_of(response.status_code, response.content, response.headers.get("retry-after", ""))
 
     def _away(self, error: httpx.HTTPError) -> LeptonError:
         return BrokerUnavailable(f"{self._http.base_url} cannot be reached: {error}")

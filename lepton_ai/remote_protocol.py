@@ -12,18 +12,28 @@ import msgspec
 
 from lepton_ai import sse, wire
 from lepton_ai.device import Announcement
-from lepton_ai.errors import BrokerUnavailable, LeptonError, OptionNotSupported, Unavailable, UnknownKernel, from_wire
+from lepton_ai.errors import (
+    BrokerUnavailable,
+    JobExpired,
+    LeptonError,
+    OptionNotSupported,
+    Unavailable,
+    UnknownKernel,
+    from_wire,
+)
 from lepton_ai.event import FINAL_EVENTS, CloudEvent, Cursor
 from lepton_ai.event_stream import OPENED, wanted
 from lepton_ai.flight import Flight
 from lepton_ai.handle import Handle
-from lepton_ai.job import FINAL_STATES, Meta, Options, Placement, Record
+from lepton_ai.job import FINAL_STATES, Meta, Placement, Record
 from lepton_ai.patience import Clock, Patience, Pause
+from lepton_ai.terms import Terms
 
 __all__ = [
     "MAP_REQUESTS",
     "MAP_WAIT_S",
     "REQUEST_BYTES",
+    "TENANT",
     "WAIT_S",
     "Follower",
     "HasEnded",
@@ -38,6 +48,8 @@ __all__ = [
     "error_of",
     "final_meta",
     "follow",
+    "halves",
+    "headers",
     "path_of",
     "place_of",
     "read_announcements",
@@ -49,6 +61,7 @@ __all__ = [
 ]
 
 H = TypeVar("H", bound=Handle)
+P = TypeVar("P")
 
 #: The longest that one request waits; a longer wait is several requests.
 WAIT_S: Final = 20.0
@@ -59,6 +72,8 @@ _MAP_CHUNK: Final = 250
 MAP_WAIT_S: Final = 1.0
 #: Jobs that outlive their request are looked at so many at a time.
 _SWEEP_AT_ONCE: Final = 64
+#: The header that says for whom a request is.
+TENANT: Final = "lepton-tenant"
 _SERVER_ERROR: Final = 500
 #: An event stream that has been silent for so long, without even a comment, is opened anew.
 _SILENCE_S: Final = 45.0
@@ -66,12 +81,16 @@ _LEAST_READ_S: Final = 0.5
 
 
 class JobRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """One job as `POST /v1/jobs` takes it."""
+    """One job as `POST /v1/jobs` takes it: see `Client.submit` for what its fields ask."""
 
     kernel: str
     arguments: dict[str, wire.Value]
     priority: int | None = None
     device: str | None = None
+    key: str | None = None
+    delay_s: float | None = None
+    deadline_s: float | None = None
+    limit_s: float | None = None
 
 
 class JobView(msgspec.Struct, omit_defaults=True):
@@ -89,20 +108,33 @@ read_view: Final = msgspec.msgpack.Decoder(JobView).decode
 read_views: Final = msgspec.msgpack.Decoder(list[JobView]).decode
 read_announcements: Final = msgspec.msgpack.Decoder(list[Announcement]).decode
 _EVENT = msgspec.json.Decoder(CloudEvent)
-_STATUS: Final = {ours: celerys for celerys, ours in FINAL_STATES.items()}
+_STATUS: Final = {ours: celerys for celerys, ours in FINAL_STATES.items()} | {"expired": "REVOKED"}
 
 
 # -- jobs -------------------------------------------------------------------------------------------------------------
 
 
-def request(kernel: str, row: Mapping[str, Any], options: Options) -> bytes:
+def headers(tenant: str | None) -> dict[str, str]:
+    """What every request says."""
+    return {"accept": wire.MSGPACK} | ({} if tenant is None else {TENANT: tenant})
+
+
+def request(kernel: str, row: Mapping[str, Any], terms: Terms, key: str | None = None) -> bytes:
     """One job, packed; InvalidArguments where it cannot be."""
+    options = terms.options
+    asked = {
+        "priority": options.priority,
+        "device": options.device,
+        "key": key,
+        "delay_s": terms.delay_s,
+        "deadline_s": terms.deadline_s,
+        "limit_s": options.limit_s,
+    }
     return wire.pack(
         {
             "kernel": kernel,
             "arguments": {name: wire.to_value(value) for name, value in row.items()},
-            "priority": options.priority,
-            "device": options.device,
+            **{name: value for name, value in asked.items() if value is not None},
         }
     )
 
@@ -117,8 +149,9 @@ def final_meta(view: JobView) -> Meta | None:
     if view.state not in _STATUS:
         return None
     record = view.record or Record()
-    if view.error is not None:
-        record = msgspec.structs.replace(record, error=view.error)
+    error = {"code": JobExpired.code} if view.state == "expired" and view.error is None else view.error
+    if error is not None:
+        record = msgspec.structs.replace(record, error=error)
     result = {name: wire.decode_value(value) for name, value in (view.result or {}).items()}
     return Meta(_STATUS[view.state], result, task_id=view.id, lepton=record)
 
@@ -133,15 +166,18 @@ def path_of(job_id: str) -> str:
     return f"/v1/jobs/{quote(job_id, safe='')}"
 
 
-def error_of(status: int, content: bytes) -> LeptonError:
-    """The error that an answer tells of."""
+def error_of(status: int, content: bytes, retry_after: str = "") -> LeptonError:
+    """The error that an answer tells of, and when to try again, where its header Retry-After names seconds."""
     try:
         problem = msgspec.json.decode(content, type=dict[str, Any])
     except msgspec.DecodeError:
         problem = {}
     code = problem.get("code", "internal")
     message = problem.get("detail") or f"HTTP {status}"
-    return from_wire({"code": code, "message": message, "field": problem.get("field")})
+    error = from_wire({"code": code, "message": message, "field": problem.get("field")})
+    if isinstance(error, Unavailable) and retry_after.isdecimal():
+        error.retry_after_s = float(retry_after[:9])
+    return error
 
 
 # -- map --------------------------------------------------------------------------------------------------------------
@@ -155,6 +191,12 @@ def chunk_of(window: int) -> int:
 def concerns_every_row(error: LeptonError) -> bool:
     """Whether a request is refused for what it says of all its rows: then the others would be refused as well."""
     return isinstance(error, UnknownKernel | OptionNotSupported)
+
+
+def halves(batch: list[P]) -> list[list[P]]:
+    """What to post instead of a batch that was too much at once."""
+    half = (len(batch) + 1) // 2
+    return [each for each in (batch[:half], batch[half:]) if each]
 
 
 class Stragglers(Generic[H]):
@@ -171,6 +213,8 @@ class Stragglers(Generic[H]):
         self._since: dict[int | None, float] = {}
         #: With an ingest that is away while they are looked at: it has been there, for it has taken them.
         self.patience = Patience(clock, was_there=True)
+        #: With one that takes no more rows for now: it is spent where none is accepted and no job ends either.
+        self.admission = Patience(clock, was_there=True)
 
     def __len__(self) -> int:
         return len(self._turns)
@@ -180,6 +224,7 @@ class Stragglers(Generic[H]):
         for job in jobs:
             if job.meta is not None:
                 self._since.pop(job.row, None)
+                self.admission.renew()
                 flight.end(job)
             else:
                 self._since.setdefault(job.row, self._clock())

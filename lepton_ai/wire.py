@@ -13,9 +13,9 @@ import os
 import socket
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -57,6 +57,8 @@ __all__ = [
     "success",
     "to_value",
 ]
+
+P = TypeVar("P", bound=Sized)
 
 MSGPACK: Final = "application/x-msgpack"
 JSON: Final = "application/json"
@@ -163,22 +165,34 @@ def pack(value: Any) -> bytes:
         raise InvalidArguments(f"an argument cannot be sent: {error}") from None
 
 
-def batches(parts: Iterable[bytes], most_bytes: int) -> Iterator[list[bytes]]:
+def batches(parts: Iterable[P], most_bytes: int, bytes_of: Callable[[P], int] = len) -> Iterator[list[P]]:
     """Parts in their order, in lists of at most `most_bytes` (a larger part alone) and of a few hundred."""
-    batch: list[bytes] = []
+    batch: list[P] = []
     size = 0
     for part in parts:
-        if batch and (size + len(part) > most_bytes or len(batch) >= _MOST_PARTS):
+        if batch and (size + bytes_of(part) > most_bytes or len(batch) >= _MOST_PARTS):
             yield batch
             batch, size = [], 0
         batch.append(part)
-        size += len(part)
+        size += bytes_of(part)
     if batch:
         yield batch
 
 
-def envelope(job_id: str, kernel: str, arguments: Mapping[str, Any], options: Options, *, lane: str = LANE) -> bytes:
-    """The message of a job, ready for LPUSH. Shapes are filled into the options where they are missing."""
+def envelope(
+    job_id: str,
+    kernel: str,
+    arguments: Mapping[str, Any],
+    options: Options,
+    *,
+    lane: str = LANE,
+    eta: str | None = None,
+    expires: str | None = None,
+) -> bytes:
+    """The message of a job, ready for LPUSH. Shapes are filled into the options where they are missing.
+
+    `eta` and `expires` are ISO 8601: not before, and not after.
+    """
     wire = {name: to_value(value) for name, value in arguments.items()}
     if options.shapes is None:
         options = msgspec.structs.replace(options, shapes=shapes_of(wire))
@@ -193,8 +207,8 @@ def envelope(job_id: str, kernel: str, arguments: Mapping[str, Any], options: Op
                 "task": kernel,
                 "id": job_id,
                 "shadow": None,
-                "eta": None,
-                "expires": None,
+                "eta": eta,
+                "expires": expires,
                 "group": None,
                 "group_index": None,
                 "retries": 0,
@@ -355,12 +369,12 @@ def success(job_id: str, outputs: Mapping[str, Any], record: Record | None) -> M
 
 def failure(job_id: str, error: LeptonError, trace: str | None = None, record: Record | None = None) -> Meta:
     """The record of a job that ended with an error: Celery's clients raise it by name, ours by its code."""
-    cancelled = isinstance(error, JobCancelled | JobExpired)
+    revoked = isinstance(error, JobCancelled | JobExpired)
     # Celery's clients expect their own class for a task that never ran, whoever stopped it.
-    module, name = ("celery.exceptions", "TaskRevokedError") if cancelled else (_ERRORS, type(error).__name__)
+    module, name = ("celery.exceptions", "TaskRevokedError") if revoked else (_ERRORS, type(error).__name__)
     result = {"exc_type": name, "exc_message": [error.message], "exc_module": module}
     record = msgspec.structs.replace(record or Record(), error=error.to_wire())
-    status = "REVOKED" if cancelled else "FAILURE"
+    status = "REVOKED" if revoked else "FAILURE"
     trace = None if trace is None else trace.encode("utf-8", "backslashreplace").decode()  # a path may hold surrogates
     return Meta(status, result, trace, date_done=_now(), task_id=job_id, lepton=record)
 

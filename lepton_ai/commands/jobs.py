@@ -17,7 +17,7 @@ from lepton_ai.client import Client
 from lepton_ai.commands import shown
 from lepton_ai.commands.address import connected
 from lepton_ai.commands.arguments import Misuse, check_out, fit, plain, read_arguments, save
-from lepton_ai.errors import JobCancelled, LeptonError, ResultTimeout, UnknownJob
+from lepton_ai.errors import JobCancelled, JobExpired, LeptonError, ResultTimeout, UnknownJob
 from lepton_ai.handle import JobHandle
 from lepton_ai.job import Record
 
@@ -58,6 +58,29 @@ def submit(
         int | None, Parameter(help="1 (low) to 9 (high).", validator=validators.Number(gte=1, lte=9))
     ] = None,
     device: Annotated[str | None, Parameter(help="The only device (gpu.h100) or kind (gpu) that may run it.")] = None,
+    key: Annotated[
+        str | None, Parameter(help="The same job with the same key is one job, however often it is submitted.")
+    ] = None,
+    delay: Annotated[
+        float | None,
+        Parameter(
+            help="Not to be run before so many seconds are over.",
+            metavar="SECONDS",
+            validator=validators.Number(gte=0, lte=2_592_000),
+        ),
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        Parameter(
+            help="Expires unless it has begun to run within so many seconds.",
+            metavar="SECONDS",
+            validator=validators.Number(gt=0),
+        ),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        Parameter(help="The longest that it may run.", metavar="SECONDS", validator=validators.Number(gt=0)),
+    ] = None,
     wait: Wait = None,
     out: Out = None,
     url: Url = None,
@@ -73,7 +96,8 @@ def submit(
     before it is sent.
 
     Exits with 0 once the job is accepted, with --wait once it has succeeded;
-    with 1 where it failed, was cancelled or did not end in time.
+    with 1 where it failed, expired, was cancelled or did not end in time, or
+    where too much waits already. With --key it may just be submitted again.
 
     For example:
 
@@ -92,7 +116,16 @@ def submit(
     arguments = read_arguments(arg or [])
     with connected(url) as client:
         spec = client.kernels().get(kernel)
-        job = client.submit(kernel, fit(arguments, spec), priority=priority, device=device)
+        job = client.submit(
+            kernel,
+            fit(arguments, spec),
+            priority=priority,
+            device=device,
+            key=key,
+            delay_s=delay,
+            deadline_s=deadline,
+            limit_s=limit,
+        )
         if spec is None:
             shown.tell(f"no live worker announces {kernel!r}: the job is parked until one does")
         if wait_s is not None:
@@ -105,7 +138,7 @@ def submit(
 
 
 def status(*id: Annotated[str, Parameter(help="Ids of jobs.")], url: Url = None, json: Json = False) -> int:
-    """Say how jobs stand: waiting, placed, parked, succeeded, failed or cancelled.
+    """Say how jobs stand: waiting, scheduled, placed, parked, succeeded, failed, cancelled or expired.
 
     A job that nobody knows counts as waiting: its id is wrong, its result has
     expired, or no router has seen it yet.
@@ -134,7 +167,7 @@ def result(
 ) -> int:
     """Print the outputs of a job, or the error that it ended with.
 
-    Exits with 1 where it failed, was cancelled or has not ended (yet).
+    Exits with 1 where it failed, expired, was cancelled or has not ended (yet).
 
     For example:
 
@@ -286,8 +319,8 @@ def _finish(job: JobHandle, wait_s: float, out: Path | None, json: bool) -> int:
         lines = shown.outputs(outputs) if out is None else [str(out)]
         sys.stdout.write("".join(f"{line}\n" for line in lines))
     if failure is not None:
-        cancelled = isinstance(failure, JobCancelled)
-        shown.tell(failure.message if cancelled else f"job {job.id} {state}{_told(record)}: {failure.message}")
+        ended_by_others = isinstance(failure, JobCancelled | JobExpired)
+        shown.tell(failure.message if ended_by_others else f"job {job.id} {state}{_told(record)}: {failure.message}")
     return 0 if failure is None else 1
 
 

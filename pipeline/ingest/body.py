@@ -13,12 +13,14 @@ from lepton_ai import wire
 from lepton_ai.errors import InvalidArguments, LeptonError, Malformed, TooLarge, UnsupportedMediaType
 from lepton_ai.remote import JobRequest
 
-__all__ = ["NDJSON", "Body", "decode", "read"]
+__all__ = ["NDJSON", "Body", "decode", "read", "with_key"]
 
 NDJSON: Final = "application/x-ndjson"
 #: Where msgspec says that a value did not fit (`$[3].kernel`), and which field it misses or does not know.
 _PATH = re.compile(r"`\$(?:\[(?:\d+|\.\.\.)\])?\.?(?P<field>[^`]*)`")
 _FIELD = re.compile(r"(?:required|unknown) field `(\w+)`")
+#: The header Idempotency-Key is a structured string ("8e03-97ac", RFC 9651); its text alone is taken too.
+_QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
 
 
 class Body(NamedTuple):
@@ -36,6 +38,13 @@ class _Incoming(msgspec.Struct, forbid_unknown_fields=True):
     arguments: dict[str, msgspec.Raw]
     priority: int | None = None
     device: str | None = None
+    key: str | None = None
+    delay_s: float | None = None
+    deadline_s: float | None = None
+    limit_s: float | None = None
+
+
+_ASKED = [name for name in _Incoming.__struct_fields__ if name not in ("kernel", "arguments")]
 
 
 class _Format:
@@ -90,6 +99,26 @@ def decode(body: bytes, content_type: str) -> Body:
     return Body([_request(found, known)], single=True)
 
 
+def with_key(sent: Body, header: str | None) -> Body:
+    """A body whose one job has the key that the header Idempotency-Key names.
+
+    InvalidArguments where there are many jobs, or the job names another key itself; Malformed where it is no string.
+    """
+    if header is None:
+        return sent
+    if not sent.single:
+        raise InvalidArguments("Idempotency-Key is for one job by itself; of many, each has its own `key`", "key")
+    key = header.strip()
+    if key.startswith('"'):
+        if (match := _QUOTED.fullmatch(key)) is None:
+            raise Malformed(f"Idempotency-Key {header[:80]} is no string in quotes", "Idempotency-Key")
+        key = re.sub(r"\\(.)", r"\1", match[1])
+    (request,) = sent.requests
+    if request.key not in (None, key):
+        raise InvalidArguments(f"the job's key is {request.key!r}, and Idempotency-Key says {key!r}", "key")
+    return sent._replace(requests=[msgspec.structs.replace(request, key=key)])
+
+
 def _lines(body: bytes) -> list[JobRequest]:
     requests: list[JobRequest] = []
     for line in body.split(b"\n"):
@@ -121,7 +150,8 @@ def _request(incoming: _Incoming, known: _Format) -> JobRequest:
             raise InvalidArguments(
                 f"argument {name!r} is no number, list of numbers or tensor: {error}", name
             ) from None
-    return JobRequest(incoming.kernel, arguments, incoming.priority, incoming.device)
+    asked = {name: getattr(incoming, name) for name in _ASKED}
+    return JobRequest(incoming.kernel, arguments, **asked)
 
 
 def _invalid(error: msgspec.ValidationError) -> InvalidArguments:

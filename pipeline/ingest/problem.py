@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -14,7 +15,6 @@ from lepton_ai.errors import LeptonError, Unavailable
 __all__ = ["HANDLERS", "MEDIA_TYPE", "Problem"]
 
 MEDIA_TYPE = "application/problem+json"
-_RETRY_AFTER_S = "1"
 _CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
 log = structlog.get_logger()
@@ -40,7 +40,7 @@ def _respond(problem: Problem, headers: dict[str, str] | None = None) -> Respons
 def _ours(request: Request[Any, Any, Any], error: LeptonError) -> Response[bytes]:
     title = type(error).__name__
     index = getattr(error, "index", None)
-    headers = {"retry-after": _RETRY_AFTER_S} if isinstance(error, Unavailable) else None
+    headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, Unavailable) else None
     log.info("request_refused", path=request.url.path, status=error.status, code=error.code, field=error.field)
     return _respond(Problem(title, error.status, error.message, error.code, field=error.field, index=index), headers)
 

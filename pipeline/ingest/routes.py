@@ -15,8 +15,9 @@ from litestar.params import Parameter
 from lepton_ai import wire
 from lepton_ai.errors import LeptonError
 from lepton_ai.event import TYPES, Cursor
-from lepton_ai.job import FINAL_STATES
+from lepton_ai.job import ENDED
 from lepton_ai.remote import JobView
+from lepton_ai.remote_protocol import TENANT
 from lepton_ai.settings import Settings
 from pipeline.ingest import body, openapi
 from pipeline.ingest.body import NDJSON
@@ -29,7 +30,6 @@ from pipeline.ingest.stream import Streamed
 __all__ = ["make_asgi"]
 
 _LONGEST_WAIT_S = 60.0
-_ENDED = frozenset(FINAL_STATES.values())
 _ENCODER = msgspec.json.Encoder()
 WaitSeconds = Annotated[
     float, Parameter(ge=0, le=_LONGEST_WAIT_S, description="Answer with the result if it comes in so many seconds.")
@@ -40,6 +40,21 @@ LastEventId = Annotated[
 Since = Annotated[
     str | None,
     Parameter(description="Go on after this event, or this stream entry; 0 for the oldest kept. Default: from now on."),
+]
+Tenant = Annotated[
+    str | None,
+    Parameter(
+        header=TENANT,
+        description="For whom the jobs are: they wait in a lane of that tenant's own, and its keys are its own. Nobody "
+        "checks it yet.",
+    ),
+]
+IdempotencyKey = Annotated[
+    str | None,
+    Parameter(
+        header="idempotency-key",
+        description="The key of a job that is sent by itself: the same as its field `key`.",
+    ),
 ]
 Types = Annotated[str | None, Parameter(description=f"Only these, separated by commas: {', '.join(TYPES)}.")]
 OnlyJob = Annotated[str | None, Parameter(description="Only the events of this job.")]
@@ -60,29 +75,38 @@ async def readyz(door: Door) -> dict[str, str]:
 
 @post("/v1/jobs", status_code=202, tags=["jobs"], operation_class=openapi.SUBMITTED)
 async def submit(
-    request: Request[Any, Any, Any], door: Door, settings: Settings, wait_s: WaitSeconds = 0.0
+    request: Request[Any, Any, Any],
+    door: Door,
+    settings: Settings,
+    wait_s: WaitSeconds = 0.0,
+    tenant: Tenant = None,
+    key: IdempotencyKey = None,
 ) -> Response[Any]:
     """Accepts one job or many (a list, or one a line), whole or not at all. 202 with the jobs' ids.
 
     With `wait_s` it answers with results: 200 where all ended in time. As NDJSON (asked for, or because the jobs came
     so) each job is a line of its own as soon as it ends, and what has not ended in time follows as it stands.
+
+    A job with a `key` is accepted once: the same job with the same key is answered as that one stands, 200 where it has
+    ended, else 202 with its id; another job with it is refused (422, `key_conflict`). Where too much waits already it
+    is 429 (of this tenant) or 503 (altogether), and Retry-After says when to come again.
     """
     data = await body.read(request, settings.body_limit_bytes)
-    sent = body.decode(data, request.headers.get("content-type", "application/json"))
+    sent = body.with_key(body.decode(data, request.headers.get("content-type", "application/json")), key)
     lines = sent.lines or NDJSON in request.headers.get("accept", "").lower()
     try:
         if lines and wait_s > 0:
-            told = _lines_of(door.accept_each(sent.requests, wait_s))
+            told = _lines_of(door.accept_each(sent.requests, wait_s, tenant))
             await anext(told)
             return Streamed(told, NDJSON)
-        views = await door.accept(sent.requests, wait_s)
+        views = await door.accept(sent.requests, wait_s, tenant)
     except LeptonError as error:
         if sent.single:
             error.index = None  # type: ignore[attr-defined]
         raise
     if lines:
         return Response(_lines(enumerate(views)), status_code=202, media_type=NDJSON)
-    ended = bool(views) and all(view.state in _ENDED for view in views)
+    ended = bool(views) and all(view.state in ENDED for view in views)
     return _respond(request, views[0] if sent.single else views, 200 if ended else 202)
 
 
@@ -101,7 +125,7 @@ async def cancel(
     A job that waits is ended at once; a kernel that runs is told, and may run to its end all the same.
     """
     view = await door.cancel(job_id, wait_s)
-    return _respond(request, view, 200 if view.state in _ENDED else 202)
+    return _respond(request, view, 200 if view.state in ENDED else 202)
 
 
 @get("/v1/events", media_type=SSE, tags=["events"], operation_class=openapi.EVENTS)

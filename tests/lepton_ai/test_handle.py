@@ -8,8 +8,19 @@ from typing import Any
 import pytest
 
 from lepton_ai import AsyncJobHandle, JobHandle, wire
-from lepton_ai.errors import BrokerUnavailable, InvalidArguments, JobCancelled, KernelFailed, LeptonError
+from lepton_ai.errors import (
+    BrokerUnavailable,
+    InvalidArguments,
+    JobCancelled,
+    JobDead,
+    JobExpired,
+    KernelFailed,
+    LeptonError,
+    ResultTimeout,
+    TimeLimitExceeded,
+)
 from lepton_ai.job import Candidate, Cost, Estimate, Meta, Placement, Record
+from lepton_ai.remote_protocol import JobView, final_meta
 
 PLACEMENT = Placement(
     "job",
@@ -160,3 +171,50 @@ def test_a_card_on_an_event_loop_shows_what_was_seen_and_asks_nobody() -> None:
     job.meta = wire.success("job", {"c": 1}, Record(PLACEMENT, COST))
     assert Seen(job._repr_html_()).rows[0][:2] == ["a.b", "succeeded"]
     assert "await" not in job._repr_html_()
+
+
+# -- how a job ends ---------------------------------------------------------------------------------------------------
+
+ENDINGS = [
+    (JobCancelled("somebody asked for it"), "REVOKED", "cancelled"),
+    (JobExpired("its deadline was 12:00"), "REVOKED", "expired"),
+    (JobDead("it killed 3 workers"), "FAILURE", "failed"),
+    (TimeLimitExceeded("it ran longer than 5 s"), "FAILURE", "failed"),
+    (KernelFailed("boom"), "FAILURE", "failed"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "state"), ENDINGS, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("way", ["json", "msgpack", "http"])
+def test_an_end_is_the_same_error_and_state_for_everybody(
+    error: LeptonError, status: str, state: str, way: str
+) -> None:
+    meta: Meta | None = wire.failure("job", error)
+    assert meta is not None
+    assert meta.status == status
+    if way == "http":
+        meta = final_meta(JobView("job", "a.b", state, error=error.to_wire()))
+    else:
+        meta = wire.read_meta(wire.encode_meta(meta, way))
+    assert meta is not None
+    job = JobHandle("job", "a.b", Knows(meta))
+    job.meta = meta
+    assert (job.state, job.done) == (state, True)
+    with pytest.raises(type(error)) as raised:
+        job.result()
+    assert type(raised.value) is type(error)
+    if not isinstance(error, JobCancelled):
+        assert error.message in raised.value.message
+
+
+def test_a_job_that_is_due_later_says_when() -> None:
+    placement = Placement("job", "a.b", "scheduled", "it is due at noon", 1.0, "router")
+
+    class Scheduled(Knows):
+        def wait(self, job: Any, timeout_s: float | None) -> None:
+            return None
+
+    job = JobHandle("job", "a.b", Scheduled(None, placement))
+    assert (job.state, job.done) == ("scheduled", False)
+    with pytest.raises(ResultTimeout, match="is scheduled .* due at noon"):
+        job.result(timeout=0)

@@ -40,14 +40,16 @@ def announce(connection: Connection) -> None:
 
 
 @contextmanager
-def serving(broker_url: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def serving(broker_url: str, **settings: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """An ingest: its process and its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     own = {"LEPTON_REDIS_URL": broker_url, "LEPTON_HTTP_PORT": str(port), "LEPTON_HTTP_HOST": "127.0.0.1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "ingest"], env=services.environ(os.environ | own), stderr=subprocess.PIPE
+        [sys.executable, "-m", "pipeline", "ingest"],
+        env=services.environ(os.environ | own | settings),
+        stderr=subprocess.PIPE,
     )
     url = f"http://127.0.0.1:{port}"
     try:
