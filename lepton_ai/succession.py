@@ -7,17 +7,18 @@ is the rule between the two; `sequel_of` reads what Celery asks to follow. Both 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 import numpy as np
 
 from lepton_ai.errors import InvalidArguments, OptionNotSupported
+from lepton_ai.job import Meta
 from lepton_ai.signature import Signature
 from lepton_ai.tensor import TensorMap, from_wire
 from lepton_ai.wire import Body, Headers, Value
 
-__all__ = ["Sequel", "inherit", "sequel_of"]
+__all__ = ["Canvas", "FollowUps", "Sequel", "inherit", "sequel_of"]
 
 Outputs = Mapping[str, Any]
 #: What may stand in `args`: a value, a kernel's outputs by name, or, for a chord's body, a list of either.
@@ -42,6 +43,28 @@ class Sequel(msgspec.Struct):
     """The rest of its chain, the next one last."""
     chord: dict[str, Any] | None = None
     """The body of the chord whose header it is in."""
+
+
+class FollowUps(msgspec.Struct, frozen=True):
+    """What the end of a job sets off, to be sent by the step that ends it."""
+
+    pushes: tuple[tuple[str, bytes], ...] = ()
+    """Redis lists and the messages to be LPUSHed to them, in order."""
+    children: tuple[Any, ...] = ()
+    """For `Meta.children`, in Celery's form: who follows."""
+    chord_part: bytes | None = None
+    """What is left for `Canvas.finish` afterwards."""
+
+
+class Canvas(Protocol):
+    """Who makes messages of what is to follow. Both raise BrokerUnavailable, and `after_success` InvalidRequest."""
+
+    def after_success(self, sequel: Sequel, outputs: Outputs) -> FollowUps: ...
+
+    def after_failure(self, sequel: Sequel, failure: Meta) -> FollowUps: ...
+
+    def finish(self, part: bytes) -> bool:
+        """Counts a committed part of a chord; False where it has to be called again."""
 
 
 def sequel_of(headers: Headers, embed: Any) -> Sequel | None:

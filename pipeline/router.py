@@ -31,6 +31,7 @@ from pipeline.cluster import Cluster, ServedDevice
 from pipeline.intake import Dead, Incoming, Refused
 from pipeline.node import Narrator, RemoteControl
 from pipeline.pricing import price
+from pipeline.sequels import Sequels
 from pipeline.telemetry import learn
 from pipeline.window import Claim, ClaimedJob, Window
 from queues import functions, recovery
@@ -113,6 +114,7 @@ class _Session:
         self._broker = Broker(self._main, self._incarnation, settings)
         self._cluster = Cluster()
         self._window = Window(self._incarnation, settings.window, settings.window_bytes)
+        self._sequels = Sequels(settings, lambda: self._cluster.kernels)
         self._narrator = Narrator(url, settings, self._main)
         self._waking = False
         self._due_at = 0.0
@@ -227,7 +229,7 @@ class _Session:
         ids = [each.headers.id for _, each in found if isinstance(each, Incoming)]
         marked = self._broker.marked(ids) if self._broker.marks else set()
         leaving: list[tuple[Claim, bytes]] = []
-        refused: list[Refused] = []
+        refused: list[tuple[bytes, Refused]] = []
         added: list[tuple[ClaimedJob, wire.Headers]] = []
         early: list[tuple[bytes, Incoming, float]] = []
         step = Dispatch({}, {}, leaving={}, dead=[])
@@ -245,12 +247,12 @@ class _Session:
             if isinstance(each, Dead):
                 step.dead.append(DeadLetter("", "", "unreadable", each.reason, 0, message))
             else:
-                refused.append(each)
+                refused.append((message, each))
         self._narrator.sent(added)
         if leaving:
-            step.rejected = [each.outcome for each in refused]
-            step.told = self._narrator.ended([(each.headers, each.error) for each in refused], [])
-            self._end(step, leaving)
+            step.rejected = [each.outcome for _, each in refused]
+            step.told = self._narrator.ended([(each.headers, each.error) for _, each in refused], [])
+            self._end(step, leaving, [message for message, _ in refused])
             self._window.forget(leaving)
         if early:
             self._schedule(claim, early)
@@ -301,18 +303,24 @@ class _Session:
         serializer = self._settings.result_serializer
         step = Dispatch({}, {}, leaving={}, rejected=[how(job.id, job.options, serializer) for job in jobs])
         step.told = self._narrator.ended([], jobs, expired=how is intake.expired)
-        self._end(step, [(job.claim, job.message) for job in jobs])
+        self._end(step, [(job.claim, job.message) for job in jobs], [job.message for job in jobs])
         self._window.left(jobs)
         for job in jobs:
             self._cluster.finished(job.id)  # it may have come back from a device that died
 
-    def _end(self, step: Dispatch, leaving: Sequence[tuple[Claim, bytes]]) -> None:
-        """Takes messages out of their claims for good, with the outcomes that are in the step.
+    def _end(self, step: Dispatch, leaving: Sequence[tuple[Claim, bytes]], messages: Sequence[bytes]) -> None:
+        """Takes messages out of their claims for good, with the outcomes that are in the step, each of its message.
 
         A job that has its result already (its message came twice) keeps that, and nobody is told of a second.
         """
         _leave(step, leaving)
         before = self._broker.ended([outcome.job for outcome in step.rejected])
+        for outcome, message in zip(step.rejected, messages, strict=True):
+            if outcome.job not in before:
+                follow_ups = self._sequels.after(message, wire.read_meta(outcome.record))
+                step.pushes += [(outcome.job, queue, sent) for queue, sent in follow_ups.pushes]
+                if follow_ups.chord_part is not None:
+                    step.chord_parts.append((outcome.job, follow_ups.chord_part))
         events = []
         for status, kind in _ENDINGS.items():
             jobs = tuple(each.job for each in step.rejected if each.status == status and each.job not in before)
@@ -478,7 +486,7 @@ class _Session:
     def _tick(self) -> None:
         if not self._broker.renew():
             raise Fenced(f"the lease of {self._incarnation} has lapsed")
-        recovered = self._broker.recover()
+        recovered = self._broker.recover(self._sequels.after)
         if recovered.messages:
             log.warning("messages_recovered", count=recovered.messages, dead=recovered.dead)
         for kernel in self._broker.overdue():

@@ -23,9 +23,10 @@ from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import Fenced
 from lepton_ai.job import FINAL_STATES
 from lepton_ai.settings import Settings
+from lepton_ai.succession import FollowUps
 from queues import functions, recovery
 from queues.connection import Command, CommandError, Connection
-from queues.recovery import LISTS_EACH, Recovered
+from queues.recovery import LISTS_EACH, Recovered, Sequels
 from queues.steps import Commit, Dispatch
 
 __all__ = ["CLAIM_LIMIT", "LISTS_EACH", "WAKE", "Broker", "Kind", "announcements", "event_command"]
@@ -98,9 +99,9 @@ class Broker:
         """Gives the lease up with whatever is still held: the next sweep takes that for a death's, as it is."""
         self.connection.call("DEL", self._lease)
 
-    def recover(self) -> Recovered:
-        """Gives back what lapsed holders still hold."""
-        return recovery.recover(self.connection, self.incarnation, self._settings)
+    def recover(self, sequels: Sequels = lambda *_: FollowUps()) -> Recovered:
+        """Gives back what lapsed holders still hold; `sequels` says what a job sets off that dies for good."""
+        return recovery.recover(self.connection, self.incarnation, self._settings, sequels)
 
     def now(self) -> float:
         """Seconds since the epoch by the server's clock, as of the last `renew`; nobody's own clock decides here."""
@@ -343,6 +344,10 @@ class Broker:
         for outcome in step.rejected:
             words = (outcome.job, outcome.status, outcome.record, outcome.reply_to)
             yield functions.call("finish", (), (self._ttl_s, *words))
+        for job, queue, message in step.pushes:
+            yield functions.call("follow", (), (job, queue, message, self._settings.dead_bytes))
+        for job, part in step.chord_parts:
+            yield ("HSET", topology.CHORD_PARTS, job, part)
         for minute, placements in step.placements.items():
             pairs = [part for pair in placements.items() for part in pair]
             yield ("HSET", topology.jobs(minute), *pairs)

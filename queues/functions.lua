@@ -99,6 +99,15 @@ local function bury(most, id, kernel, code, reason, attempts, trace, message)
   return kept
 end
 
+-- Sends what follows a job; where its queue's key holds something else, it becomes a dead letter.
+local function follow(id, list, message, dead_bytes)
+  local pushed = type(redis.pcall('LPUSH', list, message)) == 'number'
+  if not pushed then
+    bury(dead_bytes, id, '', 'unreadable', 'its follow-up has no queue: ' .. list .. ' is none', 0, '', message)
+  end
+  return pushed and 1 or 0
+end
+
 -- Holds a message until its time. A second one of the same job is a duplicate, and is dropped.
 local function hold_back(id, due_ms, message)
   if redis.call('HSETNX', ETA_MESSAGES, id, message) == 0 then
@@ -267,10 +276,7 @@ local function commit(keys, args)
     redis.pcall('EXPIRE', reply, ttl)
   end
   section(3, function(first)
-    local id, list, message = args[first], args[first + 1], args[first + 2]
-    if not late[id] and type(redis.pcall('LPUSH', list, message)) ~= 'number' then
-      bury(args[4], id, '', 'unreadable', 'its follow-up has no queue: ' .. list .. ' holds something else', 0, '', message)
-    end
+    if not late[args[first]] then follow(args[first], args[first + 1], args[first + 2], args[4]) end
   end)
   section(3, function(first)
     local id = args[first]
@@ -361,11 +367,12 @@ end
 -- an attempt: with the last, it is a dead letter and its waiter is told. A holder is forgotten once it has been found
 -- empty for a while: a blocking move that it had asked for may still have been served after its connection broke.
 -- ARGV incarnation lists_each how (died or left) list, and where the list of a suspect is given:
---   attempts_limit ttl_s events_kept dead_bytes id kernel reason record reply_key event
+--   attempts_limit ttl_s events_kept dead_bytes id kernel reason record reply_key event chord_part,
+--   then the list and the message of each follow-up
 -- Returns how many messages moved, and 1 where the suspect died for good.
 local REMEMBER_MS = 30000
 local function recover(_, args)
-  local bad = wrong(HOLDERS, AGAIN, ALONE, ATTEMPTS, DEAD, EVENTS, COUNTERS)
+  local bad = wrong(HOLDERS, AGAIN, ALONE, ATTEMPTS, DEAD, EVENTS, COUNTERS, PARTS)
   if bad then return bad end
   local incarnation, lists, how, suspect = args[1], tonumber(args[2]) - 1, args[3], args[4]
   local moved, died = 0, 0
@@ -394,6 +401,8 @@ local function recover(_, args)
       if finish(_, { args[6], id, 'dead', args[12], args[13] }) == 1 then
         bury(args[8], id, args[10], 'poison', args[11], attempts, '', message)
         emit(args[14], args[7])
+        if args[15] ~= '' then redis.pcall('HSET', PARTS, id, args[15]) end
+        for at = 16, #args, 2 do follow(id, args[at], args[at + 1], args[8]) end
       end
       redis.call('DEL', suspect)
     end
@@ -570,6 +579,7 @@ register('recover', recover, { 'allow-oom' })
 register('move', move, { 'allow-oom' })
 register('transact', transact, { 'allow-oom' })
 register('announce', announce, { 'allow-oom' })
+register('follow', function(_, args) return follow(unpack(args, 1, 4)) end, { 'allow-oom' })
 register('schedule', schedule, { 'allow-oom' })
 register('due', due, { 'allow-oom' })
 register('unpark', unpark, { 'allow-oom' })

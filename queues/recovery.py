@@ -6,7 +6,8 @@ of them do it at once (`sweep` and `recover` in functions.lua).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -14,17 +15,22 @@ import msgspec
 from lepton_ai import event, wire
 from lepton_ai.errors import JobDead, LeptonError
 from lepton_ai.event import Event
-from lepton_ai.job import Options
+from lepton_ai.job import Meta, Options
 from lepton_ai.settings import Settings
+from lepton_ai.succession import FollowUps
 from queues import functions
 from queues.connection import Command, Connection
 
-__all__ = ["LISTS_EACH", "Recovered", "give_back", "recover"]
+__all__ = ["LISTS_EACH", "Recovered", "Sequels", "give_back", "recover"]
 
 #: Claims of one kind that one router may have open, and slots that one worker may have.
 LISTS_EACH = 64
 #: So many heartbeats without a sweep, and every holder gets a whole lease before anything is recovered.
 _GAP_BEATS = 3
+
+
+#: What a job sets off that ends with this record: its message, the record.
+Sequels = Callable[[bytes, Meta], FollowUps]
 
 
 class Recovered(msgspec.Struct, frozen=True):
@@ -35,12 +41,12 @@ class Recovered(msgspec.Struct, frozen=True):
     """Jobs among them that are dead letters now."""
 
 
-def recover(connection: Connection, incarnation: str, settings: Settings) -> Recovered:
+def recover(connection: Connection, incarnation: str, settings: Settings, sequels: Sequels) -> Recovered:
     """Gives back what lapsed holders still hold; `incarnation` is looked after even if it was forgotten."""
     gap_ms, lease_ms = round(_GAP_BEATS * settings.heartbeat_s * 1000), round(settings.lease_s * 1000)
     lapsed = connection.call(*functions.call("sweep", (), (gap_ms, lease_ms, LISTS_EACH, incarnation)))
     commands = [
-        _command(connection, name.decode(errors="replace"), only.decode(errors="replace"), settings)
+        _command(connection, name.decode(errors="replace"), only.decode(errors="replace"), settings, sequels)
         for name, _, only in lapsed
     ]
     found = connection.many(commands) if commands else []
@@ -53,14 +59,14 @@ def give_back(connection: Connection, incarnation: str) -> int:
     return int(moved)
 
 
-def _command(connection: Connection, incarnation: str, only: str, settings: Settings) -> Command:
+def _command(connection: Connection, incarnation: str, only: str, settings: Settings, sequels: Sequels) -> Command:
     suspect: Sequence[Any] = ("",)
     if only and (messages := connection.call("LRANGE", only, -1, -1)):
-        suspect = _suspect(only, messages[0], incarnation, settings)
+        suspect = _suspect(only, messages[0], incarnation, settings, sequels)
     return functions.call("recover", (), (incarnation, LISTS_EACH, "died", *suspect))
 
 
-def _suspect(held: str, message: bytes, incarnation: str, settings: Settings) -> Sequence[Any]:
+def _suspect(held: str, message: bytes, incarnation: str, settings: Settings, sequels: Sequels) -> Sequence[Any]:
     """What is needed to end a job for good, whether or not this death was its last."""
     options = Options()
     job, kernel, attempts = "", "", settings.attempts
@@ -72,7 +78,9 @@ def _suspect(held: str, message: bytes, incarnation: str, settings: Settings) ->
         if not job:
             return ("",)  # no job: whoever takes it says so, and it never runs
     error = JobDead(f"{attempts} times the worker died while this job ran with nothing beside it")
-    record = wire.encode_meta(wire.failure(job, error), options.result or settings.result_serializer)
+    meta = wire.failure(job, error)
+    follow_ups = sequels(message, meta)
+    record = wire.encode_meta(meta, options.result or settings.result_serializer)
     told = event.encode(
         Event("job.dead", incarnation, kernel, jobs=(job,), data=error.to_wire() | {"attempts": attempts})
     )
@@ -81,4 +89,6 @@ def _suspect(held: str, message: bytes, incarnation: str, settings: Settings) ->
         held,
         *(attempts, ttl_s, settings.events_kept, settings.dead_bytes),
         *(job, kernel, error.message, record, options.reply_to or "", told),
+        follow_ups.chord_part or b"",
+        *chain.from_iterable(follow_ups.pushes),
     )

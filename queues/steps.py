@@ -77,6 +77,9 @@ class Dispatch(msgspec.Struct):
     dead: list[DeadLetter] = []
     """Messages that nobody waits for."""
     rejected: list[Outcome] = []
+    pushes: list[tuple[str, str, bytes]] = []
+    """What the rejected set off, each with its job and its list."""
+    chord_parts: list[tuple[str, bytes]] = []
     placements: dict[int, dict[str, bytes]] = {}
     """Placements by the minute whose hash they go into."""
     counts: dict[str, int] = {}

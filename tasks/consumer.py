@@ -21,6 +21,7 @@ from lepton_ai.event import Event, encode
 from lepton_ai.settings import Settings
 from lepton_ai.topology import device_of_queue, device_queue
 from queues.broker import LISTS_EACH, Broker
+from queues.canvas import Canvas
 from queues.connection import Connection
 from tasks.books import Books, install_commands
 from tasks.catalogue import load
@@ -62,7 +63,10 @@ class DeviceStep(bootsteps.StartStopStep):
         incarnation = f"worker-{secrets.token_hex(8)}"
         self._teller = Teller(self.settings, url, incarnation, worker.hostname)
         books = Books(worker.app, worker.hostname, device, incarnation, self._teller)
-        self._slots = worker.device_slots = Slots(self.settings, url, incarnation, device, driver, repertoire, books)
+        canvas = Canvas(self.settings, catalogue.kernels)
+        self._slots = worker.device_slots = Slots(
+            self.settings, url, incarnation, device, driver, repertoire, books, canvas
+        )
         announcement = Announcement(
             incarnation,
             worker.hostname,

@@ -13,12 +13,21 @@ import numpy as np
 import structlog
 
 from lepton_ai import event, wire
-from lepton_ai.errors import JobCancelled, JobExpired, KernelFailed, LeptonError, RetryJob, TimeLimitExceeded
+from lepton_ai.errors import (
+    InvalidRequest,
+    JobCancelled,
+    JobExpired,
+    KernelFailed,
+    LeptonError,
+    RetryJob,
+    TimeLimitExceeded,
+)
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import minute_of
 from lepton_ai.job import Cost, Placement, Record
 from lepton_ai.kernel import Retry
 from lepton_ai.settings import Settings
+from lepton_ai.succession import Canvas, FollowUps
 from lepton_ai.tensor import DTYPES
 from queues.broker import Broker
 from queues.connection import CommandError
@@ -98,6 +107,8 @@ class _Batch(msgspec.Struct):
     events: list[Event] = []
     endings: list[Ending] = []
     retries: list[tuple[str, float, bytes]] = []
+    pushes: list[tuple[str, str, bytes]] = []
+    chord_parts: list[tuple[str, bytes]] = []
     dead: list[DeadLetter] = []
 
 
@@ -113,6 +124,7 @@ class Runner:
         driver: Driver,
         repertoire: Repertoire,
         observer: Observer,
+        canvas: Canvas,
     ) -> None:
         self.running: Running | None = None
         """The launch that is under way. May be read from any thread."""
@@ -123,9 +135,10 @@ class Runner:
         self._driver = driver
         self._repertoire = repertoire
         self._observer = observer
+        self._canvas = canvas
 
     def run(self, broker: Broker, messages: Sequence[bytes]) -> tuple[Commit, list[Ending]]:
-        """Runs what the messages ask for. Never raises for what they hold or what a kernel does."""
+        """Runs what the messages ask for. Raises BrokerUnavailable, and nothing for what they hold or a kernel does."""
         taken_at = time.time()
         try:
             found = self._read(messages)
@@ -136,7 +149,9 @@ class Runner:
         finally:
             self.running = None
         told = event.encode(*batch.events)
-        step = Commit(self._slot, len(messages), batch.outcomes, told, retries=batch.retries, dead=batch.dead)
+        step = Commit(
+            self._slot, len(messages), batch.outcomes, told, batch.pushes, batch.retries, batch.chord_parts, batch.dead
+        )
         return step, batch.endings
 
     # -- before -------------------------------------------------------------------------------------------------
@@ -237,6 +252,14 @@ class Runner:
                 count,
             )
             meta = wire.success(job.id, answer(job, part), Record(placement, cost))
+            if job.sequel is not None:
+                try:
+                    follow_ups = self._canvas.after_success(job.sequel, meta.result)
+                except InvalidRequest as error:  # a result that nobody could act on is none
+                    self._fail(job, error, batch)
+                    continue
+                meta = msgspec.structs.replace(meta, children=list(follow_ups.children))
+                self._note(job.id, follow_ups, batch)
             record = wire.encode_meta(meta, self._encoding(job)) if job.keep else b""
             batch.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
             shapes = _shapes(part) if placement is not None and placement.shown else ""
@@ -326,12 +349,20 @@ class Runner:
         status: str | None = None,
     ) -> None:
         status = status or _STATUSES.get(type(error), "failed")
-        record = wire.encode_meta(wire.failure(job.id, error, trace), self._encoding(job)) if job.keep else b""
+        meta = wire.failure(job.id, error, trace)
+        if job.sequel is not None:
+            self._note(job.id, self._canvas.after_failure(job.sequel, meta), batch)
+        record = wire.encode_meta(meta, self._encoding(job)) if job.keep else b""
         batch.outcomes.append(Outcome(job.id, status, record, job.options.reply_to or ""))
         told = f"{type(error).__name__}({error.message!r})"
         batch.endings.append(Ending(job.id, status, time.time(), error=told, trace=trace))
         kernel = job.kernel if isinstance(job, Refused) else job.kernel.name
         self._tell(f"job.{status}", kernel, job.id, error.to_wire(), batch)
+
+    def _note(self, job: str, follow_ups: FollowUps, batch: _Batch) -> None:
+        batch.pushes += [(job, queue, message) for queue, message in follow_ups.pushes]
+        if follow_ups.chord_part is not None:
+            batch.chord_parts.append((job, follow_ups.chord_part))
 
     def _tell(self, kind: str, kernel: str, job: str, data: dict[str, Any], batch: _Batch) -> None:
         batch.events.append(Event(kind, self._incarnation, kernel, self._device, (job,), data=data))

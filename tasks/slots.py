@@ -15,9 +15,11 @@ import structlog
 
 from lepton_ai.errors import BrokerUnavailable, Fenced
 from lepton_ai.settings import Settings
+from lepton_ai.succession import Canvas
 from queues.broker import Broker
 from queues.connection import Connection
 from queues.steps import Commit
+from tasks.chords import ChordParts
 from tasks.driver import Driver
 from tasks.gate import Gate
 from tasks.runner import Ending, Observer, Runner, Running
@@ -49,6 +51,7 @@ class Slots:
         driver: Driver,
         repertoire: Repertoire,
         observer: Observer,
+        canvas: Canvas,
     ) -> None:
         self.device = device
         self.driver = driver
@@ -58,6 +61,8 @@ class Slots:
         self.incarnation = incarnation
         self.count = driver.slots
         self.gate = Gate()
+        self.canvas = canvas
+        self.chord_parts = ChordParts(self.connect, canvas.finish)
         self._url = url
         self._stopping = threading.Event()
         self._abandoned = threading.Event()
@@ -67,6 +72,7 @@ class Slots:
         self._slots = [*(_Slot(self, number) for number in range(self.count)), _AloneSlot(self, self.count)]
 
     def start(self) -> None:
+        self.chord_parts.start()
         for slot in self._slots:
             thread = threading.Thread(target=slot.run, name=f"slot-{slot.number}", daemon=True)
             self._threads.append(thread)
@@ -85,6 +91,7 @@ class Slots:
         self._open.set()
         for thread in self._threads:
             thread.join()
+        self.chord_parts.close()
 
     def abandon(self) -> None:
         """Takes nothing more and returns once no slot waits for jobs; what runs goes on, and may commit no more."""
@@ -144,7 +151,14 @@ class _Slot:
         self.busy_s = 0.0
         self.messages: Sequence[bytes] = ()
         self.runner = Runner(
-            slots.settings, slots.incarnation, slots.device, number, slots.driver, slots.repertoire, slots.observer
+            slots.settings,
+            slots.incarnation,
+            slots.device,
+            number,
+            slots.driver,
+            slots.repertoire,
+            slots.observer,
+            slots.canvas,
         )
         self._slots = slots
         self._pending: tuple[Commit, list[Ending]] | None = None
@@ -239,6 +253,8 @@ class _Slot:
             try:
                 broker.commit(step)
                 self._slots.observer.ended(endings)
+                if step.chord_parts:
+                    self._slots.chord_parts.committed(job for job, _ in step.chord_parts)
                 break
             except Fenced as error:
                 held = broker.held(self.number)
