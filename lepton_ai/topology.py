@@ -101,6 +101,11 @@ def parked(kernel: str) -> str:
     return f"{PARKED}:{kernel}"
 
 
+def parked_alone(kernel: str) -> str:
+    """The suspects among a kernel's parked jobs."""
+    return f"{PARKED}{_ALONE}:{kernel}"
+
+
 def reply(client: str) -> str:
     return f"lepton:reply:{client}"
 

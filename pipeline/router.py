@@ -361,7 +361,7 @@ class _Session:
     def _dispatch(self, jobs: Sequence[ClaimedJob]) -> list[ClaimedJob]:
         pricing = price(jobs, self._cluster, self._model)
         plan = self._policy.place(pricing.problem)
-        step = Dispatch({}, {}, leaving={}, queued={}, alone={}, parked={}, deadlines={}, placements={}, counts={})
+        step = Dispatch({}, {})
         left: list[ClaimedJob] = []
         devices: dict[str, str] = {}
         seconds: dict[str, float] = {}
@@ -373,7 +373,7 @@ class _Session:
             if chosen == UNPLACED:
                 placement = self._park(job, candidates, now)
                 self._cluster.finished(job.id)  # it may have come back from a device that died
-                step.parked.setdefault(job.kernel, []).append(job.message)
+                (step.parked_alone if job.alone else step.parked).setdefault(job.kernel, []).append(job.message)
                 if job.deadline_at is not None:
                     step.deadlines[job.kernel] = min(job.deadline_at, step.deadlines.get(job.kernel, job.deadline_at))
             else:
@@ -407,7 +407,7 @@ class _Session:
             events.append(Event("job.placed", self._incarnation, device=device, jobs=tuple(here), data=data))
         if parked:
             events.append(Event("job.parked", self._incarnation, jobs=tuple(job.id for job in parked)))
-            log.warning("jobs_parked", jobs=len(parked), kernels=sorted(step.parked))
+            log.warning("jobs_parked", jobs=len(parked), kernels=sorted({job.kernel for job in parked}))
         step.event = event.encode(*events)
         step.told = self._narrator.placed((job, devices[job.id]) for job in placed)
         self._broker.dispatch(step)

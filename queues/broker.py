@@ -316,6 +316,7 @@ class Broker:
             *map(topology.device_queue, step.queued),
             *map(topology.alone_queue, step.alone),
             *map(topology.parked, step.parked),
+            *map(topology.parked_alone, step.parked_alone),
         ]
 
     def _dispatch_commands(self, step: Dispatch) -> Iterable[Command]:
@@ -329,12 +330,12 @@ class Broker:
                 yield ("LPUSH", claim, *rest)
         if unknown := (step.queued.keys() | step.alone.keys()) - self._known_devices:
             yield ("SADD", topology.DEVICES, *unknown)
-        for queue, messages in zip(
-            self._queues(step), chain(step.queued.values(), step.alone.values(), step.parked.values()), strict=True
-        ):
+        lists = (step.queued, step.alone, step.parked, step.parked_alone)
+        messages_of = chain.from_iterable(each.values() for each in lists)
+        for queue, messages in zip(self._queues(step), messages_of, strict=True):
             yield ("LPUSH", queue, *messages)
-        if step.parked:
-            yield ("SADD", topology.PARKED, *step.parked)
+        if kernels := step.parked.keys() | step.parked_alone.keys():
+            yield ("SADD", topology.PARKED, *kernels)
         for kernel, deadline in step.deadlines.items():
             yield ("ZADD", topology.DEADLINES, "LT", f"{deadline:.3f}", kernel)
         for job, due_at, message in step.scheduled:

@@ -442,9 +442,19 @@ local function move(keys, args)
   return moved
 end
 
+-- schedule: holds a message back until its time. Meant to stand in a transaction. ARGV id due_ms message
+local function schedule(_, args) return hold_back(args[1], tonumber(args[2]), args[3]) end
+
+-- follow: what a job sets off that ends outside a batch. ARGV id list message dead_bytes
+local function follow_one(_, args) return follow(unpack(args, 1, 4)) end
+
 -- transact: as MULTI behind WATCH, for a broker that is full and refuses writes. KEYS the lists that must have the
 -- lengths that ARGV names first; then the commands, each as the number of its words and the words.
 -- Returns how many commands were done, or -1 where a list is not as long as it must be.
+local OWN = {}
+for name, callback in pairs({ schedule = schedule, follow = follow_one, finish = finish, bury = bury_one }) do
+  OWN['lepton_' .. name .. '_VERSION'] = callback
+end
 local function transact(keys, args)
   for at, key in ipairs(keys) do
     if redis.call('LLEN', key) ~= tonumber(args[at]) then return -1 end
@@ -452,7 +462,12 @@ local function transact(keys, args)
   local at, done = #keys + 1, 0
   while at <= #args do
     local words = tonumber(args[at])
-    redis.pcall(unpack(args, at + 1, at + words))
+    local own = args[at + 1] == 'FCALL' and OWN[args[at + 2]] -- a function may not call another by FCALL
+    if own then
+      pcall(own, {}, { unpack(args, at + 4, at + words) })
+    else
+      redis.pcall(unpack(args, at + 1, at + words))
+    end
     at, done = at + words + 1, done + 1
   end
   return done
@@ -466,9 +481,6 @@ local function announce(keys, args)
   redis.call('SADD', HOLDERS, args[3])
   return 1
 end
-
--- schedule: holds a message back until its time. Meant to stand in a transaction. ARGV id due_ms message
-local function schedule(_, args) return hold_back(args[1], tonumber(args[2]), args[3]) end
 
 -- due: what has waited long enough goes to `again`, at most `limit`; with ids, those at once. ARGV limit ids...
 -- Returns how many moved, and the milliseconds until the next is due (-1 where none waits).
@@ -491,14 +503,19 @@ local function due(_, args)
   return { moved, first[2] and math.max(0, math.ceil(tonumber(first[2]) - now)) or -1 }
 end
 
--- unpark: parked jobs of a kernel go to `again`. ARGV kernel limit. Returns how many moved.
+-- unpark: parked jobs of a kernel go to `again`, its suspects to `again.alone`. ARGV kernel limit.
+-- Returns how many moved.
 local function unpark(_, args)
-  local parked, moved = 'lepton:parked:' .. args[1], 0
-  if not is_list(parked) then return redis.error_reply('WRONGTYPE ' .. parked .. ' holds something else') end
-  local bad = wrong(AGAIN)
+  local parked, alone, moved = 'lepton:parked:' .. args[1], 'lepton:parked.alone:' .. args[1], 0
+  if not (is_list(parked) and is_list(alone)) then
+    return redis.error_reply('WRONGTYPE ' .. parked .. ' holds something else')
+  end
+  local bad = wrong(AGAIN, ALONE)
   if bad then return bad end
-  while moved < tonumber(args[2]) and redis.call('LMOVE', parked, AGAIN, 'RIGHT', 'LEFT') do moved = moved + 1 end
-  if redis.call('EXISTS', parked) == 0 then
+  for source, target in pairs({ [parked] = AGAIN, [alone] = ALONE }) do
+    while moved < tonumber(args[2]) and redis.call('LMOVE', source, target, 'RIGHT', 'LEFT') do moved = moved + 1 end
+  end
+  if redis.call('EXISTS', parked, alone) == 0 then
     redis.pcall('SREM', PARKED, args[1])
     redis.pcall('ZREM', 'lepton:deadlines', args[1])
   end
@@ -541,7 +558,9 @@ local function sizes(_, args)
   note('alone', length('LLEN', ALONE))
   note('scheduled_now', length('HLEN', ETA_MESSAGES))
   local kernels = redis.pcall('SMEMBERS', PARKED)
-  for _, kernel in ipairs(kernels) do note('parked_now', length('LLEN', 'lepton:parked:' .. kernel)) end
+  for _, kernel in ipairs(kernels) do
+    note('parked_now', length('LLEN', 'lepton:parked:' .. kernel) + length('LLEN', 'lepton:parked.alone:' .. kernel))
+  end
   local devices = redis.pcall('SMEMBERS', 'lepton:devices')
   for _, device in ipairs(devices) do
     note('queued', length('LLEN', 'lepton.' .. device) + length('LLEN', 'lepton.' .. device .. '.alone'))
@@ -579,7 +598,7 @@ register('recover', recover, { 'allow-oom' })
 register('move', move, { 'allow-oom' })
 register('transact', transact, { 'allow-oom' })
 register('announce', announce, { 'allow-oom' })
-register('follow', function(_, args) return follow(unpack(args, 1, 4)) end, { 'allow-oom' })
+register('follow', follow_one, { 'allow-oom' })
 register('schedule', schedule, { 'allow-oom' })
 register('due', due, { 'allow-oom' })
 register('unpark', unpark, { 'allow-oom' })

@@ -70,6 +70,8 @@ class Dispatch(msgspec.Struct):
     alone: dict[str, list[bytes]] = {}
     """And suspects, which it runs one at a time."""
     parked: dict[str, list[bytes]] = {}
+    """Messages by their kernel, which no live device can run."""
+    parked_alone: dict[str, list[bytes]] = {}
     deadlines: dict[str, float] = {}
     """The earliest deadline among what is parked now, by kernel, in seconds since the epoch."""
     scheduled: list[tuple[str, float, bytes]] = []
