@@ -189,11 +189,15 @@ class Broker:
             return self._move([], claim, [self._wake_claim, *lists], max(1, room))
         messages: list[bytes] = [] if brought is None else [brought]
         moves: list[Command] = []
+        given = dict.fromkeys(lanes, 0)
         for at in range(0, len(lists), len(lanes)):  # one priority of every lane
             left = max(0, room - len(messages) - len(moves))
             waiting = depths[len(_BACK) :][at : at + len(lanes)]
-            for source, share in zip(lists[at : at + len(lanes)], _shares(waiting, left), strict=True):
+            for lane, source, share in zip(lanes, lists[at : at + len(lanes)], _shares(waiting, left), strict=True):
                 moves += [("LMOVE", source, claim, "RIGHT", "LEFT")] * share
+                given[lane] += share
+        # Whoever has given least comes first next time, when there may be room for one only.
+        self._lanes.sort(key=lambda lane: given.get(lane, 0))
         if not moves:
             return messages, length
         moved, length = self._move(moves, claim, lists, room - len(messages))
@@ -217,10 +221,8 @@ class Broker:
         return found, length
 
     def _know_lanes(self, tenants: Sequence[str]) -> None:
-        """Every lane there is; each is the first in its turn."""
-        if {topology.LANE, *tenants} == set(self._lanes):
-            self._lanes = [*self._lanes[1:], self._lanes[0]]
-        else:
+        """Every lane there is."""
+        if {topology.LANE, *tenants} != set(self._lanes):
             self._lanes = sorted({topology.LANE, *tenants})
 
     def unpark(self, kernel: str) -> int:
@@ -511,12 +513,17 @@ def _section(rows: Iterable[Sequence[str | bytes | int | float]]) -> list[str | 
 
 
 def _shares(depths: Sequence[int], room: int) -> list[int]:
-    """How many each lane may give: as many as it has, and no more than its share of what there is room for."""
+    """How many each lane may give: as many as it has, and no more than its share of what there is room for.
+
+    What cannot be shared equally goes to the first.
+    """
     shares = [0] * len(depths)
-    in_turn = sorted(range(len(depths)), key=depths.__getitem__)
-    for place, lane in enumerate(in_turn):
-        shares[lane] = min(depths[lane], room // (len(depths) - place))
-        room -= shares[lane]
+    while room > 0 and (having := [lane for lane, depth in enumerate(depths) if depth > shares[lane]]):
+        each = max(1, room // len(having))
+        for lane in having:
+            given = min(each, depths[lane] - shares[lane], room)
+            shares[lane] += given
+            room -= given
     return shares
 
 
