@@ -451,10 +451,12 @@ local function follow_one(_, args) return follow(unpack(args, 1, 4)) end
 -- transact: as MULTI behind WATCH, for a broker that is full and refuses writes. KEYS the lists that must have the
 -- lengths that ARGV names first; then the commands, each as the number of its words and the words.
 -- Returns how many commands were done, or -1 where a list is not as long as it must be.
-local OWN = {}
-for name, callback in pairs({ schedule = schedule, follow = follow_one, finish = finish, bury = bury_one }) do
-  OWN['lepton_' .. name .. '_VERSION'] = callback
-end
+local OWN = {
+  lepton_schedule_VERSION = schedule,
+  lepton_follow_VERSION = follow_one,
+  lepton_finish_VERSION = finish,
+  lepton_bury_VERSION = bury_one,
+}
 local function transact(keys, args)
   for at, key in ipairs(keys) do
     if redis.call('LLEN', key) ~= tonumber(args[at]) then return -1 end
