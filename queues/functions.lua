@@ -55,9 +55,9 @@ local function store(id, record, ttl)
   return true
 end
 
--- What is remembered of a job only until it ends.
-local function forget(id, ttl)
-  redis.pcall('HDEL', ATTEMPTS, id)
+-- What is remembered of a job only until it ends: its attempts, where any job has some, and its key.
+local function forget(id, ttl, has_attempts)
+  if has_attempts then redis.pcall('HDEL', ATTEMPTS, id) end
   if string.sub(id, 15, 15) == '5' then redis.pcall('EXPIRE', 'lepton:key:' .. id, ttl) end
 end
 
@@ -251,6 +251,7 @@ local function commit(keys, args)
     at = last + 1
   end
   redis.call('DEL', held)
+  local has_attempts = redis.call('EXISTS', ATTEMPTS) == 1
   local counts, replies, order, duplicates, late = {}, {}, {}, {}, {}
   section(4, function(first)
     local id, status, record, reply = args[first], args[first + 1], args[first + 2], args[first + 3]
@@ -268,7 +269,7 @@ local function commit(keys, args)
       end
       table.insert(replies[reply], record)
     end
-    if status ~= 'retried' then forget(id, ttl) end
+    if status ~= 'retried' then forget(id, ttl, has_attempts) end
     counts[status] = (counts[status] or 0) + 1
   end)
   for _, reply in ipairs(order) do
@@ -312,7 +313,7 @@ local function finish(_, args)
     end
     tell(id, record, args[5], ttl)
   end
-  forget(id, ttl)
+  forget(id, ttl, true)
   count(status, 1)
   return 1
 end
