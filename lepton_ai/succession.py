@@ -132,7 +132,7 @@ def _typed(value: Any) -> Any:
 
 def _by_name(signature: Signature, given: Mapping[str, Any], outputs: Outputs) -> dict[str, Any]:
     taken = {name: value for name, value in outputs.items() if name in signature.inputs}
-    arguments = taken | given
+    arguments: dict[str, Any] = {**taken, **given}
     missing = _missing(signature, arguments)
     if len(outputs) == len(missing) == 1 and not taken:
         return arguments | {missing[0]: next(iter(outputs.values()))}
