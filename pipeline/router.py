@@ -235,8 +235,9 @@ class _Session:
         step = Dispatch({}, {}, leaving={}, dead=[])
         for message, each in found:
             if isinstance(each, Incoming):
-                if each.due_at is not None and each.due_at > now and each.headers.id not in marked:
-                    early.append((message, each, each.due_at))
+                until = each.waits_until(now)
+                if until is not None and each.headers.id not in marked:
+                    early.append((message, each, until))
                     continue
                 job = self._window.add(
                     each.headers.id, each.headers.task, each.options, message, claim, each.deadline_at
