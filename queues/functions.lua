@@ -79,7 +79,7 @@ local function bury(most, id, kernel, code, reason, attempts, trace, message)
   local kept = redis.pcall('XADD', DEAD, '*', 'job', id, 'kernel', kernel, 'code', code, 'reason', reason,
     'attempts', attempts, 'trace', trace, 'message', message)
   local size = redis.pcall('MEMORY', 'USAGE', DEAD)
-  if type(size) == 'number' and size > most then
+  if type(size) == 'number' and size > tonumber(most) then
     redis.pcall('XTRIM', DEAD, 'MAXLEN', math.max(1, math.floor(redis.call('XLEN', DEAD) * 0.9)))
   end
   return kept
