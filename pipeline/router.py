@@ -207,8 +207,9 @@ class _Session:
             messages = self._broker.claim(Kind.NEW, claim.number, len(claim.messages), limit)
             woken = False
             self._read(claim, messages)
-            came_back = sum(self._claim_back(kind, waiting) for kind, waiting in self._broker.back.items() if waiting)
-            if len(messages) + came_back < limit:
+            waiting = sum(self._broker.back.values())
+            came_back = sum(self._claim_back(kind, each) for kind, each in self._broker.back.items() if each)
+            if came_back == waiting and len(messages) + came_back < limit:
                 return
         self._full = True
 
