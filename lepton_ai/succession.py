@@ -1,7 +1,8 @@
 """Celery's canvas as a job sees it: what it gets from the jobs before it, and what is to follow it.
 
 Celery gives a result to the next task as its first positional argument, and kernels take arguments by name. `inherit`
-is the rule between the two; `sequel_of` reads what Celery asks to follow. Both are pure: sending is tasks/canvas.py.
+is the rule between the two; `sequel_of` reads what Celery asks to follow, and `part_of` says what is left of it when a
+job has ended without a worker. All are pure: sending is tasks/canvas.py.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import msgspec
 import numpy as np
 
 from lepton_ai.errors import InvalidArguments, OptionNotSupported
+from lepton_ai.job import Meta
 from lepton_ai.signature import Signature
 from lepton_ai.tensor import TensorMap, from_wire
 from lepton_ai.wire import Body, Headers, Value
 
-__all__ = ["Sequel", "inherit", "sequel_of"]
+__all__ = ["Part", "Sequel", "inherit", "part_of", "sequel_of"]
 
 Outputs = Mapping[str, Any]
 #: What may stand in `args`: a value, a kernel's outputs by name, or, for a chord's body, a list of either.
@@ -42,6 +44,34 @@ class Sequel(msgspec.Struct):
     """The rest of its chain, the next one last."""
     chord: dict[str, Any] | None = None
     """The body of the chord whose header it is in."""
+
+
+class Part(msgspec.Struct):
+    """What is left to be done, after its commit, for those who wait for a job that has ended: Canvas.finish does it."""
+
+    sequel: Sequel
+    state: str
+    """Celery's, such as FAILURE."""
+    result: Any
+    """Its outputs, or Celery's map of an exception."""
+    traceback: str | None = None
+
+    def encode(self) -> bytes:
+        return _MSGPACK.encode(self)
+
+    @staticmethod
+    def decode(data: bytes) -> Part:
+        return _PART.decode(data)
+
+
+_MSGPACK = msgspec.msgpack.Encoder()
+_PART = msgspec.msgpack.Decoder(Part)
+
+
+def part_of(sequel: Sequel, failure: Meta) -> bytes:
+    """The part of a job that was ended by one who cannot send what follows it, such as a router that refused it."""
+    left = msgspec.structs.replace(sequel, callbacks=[])
+    return Part(left, failure.status, failure.result, failure.traceback).encode()
 
 
 def sequel_of(headers: Headers, embed: Any) -> Sequel | None:

@@ -33,7 +33,7 @@ from lepton_ai import topology
 from lepton_ai.errors import BrokerUnavailable, InvalidArguments, InvalidRequest, LeptonError, TooLarge
 from lepton_ai.job import Meta
 from lepton_ai.settings import Settings
-from lepton_ai.succession import Sequel
+from lepton_ai.succession import Part, Sequel
 from lepton_ai.tensor import TensorMap
 from queues.app import make_app
 
@@ -58,20 +58,6 @@ class FollowUps(msgspec.Struct, frozen=True):
     """For `Meta.children`, in Celery's form: who follows."""
     chord_part: bytes | None = None
     """What is left for `Canvas.finish` after the commit."""
-
-
-class _Part(msgspec.Struct):
-    """A job that has ended in the header of a chord, or before the end of a chain that it has broken."""
-
-    sequel: Sequel
-    state: str
-    result: Any
-    """Its outputs, or Celery's map of an exception."""
-    traceback: str | None = None
-
-
-_PACK = msgspec.msgpack.Encoder()
-_PART = msgspec.msgpack.Decoder(_Part)
 
 
 class Canvas:
@@ -99,7 +85,7 @@ class Canvas:
         part = None
         if sequel.chord is not None:
             body = _in_msgpack(sequel.chord) if binary else sequel.chord
-            part = _PACK.encode(_Part(_placed(sequel, body, []), "SUCCESS", result))
+            part = Part(_placed(sequel, body, []), "SUCCESS", result).encode()
         return FollowUps(tuple(pushes), tuple(each.as_tuple() for each in children), part)
 
     def after_failure(self, sequel: Sequel, failure: Meta) -> FollowUps:
@@ -111,16 +97,14 @@ class Canvas:
         if sequel.errbacks and failure.status == "FAILURE":
             try:
                 with self._capturing(sequel) as (found, _):
-                    errbacks = [signature(each, app=self._app) for each in sequel.errbacks]
-                    family = {"parent_id": sequel.id, "root_id": sequel.root_id}
-                    group(errbacks, app=self._app).apply_async((sequel.id,), **family)
+                    self._send_errbacks(sequel)
                 pushes = found
             except InvalidRequest as error:
                 log.error("errbacks_left_out", job=sequel.id, reason=error.message)
         part = None
         if sequel.chord is not None or sequel.chain:
             left = _placed(sequel, sequel.chord, sequel.chain)
-            part = _PACK.encode(_Part(left, failure.status, failure.result, failure.traceback))
+            part = Part(left, failure.status, failure.result, failure.traceback).encode()
         return FollowUps(tuple(pushes), (), part)
 
     def finish(self, part: bytes) -> bool:
@@ -129,19 +113,24 @@ class Canvas:
         False where another is sending the chord's body right now, or has died while it did: call it again, until it is
         True. To call it twice is safe, by Celery's own book-keeping: a part counts once, and a body goes out once. Only
         if this process is killed between that message and the book-keeping does it go out again (at least once); a body
-        that is a kernel has one effect even so, because its id is fixed. Raises BrokerUnavailable; anything else that
-        Celery makes of a part is logged and over, so that it cannot be met with for ever.
+        that is a kernel has one effect even so, because its id is fixed. The same holds for the errbacks of a job that
+        no worker has ended (`part_of`). Raises BrokerUnavailable; anything else that Celery makes of a part is logged
+        and over, so that it cannot be met with for ever.
         """
         try:
-            found = _PART.decode(part)
-            with self._standing_for(found.sequel):
-                chords = self._count(_request(found.sequel), found) + self._fail_chain(found)
-            return not any(map(self._is_claimed, chords))
+            found = Part.decode(part)
+            sequel = found.sequel
+            with self._standing_for(sequel):
+                chords = self._count(_request(sequel), found) + self._fail_chain(found)
+                if any(map(self._is_claimed, chords)):
+                    return False
+                if sequel.errbacks and found.state == "FAILURE":
+                    self._send_errbacks(sequel)
         except (OperationalError, RedisError) as error:
             raise BrokerUnavailable(f"a part of a chord cannot be counted: {error}") from error
         except Exception:  # what Celery raises for a body that is no signature depends on what is wrong with it
             log.exception("chord_part_failed", part=repr(part[:200]))
-            return True
+        return True
 
     # -- sending ----------------------------------------------------------------------------------------------------
 
@@ -158,6 +147,10 @@ class Canvas:
         if sequel.chain:
             *rest, following = sequel.chain
             signature(following, app=self._app).apply_async((result,), chain=rest, **family)
+
+    def _send_errbacks(self, sequel: Sequel) -> None:
+        errbacks = [signature(each, app=self._app) for each in sequel.errbacks]
+        group(errbacks, app=self._app).apply_async((sequel.id,), parent_id=sequel.id, root_id=sequel.root_id)
 
     @contextmanager
     def _capturing(self, sequel: Sequel) -> Iterator[tuple[list[tuple[str, bytes]], list[Any]]]:
@@ -199,14 +192,14 @@ class Canvas:
 
     # -- the result backend -----------------------------------------------------------------------------------------
 
-    def _count(self, request: Context, part: _Part) -> list[str]:
+    def _count(self, request: Context, part: Part) -> list[str]:
         """Counts a part; returns its chord's group, none where it is in no chord."""
         if not (request.chord and request.group):
             return []
         self._app.backend.on_chord_part_return(request, part.state, part.result)
         return [request.group]
 
-    def _fail_chain(self, part: _Part) -> list[str]:
+    def _fail_chain(self, part: Part) -> list[str]:
         """As Celery's Backend._fail_chain, for revoked jobs too: nobody is to wait for what will never be.
 
         Each is counted before its result is stored: after a kill in between it is counted again, and not left out.
@@ -307,7 +300,7 @@ def _plain(outputs: Mapping[str, Any]) -> Any:
     """Outputs as Celery's serializers take them: tensor maps as maps with bytes; the same object where none are."""
     if not any(isinstance(each, TensorMap) for each in outputs.values()):
         return outputs
-    return msgspec.msgpack.decode(_PACK.encode(outputs))
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(outputs))
 
 
 def _placed(sequel: Sequel, chord: dict[str, Any] | None, chain: list[dict[str, Any]]) -> Sequel:

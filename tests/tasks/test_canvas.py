@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import re
 import threading
@@ -20,7 +21,7 @@ from lepton_ai import tensor, topology, wire
 from lepton_ai.errors import BrokerUnavailable, InvalidArguments, JobCancelled, KernelFailed, TooLarge
 from lepton_ai.kernel import Kernel
 from lepton_ai.settings import Settings
-from lepton_ai.succession import Sequel, sequel_of
+from lepton_ai.succession import Sequel, part_of, sequel_of
 from queues.app import celery_addresses
 from queues.connection import Connection
 from tasks import canvas as canvas_module
@@ -43,6 +44,7 @@ def app(broker_url: str) -> Iterator[Celery]:
     before = _state._tls.current_app
     app.set_current()
     yield app
+    gc.collect()  # a result that is forgotten later would unsubscribe, broker or no broker
     _state._set_current_app(before)
     app.close()
 
@@ -145,7 +147,7 @@ CANVASES: dict[str, Callable[[], Signature]] = {
     "links": lambda: first(link=[sig("p.add", 1), sig("t.kernel"), group(sig("p.a"), sig("p.b"))]),
     "immutable": lambda: first(link=sig("p.add", 7, immutable=True)),
     "options": lambda: first(
-        link=sig("p.add", queue="mine", priority=7, time_limit=3, expires="2120-01-01T00:00:00", eta="2119-01-01T00:00:00")
+        link=sig("p.add", queue="mine", priority=7, time_limit=3, expires="2120-01-01T00:00:00", eta="2119-01-01T00:00")
     ),
     "stamps": lambda: first(link=sig("p.add", stamped_headers=["colour"], colour="red")),
     "next": lambda: chain(first(), sig("t.kernel")),
@@ -382,6 +384,17 @@ def test_a_broken_chain_fails_through_a_chord_that_comes_later(app: Celery, canv
     ((_, message),) = pop()
     canvas.finish(failed(canvas, message))
     assert result.state == "FAILURE"
+
+
+def test_who_waits_for_a_job_that_a_router_refused_is_told_as_by_a_worker(
+    app: Celery, canvas: Canvas, send: Any, pop: Any
+) -> None:
+    result, (message,) = chord_of(app, send, [first(link_error=[sig("p.oops")])], sig("p.sum"))
+    found = sequel(message)
+    assert canvas.finish(part_of(found, wire.failure(found.id, KernelFailed("broke"))))
+    assert isinstance(result.result, ChordError)
+    ((_, sent),) = pop()
+    assert (headers(sent)["task"], body(sent)[0]) == ("p.oops", [found.id])
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------
