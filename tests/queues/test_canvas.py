@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import re
 import threading
@@ -43,6 +44,7 @@ def app(broker_url: str) -> Iterator[Celery]:
     before = _state._tls.current_app
     app.set_current()
     yield app
+    gc.collect()  # a result that is forgotten later would unsubscribe, broker or no broker
     _state._set_current_app(before)
     app.close()
 
