@@ -43,6 +43,7 @@ __all__ = [
     "encode_meta",
     "envelope",
     "failure",
+    "lane_of",
     "pack",
     "read_body",
     "read_envelope",
@@ -104,6 +105,18 @@ class Properties(msgspec.Struct):
     priority: int | None = 0
 
 
+class _DeliveryInfo(msgspec.Struct, frozen=True):
+    routing_key: str = LANE
+
+
+class _Sent(msgspec.Struct, frozen=True):
+    delivery_info: _DeliveryInfo = _DeliveryInfo()
+
+
+class _Routed(msgspec.Struct):
+    properties: _Sent
+
+
 class _Body(msgspec.Struct, array_like=True):
     args: list[Any]
     kwargs: dict[str, Value]
@@ -111,6 +124,7 @@ class _Body(msgspec.Struct, array_like=True):
 
 
 _ENVELOPE = msgspec.json.Decoder(Envelope)
+_ROUTED = msgspec.json.Decoder(_Routed)
 _OPTIONS = msgspec.json.Decoder(Options | None)
 _BODY_MSGPACK = msgspec.msgpack.Decoder(_Body)
 _BODY_JSON = msgspec.json.Decoder(_Body)
@@ -221,6 +235,15 @@ def read_envelope(raw: bytes) -> Envelope:
         return _typed(_ENVELOPE, raw)  # type: ignore[no-any-return]
     except InvalidArguments as error:
         raise Malformed(f"not a Celery protocol 2 message: {error.message}") from None
+
+
+def lane_of(raw: bytes) -> str:
+    """The lane that a message says it was sent to; the default one where it names none of ours."""
+    try:
+        name = _ROUTED.decode(raw).properties.delivery_info.routing_key
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return LANE
+    return name if name.startswith(f"{LANE}.") else LANE
 
 
 def read_options(headers: Headers) -> Options:
