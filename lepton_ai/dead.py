@@ -237,7 +237,7 @@ def _arguments(message: bytes) -> dict[str, Any] | None:
     try:
         envelope = wire.read_envelope(message)
         shapes = wire.read_options(envelope.headers).shapes
-        return shapes_of(wire.read_body(envelope, limit_bytes=_DECODED_BYTES)[0]) if shapes is None else shapes
+        return shapes_of(wire.read_body(envelope, limit_bytes=_DECODED_BYTES).kwargs) if shapes is None else shapes
     except LeptonError:
         return None
 

@@ -79,8 +79,9 @@ def device_of_queue(queue: str) -> str | None:
     return queue.removeprefix("lepton.") or None
 
 
-def claim(incarnation: str, number: int) -> str:
-    return f"lepton:claim:{incarnation}:{number}"
+def claim(incarnation: str, number: int, kind: str = "claim") -> str:
+    """A part of a router's window: `claim` of what came from a lane, `reclaim` and `suspects` of what came back."""
+    return f"lepton:{kind}:{incarnation}:{number}"
 
 
 def held(incarnation: str, slot: int) -> str:
@@ -98,6 +99,11 @@ def jobs(minute: int) -> str:
 
 def parked(kernel: str) -> str:
     return f"{PARKED}:{kernel}"
+
+
+def parked_alone(kernel: str) -> str:
+    """The suspects among a kernel's parked jobs."""
+    return f"{PARKED}{_ALONE}:{kernel}"
 
 
 def reply(client: str) -> str:

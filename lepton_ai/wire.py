@@ -35,20 +35,26 @@ from lepton_ai.signature import describe, shapes_of
 from lepton_ai.topology import LANE
 
 __all__ = [
+    "Body",
     "Envelope",
     "Headers",
     "Value",
     "batches",
+    "deadline_at",
     "decode_value",
+    "due_at",
     "encode_meta",
     "envelope",
     "failure",
     "lane_of",
     "pack",
     "read_body",
+    "read_embed",
     "read_envelope",
     "read_meta",
     "read_options",
+    "retried",
+    "retrying",
     "success",
     "to_value",
 ]
@@ -84,6 +90,10 @@ class Headers(msgspec.Struct):
     timelimit: list[float | None] | None = None
     ignore_result: bool | None = None
     compression: str | None = None
+    # Where the job stands in Celery's canvas (lepton_ai/succession.py); checked only where something follows it.
+    root_id: Any = None
+    group: Any = None
+    group_index: Any = None
     # For those who watch (Flower); nothing is done by them, so anything may stand there.
     origin: Any = None
     argsrepr: Any = None
@@ -117,19 +127,32 @@ class _Routed(msgspec.Struct):
     properties: _Sent
 
 
-class _Body(msgspec.Struct, array_like=True):
+class Body(msgspec.Struct, array_like=True):
+    """What a message says to its kernel. `args` and `embed` are Celery's, and checked by lepton_ai/succession.py."""
+
     args: list[Any]
+    """What the jobs before it gave."""
     kwargs: dict[str, Value]
+    embed: Any = None
+    """What is to follow it."""
+
+
+class _AnyBody(msgspec.Struct, array_like=True):
+    """A body whose arguments may be anything."""
+
+    args: Any
+    kwargs: Any
     embed: Any = None
 
 
 _ENVELOPE = msgspec.json.Decoder(Envelope)
 _ROUTED = msgspec.json.Decoder(_Routed)
 _OPTIONS = msgspec.json.Decoder(Options | None)
-_BODY_MSGPACK = msgspec.msgpack.Decoder(_Body)
-_BODY_JSON = msgspec.json.Decoder(_Body)
+_BODY = {MSGPACK: msgspec.msgpack.Decoder(Body), JSON: msgspec.json.Decoder(Body)}
+_ANY_BODY = {MSGPACK: msgspec.msgpack.Decoder(_AnyBody), JSON: msgspec.json.Decoder(_AnyBody)}
 _META_MSGPACK = msgspec.msgpack.Decoder(Meta)
 _META_JSON = msgspec.json.Decoder(Meta)
+_ANYTHING = msgspec.json.Decoder()
 _JSON = msgspec.json.Encoder()
 _MSGPACK = msgspec.msgpack.Encoder()
 _ERRORS: Final = LeptonError.__module__
@@ -260,20 +283,39 @@ def read_options(headers: Headers) -> Options:
     return (options or Options()).checked()
 
 
-def read_body(envelope: Envelope, *, limit_bytes: int) -> tuple[dict[str, Any], bool]:
-    """The arguments of a message, and whether it carries callbacks (link, chain, chord).
+def due_at(headers: Headers) -> float | None:
+    """Not before when a job is to run (`eta`), in seconds since the epoch; InvalidArguments where that is no time."""
+    return None if headers.eta is None else _seconds(headers.eta, "eta")
 
-    Raises TooLarge where the body unpacks to more than `limit_bytes`, InvalidArguments where positional arguments or
-    values that are no arguments stand in it, Malformed where it is not what its headers say.
+
+def deadline_at(headers: Headers) -> float | None:
+    """After when a job is not to run any more (`expires`), as `due_at`."""
+    return None if headers.expires is None else _seconds(headers.expires, "expires")
+
+
+def _seconds(value: str | float, field: str) -> float:
+    try:
+        at = datetime.fromisoformat(value) if isinstance(value, str) else datetime.fromtimestamp(value, UTC)
+        return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise InvalidArguments(f"{field} is not a time: {value!r}", field) from None
+
+
+def read_body(envelope: Envelope, *, limit_bytes: int) -> Body:
+    """The body of a message.
+
+    Raises TooLarge where it unpacks to more than `limit_bytes`, InvalidArguments where values that are no arguments
+    stand in it, Malformed where it is not what its headers say.
     """
-    body = _open_body(envelope, limit_bytes)
-    if body.args:
-        raise InvalidArguments("arguments are given by name (kwargs); positional ones are not understood", "args")
-    callbacks = body.embed if isinstance(body.embed, dict) else {"embed": body.embed}
-    return body.kwargs, any(value is not None for value in callbacks.values())
+    return _open_body(envelope, limit_bytes, _BODY)  # type: ignore[no-any-return]
 
 
-def _open_body(envelope: Envelope, limit_bytes: int) -> _Body:
+def read_embed(envelope: Envelope, *, limit_bytes: int) -> Any:
+    """What is to follow a job whose arguments are wrong. Raises as `read_body`, but never for the arguments."""
+    return _open_body(envelope, limit_bytes, _ANY_BODY).embed
+
+
+def _open_body(envelope: Envelope, limit_bytes: int, decoders: Mapping[str, Any]) -> Any:
     data: bytes
     if envelope.properties.body_encoding == "base64":
         try:
@@ -288,11 +330,10 @@ def _open_body(envelope: Envelope, limit_bytes: int) -> _Body:
         raise Malformed(f"compression {envelope.headers.compression!r} is not understood; use gzip or none")
     if len(data) > limit_bytes:
         raise TooLarge(f"the body has {len(data)} bytes, the limit is {limit_bytes}")
-    if envelope.content_type == MSGPACK:
-        return _typed(_BODY_MSGPACK, data)  # type: ignore[no-any-return]
-    if envelope.content_type == JSON:
-        return _typed(_BODY_JSON, data)  # type: ignore[no-any-return]
-    raise Malformed(f"content type {envelope.content_type!r} is refused; use {MSGPACK} or {JSON}")
+    decoder = decoders.get(envelope.content_type)
+    if decoder is None:
+        raise Malformed(f"content type {envelope.content_type!r} is refused; use {MSGPACK} or {JSON}")
+    return _typed(decoder, data)
 
 
 def _inflate(data: bytes, limit_bytes: int) -> bytes:
@@ -359,6 +400,21 @@ def failure(job_id: str, error: LeptonError, trace: str | None = None, record: R
     status = "REVOKED" if revoked else "FAILURE"
     trace = None if trace is None else trace.encode("utf-8", "backslashreplace").decode()  # a path may hold surrogates
     return Meta(status, result, trace, date_done=_now(), task_id=job_id, lepton=record)
+
+
+def retrying(job_id: str, error: LeptonError, trace: str | None) -> Meta:
+    """The record of a job whose kernel raised and that runs again later: Celery's RETRY, which ends nothing."""
+    return msgspec.structs.replace(failure(job_id, error, trace), status="RETRY", date_done=None)
+
+
+def retried(message: bytes) -> bytes:
+    """The message of a job for its next try: the same, with one retry more. Malformed where it cannot be decoded."""
+    found: Any = _typed(_ANYTHING, message)
+    headers = found["headers"]
+    headers["retries"] = (headers.get("retries") or 0) + 1
+    headers["eta"] = None
+    found["properties"]["delivery_tag"] = str(uuid.uuid4())
+    return _JSON.encode(found)
 
 
 def _now() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import msgspec
 
@@ -76,6 +76,11 @@ class Cluster:
             self._served(name, list(group)) for name, group in itertools.groupby(by_device, lambda each: each.device)
         )
         return True
+
+    @property
+    def kernels(self) -> Collection[str]:
+        """The kernels that a live worker announces."""
+        return self._specs.keys()
 
     def spec(self, kernel: str) -> tuple[KernelSpec, Signature] | None:
         """What is known of a kernel, or None where no live worker announces it."""

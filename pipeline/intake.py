@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from lepton_ai import wire
-from lepton_ai.errors import JobCancelled, LeptonError, OptionNotSupported
+from lepton_ai.errors import InvalidArguments, JobCancelled, JobExpired, LeptonError
 from lepton_ai.job import Options
-from queues.broker import Outcome
+from queues.steps import Outcome
 
-__all__ = ["Dead", "Incoming", "Refused", "cancelled", "read"]
+__all__ = ["Dead", "Incoming", "Refused", "cancelled", "expired", "read"]
+
+#: The longest that a job may be held back.
+_LATEST_S: Final = 30 * 86_400.0
 
 
 class Incoming(msgspec.Struct, frozen=True):
-    """A job that may be placed."""
+    """A job that may be placed, once it is due and before its deadline (seconds since the epoch)."""
 
     options: Options
     headers: wire.Headers
+    due_at: float | None = None
+    deadline_at: float | None = None
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -33,8 +40,8 @@ class Dead(msgspec.Struct, frozen=True):
     reason: str
 
 
-def read(message: bytes) -> Incoming | Refused | Dead:
-    """What a message is. Never raises for what it holds."""
+def read(message: bytes, now: float) -> Incoming | Refused | Dead:
+    """What a message is at `now`, in seconds since the epoch. Never raises for what it holds."""
     try:
         envelope = wire.read_envelope(message)
     except LeptonError as error:
@@ -42,12 +49,14 @@ def read(message: bytes) -> Incoming | Refused | Dead:
     headers, options = envelope.headers, Options()
     try:
         options = wire.read_options(headers)
-        _check_headers(headers)
+        due_at, deadline_at = wire.due_at(headers), wire.deadline_at(headers)
+        if due_at is not None and due_at > now + _LATEST_S:
+            raise InvalidArguments(f"eta {headers.eta} is more than 30 days away", "eta")
     except LeptonError as error:
         return Refused(headers, _outcome(headers.id, "failed", error, options, "json"), error)
     if options.priority is None and (priority := _celery_priority(envelope.properties.priority)) is not None:
         options = msgspec.structs.replace(options, priority=priority)
-    return Incoming(options, headers)
+    return Incoming(options, headers, due_at, deadline_at)
 
 
 def cancelled(job_id: str, options: Options, serializer: str) -> Outcome:
@@ -55,17 +64,14 @@ def cancelled(job_id: str, options: Options, serializer: str) -> Outcome:
     return _outcome(job_id, "cancelled", JobCancelled("cancelled while it waited"), options, serializer)
 
 
+def expired(job_id: str, options: Options, serializer: str) -> Outcome:
+    """How a job ends whose deadline has passed before a device had it."""
+    return _outcome(job_id, "expired", JobExpired("its deadline passed while it waited"), options, serializer)
+
+
 def _outcome(job_id: str, status: str, error: LeptonError, options: Options, serializer: str) -> Outcome:
     record = wire.encode_meta(wire.failure(job_id, error), options.result or serializer)
     return Outcome(job_id, status, record, options.reply_to or "")
-
-
-def _check_headers(headers: wire.Headers) -> None:
-    """What Celery's clients may ask for and this release does not do is refused, never ignored."""
-    if headers.eta is not None:
-        raise OptionNotSupported("eta and countdown are not supported yet", "eta")
-    if headers.timelimit is not None and any(limit is not None for limit in headers.timelimit):
-        raise OptionNotSupported("time limits are not supported yet", "timelimit")
 
 
 def _celery_priority(step: int | None) -> int | None:

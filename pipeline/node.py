@@ -90,18 +90,22 @@ class Narrator:
         return self._message.tasks(events) if events else None
 
     def ended(
-        self, refused: Sequence[tuple[wire.Headers, LeptonError]], cancelled: Sequence[ClaimedJob]
+        self,
+        refused: Sequence[tuple[wire.Headers, LeptonError]],
+        revoked: Sequence[ClaimedJob],
+        *,
+        expired: bool = False,
     ) -> Command | None:
-        """The message that tells of jobs that the router itself ended."""
+        """The message that tells of jobs that the router itself ended; `expired` says why the revoked ones were."""
         now = self._now()
         events: list[dict[str, Any]] = []
         for headers, error in refused[: self._audience.room(now, len(refused))]:
             told = f"{type(error).__name__}({error.message!r})"
             ended = task_event("failed", headers.id, now, name=headers.task, exception=told, traceback=None)
             events += (_sent(headers.id, now, headers, topology.LANE), ended)
-        for job in cancelled:
+        for job in revoked:
             if job.sent_at:
-                how = {"terminated": False, "signum": None, "expired": False, "name": job.kernel}
+                how = {"terminated": False, "signum": None, "expired": expired, "name": job.kernel}
                 events.append(task_event("revoked", job.id, now, **how))
         return self._message.tasks(events) if events else None
 

@@ -15,6 +15,7 @@ from lepton_ai.kernel import KernelSpec, Work
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.problem import Problem
 from lepton_ai.signature import Signature, shapes_of
+from lepton_ai.succession import inherit
 from lepton_ai.tensor import DTYPES
 from pipeline.cluster import Cluster, ServedDevice
 from pipeline.window import ClaimedJob
@@ -73,7 +74,7 @@ def _candidates(
 def _work(job: ClaimedJob, spec: KernelSpec, signature: Signature) -> tuple[Work, float]:
     """The Work of a job and the bytes of its arrays. What cannot be told here is the worker's to refuse."""
     try:
-        shapes = job.options.shapes or _shapes_in_body(job.message)
+        shapes = job.options.shapes or _shapes_in_body(job.message, signature)
         dims = signature.dims(shapes)
         size = 0.0
         for name, argument in signature.inputs.items():
@@ -85,6 +86,6 @@ def _work(job: ClaimedJob, spec: KernelSpec, signature: Signature) -> tuple[Work
         return _UNKNOWN_WORK, 0.0
 
 
-def _shapes_in_body(message: bytes) -> dict[str, Any]:
-    arguments, _ = wire.read_body(wire.read_envelope(message), limit_bytes=_OPEN_LIMIT_BYTES)
-    return shapes_of(arguments)
+def _shapes_in_body(message: bytes, signature: Signature) -> dict[str, Any]:
+    body = wire.read_body(wire.read_envelope(message), limit_bytes=_OPEN_LIMIT_BYTES)
+    return shapes_of(inherit(signature, body))

@@ -11,7 +11,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import cache
 
 import msgspec
@@ -21,7 +21,7 @@ from lepton_ai import event, topology, wire
 from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of
-from lepton_ai.job import Candidate, Placement
+from lepton_ai.job import Candidate, Options, Placement
 from lepton_ai.placement import policies
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.problem import UNPLACED, Policy
@@ -31,17 +31,26 @@ from pipeline.cluster import Cluster, ServedDevice
 from pipeline.intake import Dead, Incoming, Refused
 from pipeline.node import Narrator, RemoteControl
 from pipeline.pricing import price
+from pipeline.sequels import Sequels
 from pipeline.telemetry import learn
 from pipeline.window import Claim, ClaimedJob, Window
-from queues.broker import Broker, Dispatch, announcements
+from queues import functions, recovery
+from queues.broker import Broker, Kind, announcements
 from queues.connection import Connection
 from queues.event_stream import EventStream
+from queues.steps import DeadLetter, Dispatch, Outcome
 
 __all__ = ["Router"]
 
 #: Jobs that are priced and placed in one step; the rest of a deep window waits for the next.
 _STEP = 512
+#: How a job ends that never reaches a device, and the event that tells of it.
+_ENDINGS = {"failed": "job.rejected", "cancelled": "job.cancelled", "expired": "job.expired"}
 _RETRY_S = (0.05, 2.0)
+#: How often a broker whose memory is full is asked, which tells nobody of anything.
+_FULL_S = 0.1
+#: Jobs that are asked to be cancelled are looked for among the scheduled ones so many at a time.
+_ASKED_AT_ONCE = 1024
 _MESSAGE = msgspec.msgpack.Encoder()
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
@@ -56,15 +65,20 @@ class Router:
         self._url = url
         self._policy = policy or policies.load(settings.policy)
         self._model = CostModel()
+        self._left: list[str] = []
+        """Earlier incarnations of ours whose sessions ended without giving back what they had claimed."""
 
     def run(self, stop: threading.Event) -> None:
         """Serves session after session until `stop` is set."""
         pause_s = _RETRY_S[0]
         while not stop.is_set():
             try:
+                self._give_back()
                 session = _Session(self._settings, self._url, self._policy, self._model)
+                self._left.append(session.incarnation)
                 pause_s = _RETRY_S[0]
-                session.serve(stop)
+                if session.serve(stop):
+                    self._left.remove(session.incarnation)
             except Fenced as error:
                 log.warning("router_fenced", reason=error.message)
             except BrokerUnavailable as error:
@@ -75,6 +89,17 @@ class Router:
                 log.exception("router_failed")
                 stop.wait(_RETRY_S[1])
 
+    def _give_back(self) -> None:
+        """Gives back at once what sessions that were cut off still hold, rather than have it wait for their leases."""
+        if not self._left:
+            return
+        with closing(Connection(self._url, "router-left")) as connection:
+            functions.load(connection)
+            while self._left:
+                connection.call("DEL", topology.lease(self._left[-1]))
+                moved = recovery.give_back(connection, self._left[-1])
+                log.info("claims_given_back", router=self._left.pop(), messages=moved)
+
 
 class _Session:
     def __init__(self, settings: Settings, url: str, policy: Policy, model: CostModel) -> None:
@@ -82,24 +107,29 @@ class _Session:
         self._url = url
         self._policy = policy
         self._model = model
-        self._incarnation = f"router-{secrets.token_hex(8)}"
+        self.incarnation = self._incarnation = f"router-{secrets.token_hex(8)}"
         self._main = Connection(url, self._incarnation)
         self._wake = Connection(url, f"{self._incarnation}-wake")
         self._events = EventStream(Connection(url, f"{self._incarnation}-events"))
         self._broker = Broker(self._main, self._incarnation, settings)
         self._cluster = Cluster()
         self._window = Window(self._incarnation, settings.window, settings.window_bytes)
+        self._sequels = Sequels(settings, lambda: self._cluster.kernels)
         self._narrator = Narrator(url, settings, self._main)
         self._waking = False
+        self._due_at = 0.0
+        """When the next scheduled job may be due, in monotonic seconds."""
         self._more = True
         """Something may be waiting in a lane that no push will tell of."""
         self._full = False
         """The window was full when we last claimed, so more may be waiting."""
 
-    def serve(self, stop: threading.Event) -> None:
+    def serve(self, stop: threading.Event) -> bool:
+        """Serves until `stop` is set; True where everything has been given back."""
         self._broker.announce(b"")
         # What is pushed to the other lists of the lane is announced to us; the default list wakes us by itself.
-        prefixes = ("PREFIX", topology.LANE + topology.PRIORITY_SEPARATOR, "PREFIX", topology.AGAIN)
+        watched = (topology.LANE + topology.PRIORITY_SEPARATOR, topology.lane(""), topology.AGAIN)
+        prefixes = [part for each in watched for part in ("PREFIX", each)]
         self._main.call("CLIENT", "TRACKING", "ON", "BCAST", "NOLOOP", *prefixes)
         self._model.restore(self._main.call("GET", topology.MODEL))
         self._broker.emit(event.encode(Event("router.online", self._incarnation)))
@@ -110,7 +140,8 @@ class _Session:
             self._loop(stop)
         finally:
             remote_control.close()
-            self._leave()
+            has_left = self._leave()
+        return has_left
 
     def _loop(self, stop: threading.Event) -> None:
         tick_at = 0.0
@@ -119,13 +150,16 @@ class _Session:
             if now >= tick_at:
                 self._tick()
                 tick_at = now + self._settings.heartbeat_s
+            if now >= self._due_at:
+                self._look_at_due()
             # Pushes that came in between replies have been read already: no select would tell of them.
-            self._more |= bool(self._main.drain_pushes())
+            self._more |= bool(self._main.drain_pushes()) or self._broker.is_full
             if self._more:
                 self._claim(woken=False)
                 self._place()
             self._ask()
-            wait_s = 0.0 if self._more or self._main.pushes else max(0.0, tick_at - time.monotonic())
+            wait_s = 0.0 if self._more or self._main.pushes else min(tick_at, self._due_at) - time.monotonic()
+            wait_s = max(_FULL_S if self._broker.is_full else 0.0, wait_s)
             readable, _, _ = select.select([self._wake, self._main, self._events.connection], [], [], wait_s)
             if self._wake in readable:
                 self._claim(woken=self._has_woken())
@@ -134,26 +168,28 @@ class _Session:
             if readable:
                 self._place()
 
-    def _leave(self) -> None:
+    def _leave(self) -> bool:
         """Gives back what is still in the window, if the broker lets us; else our lease lapses and others do it."""
         self._wake.close()
         self._events.connection.close()
         try:
-            self._main.call("DEL", topology.lease(self._incarnation))
-            self._broker.recover()
+            self._broker.resign()
             self._broker.emit(event.encode(Event("router.offline", self._incarnation)))
             self._narrator.beat(0, "offline")
             log.info("router_offline", router=self._incarnation)
+            return True
         except LeptonError as error:
             log.warning("router_left_claims", router=self._incarnation, reason=error.message)
-        self._main.close()
+            return False
+        finally:
+            self._main.close()
 
     # -- claim --------------------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
         self._events.ask()
         # Not while more waits, which the next claim takes in its order.
-        if not self._waking and not self._more and self._window.room > 0:
+        if not self._waking and not self._more and self._window.room > 0 and not self._broker.is_full:
             self._broker.ask_wake(self._wake)
             self._waking = True
 
@@ -166,79 +202,132 @@ class _Session:
         """Claims what waits, up to the window; what the wake-up brought even beyond it."""
         self._more = self._full = False
         while woken or self._window.room > 0:
-            claim, room = self._window.open_claim()
+            claim, room = self._window.open_claim(Kind.NEW)
             limit = max(1, min(room, self._window.room))
-            messages = self._broker.claim(claim.number, len(claim.messages), limit)
+            messages = self._broker.claim(Kind.NEW, claim.number, len(claim.messages), limit)
             woken = False
             self._read(claim, messages)
-            if len(messages) < limit:
+            came_back = sum(self._claim_back(kind, waiting) for kind, waiting in self._broker.back.items() if waiting)
+            if len(messages) + came_back < limit:
                 return
         self._full = True
+
+    def _claim_back(self, kind: Kind, waiting: int) -> int:
+        """Claims of what waits beside the lanes; returns how many messages that were."""
+        if self._window.room <= 0:
+            return 0
+        claim, room = self._window.open_claim(kind)
+        messages = self._broker.claim(kind, claim.number, len(claim.messages), min(waiting, room, self._window.room))
+        self._read(claim, messages)
+        return len(messages)
 
     def _read(self, claim: Claim, messages: Sequence[bytes]) -> None:
         """Bytes become jobs; what nobody could run, or was cancelled, ends at once."""
         self._window.hold(claim, messages)
-        found = [(message, intake.read(message)) for message in messages]
+        now = self._broker.now()
+        found = [(message, intake.read(message, now)) for message in messages]
         ids = [each.headers.id for _, each in found if isinstance(each, Incoming)]
         marked = self._broker.marked(ids) if self._broker.marks else set()
         leaving: list[tuple[Claim, bytes]] = []
-        refused: list[Refused] = []
+        refused: list[tuple[bytes, Refused]] = []
         added: list[tuple[ClaimedJob, wire.Headers]] = []
-        step = Dispatch({}, {})
+        early: list[tuple[bytes, Incoming, float]] = []
+        step = Dispatch({}, {}, leaving={}, dead=[])
         for message, each in found:
             if isinstance(each, Incoming):
-                job = self._window.add(each.headers.id, each.headers.task, each.options, message, claim)
+                if each.due_at is not None and each.due_at > now and each.headers.id not in marked:
+                    early.append((message, each, each.due_at))
+                    continue
+                job = self._window.add(
+                    each.headers.id, each.headers.task, each.options, message, claim, each.deadline_at
+                )
                 added.append((job, each.headers))
                 continue
             leaving.append((claim, message))
             if isinstance(each, Dead):
-                step.dead.append((each.reason, message))
+                step.dead.append(DeadLetter("", "", "unreadable", each.reason, 0, message))
             else:
-                refused.append(each)
+                refused.append((message, each))
         self._narrator.sent(added)
         if leaving:
-            step.rejected = [each.outcome for each in refused]
-            step.told = self._narrator.ended([(each.headers, each.error) for each in refused], [])
-            self._end(step, leaving)
+            step.rejected = [each.outcome for _, each in refused]
+            step.told = self._narrator.ended([(each.headers, each.error) for _, each in refused], [])
+            self._end(step, leaving, [message for message, _ in refused])
             self._window.forget(leaving)
+        if early:
+            self._schedule(claim, early)
         self._cancel([job for job, _ in added if job.id in marked])
+        self._expire([job for job, _ in added if job.deadline_at is not None and job.deadline_at <= now])
+
+    def _schedule(self, claim: Claim, early: Sequence[tuple[bytes, Incoming, float]]) -> None:
+        """Puts jobs aside until they are due."""
+        step = Dispatch({}, {}, leaving={}, placements={}, scheduled=[])
+        leaving = [(claim, message) for message, _, _ in early]
+        _leave(step, leaving)
+        events = []
+        for message, each, due_at in early:
+            job, kernel = each.headers.id, each.headers.task
+            step.scheduled.append((job, due_at, message))
+            reason = f"waits until it is due, {each.headers.eta}"
+            placement = Placement(job, kernel, "scheduled", reason, self._broker.now(), self._incarnation)
+            step.placements.setdefault(self._minute(job), {})[job] = _MESSAGE.encode(placement)
+            data = {"due_at": due_at}
+            events.append(Event("job.scheduled", self._incarnation, kernel, jobs=(job,), data=data))
+        step.event = event.encode(*events)
+        self._broker.dispatch(step)
+        self._window.forget(leaving)
+        self._due_at = 0.0
+
+    def _look_at_due(self) -> None:
+        """Takes jobs whose time has come out of the schedule."""
+        moved, next_s = self._broker.due()
+        self._more |= moved > 0
+        self._due_at = time.monotonic() + min(next_s, self._settings.heartbeat_s)
+
+    def _minute(self, job: str) -> int:
+        """The minute in whose hash a job's placement stands."""
+        return minute_of(job) or int(self._broker.now()) // 60
 
     def _cancel(self, jobs: Sequence[ClaimedJob]) -> None:
         """Ends jobs of the window that were cancelled."""
+        self._give_up(jobs, intake.cancelled)
+
+    def _expire(self, jobs: Sequence[ClaimedJob]) -> None:
+        """Ends jobs of the window whose deadline has passed, unless they have been cancelled a moment ago."""
+        waiting = set(self._window.jobs())
+        self._give_up([job for job in jobs if job in waiting], intake.expired)
+
+    def _give_up(self, jobs: Sequence[ClaimedJob], how: Callable[[str, Options, str], Outcome]) -> None:
         if not jobs:
             return
         serializer = self._settings.result_serializer
-        step = Dispatch(
-            {}, {}, leaving={}, rejected=[intake.cancelled(job.id, job.options, serializer) for job in jobs]
-        )
-        step.told = self._narrator.ended([], jobs)
-        self._end(step, [(job.claim, job.message) for job in jobs])
+        step = Dispatch({}, {}, leaving={}, rejected=[how(job.id, job.options, serializer) for job in jobs])
+        step.told = self._narrator.ended([], jobs, expired=how is intake.expired)
+        self._end(step, [(job.claim, job.message) for job in jobs], [job.message for job in jobs])
         self._window.left(jobs)
         for job in jobs:
             self._cluster.finished(job.id)  # it may have come back from a device that died
 
-    def _end(self, step: Dispatch, leaving: Sequence[tuple[Claim, bytes]]) -> None:
-        """Takes messages out of their claims for good, with the outcomes that are in the step.
+    def _end(self, step: Dispatch, leaving: Sequence[tuple[Claim, bytes]], messages: Sequence[bytes]) -> None:
+        """Takes messages out of their claims for good, with the outcomes that are in the step, each of its message.
 
         A job that has its result already (its message came twice) keeps that, and nobody is told of a second.
         """
         _leave(step, leaving)
         before = self._broker.ended([outcome.job for outcome in step.rejected])
-        step.rejected = [outcome for outcome in step.rejected if outcome.job not in before]
-        ended = {
-            status: tuple(outcome.job for outcome in step.rejected if outcome.status == status)
-            for status in ("failed", "cancelled")
-        }
-        step.counts = {"dead": len(step.dead), "duplicate": len(leaving) - len(step.dead) - len(step.rejected)}
-        step.counts |= {status: len(jobs) for status, jobs in ended.items()}
+        for outcome, message in zip(step.rejected, messages, strict=True):
+            if outcome.job not in before:
+                follow_ups = self._sequels.after(message, wire.read_meta(outcome.record))
+                step.pushes += [(outcome.job, queue, sent) for queue, sent in follow_ups.pushes]
+                if follow_ups.chord_part is not None:
+                    step.chord_parts.append((outcome.job, follow_ups.chord_part))
         events = []
-        if ended["failed"] or step.dead:
-            data = {"dead": len(step.dead)}
-            events.append(Event("job.rejected", self._incarnation, jobs=ended["failed"], data=data))
-            log.warning("messages_refused", dead=len(step.dead), rejected=len(ended["failed"]))
-        if ended["cancelled"]:
-            events.append(Event("job.cancelled", self._incarnation, jobs=ended["cancelled"]))
-            log.info("jobs_cancelled", jobs=len(ended["cancelled"]))
+        for status, kind in _ENDINGS.items():
+            jobs = tuple(each.job for each in step.rejected if each.status == status and each.job not in before)
+            data = {"dead": len(step.dead)} if status == "failed" else {}
+            if jobs or data.get("dead"):
+                events.append(Event(kind, self._incarnation, jobs=jobs, data=data))
+                log.info("jobs_ended", how=status, jobs=len(jobs), **data)
         step.event = event.encode(*events)
         self._broker.dispatch(step)
 
@@ -272,11 +361,11 @@ class _Session:
     def _dispatch(self, jobs: Sequence[ClaimedJob]) -> list[ClaimedJob]:
         pricing = price(jobs, self._cluster, self._model)
         plan = self._policy.place(pricing.problem)
-        step = Dispatch({}, {}, leaving={}, queued={}, parked={}, placements={}, counts={})
+        step = Dispatch({}, {})
         left: list[ClaimedJob] = []
         devices: dict[str, str] = {}
         seconds: dict[str, float] = {}
-        now = time.time()
+        now = self._broker.now()
         ready = pricing.problem.ready.tolist()
         for at, job in enumerate(jobs):
             chosen = int(plan.device[at])
@@ -284,19 +373,20 @@ class _Session:
             if chosen == UNPLACED:
                 placement = self._park(job, candidates, now)
                 self._cluster.finished(job.id)  # it may have come back from a device that died
-                step.parked.setdefault(job.kernel, []).append(job.message)
+                (step.parked_alone if job.alone else step.parked).setdefault(job.kernel, []).append(job.message)
+                if job.deadline_at is not None:
+                    step.deadlines[job.kernel] = min(job.deadline_at, step.deadlines.get(job.kernel, job.deadline_at))
             else:
                 device = self._cluster.devices[chosen]
                 ready[chosen] += float(pricing.problem.seconds[at, chosen]) / device.slots
                 if not self._has_room(device):
                     continue
                 placement = self._placement(job, candidates, chosen, float(plan.wait[at]), now)
-                step.queued.setdefault(device.name, []).append(job.message)
+                (step.alone if job.alone else step.queued).setdefault(device.name, []).append(job.message)
                 devices[job.id] = device.name
                 seconds[job.id] = float(pricing.problem.seconds[at, chosen])
                 self._cluster.dispatched(job.id, device.name, seconds[job.id])
-            minute = minute_of(job.id) or int(now) // 60
-            step.placements.setdefault(minute, {})[job.id] = _MESSAGE.encode(placement)
+            step.placements.setdefault(self._minute(job.id), {})[job.id] = _MESSAGE.encode(placement)
             left.append(job)
         if left:
             self._send(step, left, devices, seconds)
@@ -309,15 +399,15 @@ class _Session:
         placed = [job for job in left if job.id in devices]
         parked = [job for job in left if job.id not in devices]
         step.queued = {device: _by_kernel(messages, placed) for device, messages in step.queued.items()}
-        step.counts = {"placed": len(placed), "parked": len(parked)}
+        step.counts |= {"placed": len(placed), "parked": len(parked)}
         events = []
-        for device in step.queued:
+        for device in step.queued.keys() | step.alone.keys():
             here = [job.id for job in placed if devices[job.id] == device]
             data = {"seconds": [seconds[job] for job in here]}
             events.append(Event("job.placed", self._incarnation, device=device, jobs=tuple(here), data=data))
         if parked:
             events.append(Event("job.parked", self._incarnation, jobs=tuple(job.id for job in parked)))
-            log.warning("jobs_parked", jobs=len(parked), kernels=sorted(step.parked))
+            log.warning("jobs_parked", jobs=len(parked), kernels=sorted({job.kernel for job in parked}))
         step.event = event.encode(*events)
         step.told = self._narrator.placed((job, devices[job.id]) for job in placed)
         self._broker.dispatch(step)
@@ -367,6 +457,8 @@ class _Session:
         for _, each in seen:
             learn(each, self._cluster, self._model)
             changed |= each.type in ("device.online", "device.offline")
+            if each.type == "job.retried":
+                self._due_at = 0.0
             if each.type == "job.cancel_asked":
                 asked.update(each.jobs)
         if changed:
@@ -379,8 +471,10 @@ class _Session:
         ours = [job for job in self._window.jobs() if job.id in asked]
         self._cancel(ours)
         others = sorted(asked.difference(job.id for job in ours))
-        now = int(time.time()) // 60
-        known, _ = self._broker.known(others, {minute_of(job) or now for job in others}) if others else ({}, set())
+        for at in range(0, len(others), _ASKED_AT_ONCE):
+            moved, _ = self._broker.due(others[at : at + _ASKED_AT_ONCE])
+            self._more |= moved > 0
+        known, _ = self._broker.known(others, set(map(self._minute, others))) if others else ({}, set())
         placements = {placement.job: placement for placement in _placements(known.values())}
         kernels = {each.kernel for each in placements.values() if each.state == "parked"}
         if len(placements) < len(others):  # parked long ago, perhaps: its placement is looked for in vain
@@ -392,8 +486,12 @@ class _Session:
     def _tick(self) -> None:
         if not self._broker.renew():
             raise Fenced(f"the lease of {self._incarnation} has lapsed")
-        if moved := self._broker.recover():
-            log.warning("messages_recovered", count=moved)
+        recovered = self._broker.recover(self._sequels.after)
+        if recovered.messages:
+            log.warning("messages_recovered", count=recovered.messages, dead=recovered.dead)
+        for kernel in self._broker.overdue():
+            self._broker.unpark(kernel)
+        self._expire(self._window.expired(self._broker.now()))
         self._refresh()
         names = [device.name for device in self._cluster.devices]
         if moved := self._broker.take_back(names):
@@ -418,6 +516,8 @@ def _leave(step: Dispatch, leaving: Sequence[tuple[Claim, bytes]]) -> None:
     """Notes in a step which claims these messages leave, and what stays in each."""
     gone = {id(message) for _, message in leaving}
     for claim, message in leaving:
+        if claim.kind is Kind.NEW:  # from here on it is counted
+            step.counts["accepted"] = step.counts.get("accepted", 0) + 1
         step.claims[claim.key] = len(claim.messages)
         step.leaving.setdefault(claim.key, []).append(message)
         if claim.key not in step.rests:

@@ -21,8 +21,9 @@ from lepton_ai.settings import Settings
 from pipeline.machine import Found, checked, default_workers, look_for_devices, parse_workers
 from pipeline.processes import Program, environment
 from pipeline.supervisor import free_port, programs
+from queues import guardian
 from queues.connection import CommandError, Connection
-from queues.embedded import address, find_server, guardian
+from queues.server import address, find_server
 
 __all__ = ["FLOWER", "Setup", "set_up"]
 
@@ -51,7 +52,7 @@ class Setup(msgspec.Struct, frozen=True):
         """The command line, after the interpreter, of the embedded broker, if that is to be started."""
         if self.server is None or self.data is None:
             return None
-        return guardian(self.server, _home(self.data))
+        return guardian.command(self.server, self.settings.durability, _home(self.data))
 
     def programs(self) -> list[Program]:
         """Everything but the broker."""

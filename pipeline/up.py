@@ -30,7 +30,7 @@ from queues import logs
 from queues.addresses import celery_addresses
 from queues.broker import LISTS_EACH
 from queues.connection import CommandError, Connection
-from queues.embedded import Status
+from queues.guardian import Status
 
 __all__ = ["main", "without_password"]
 
@@ -175,6 +175,8 @@ class _Up:
             _note("process_started", name=_SERVER, pid=status.pid)
         elif status.event == "ended":
             _note("process_lost", name=_SERVER, how=ending(status.code), reason=status.reason)
+        elif status.event == "waiting":
+            log.warning("broker_waiting", reason=status.reason)
         else:
             self._broker_failed = status.reason
             log.error("broker_failed", reason=status.reason)

@@ -10,7 +10,7 @@ import msgspec
 
 from lepton_ai import topology
 from lepton_ai.job import Options
-from queues.broker import CLAIM_LIMIT, WAKE
+from queues.broker import CLAIM_LIMIT, WAKE, Kind
 
 __all__ = ["Claim", "ClaimedJob", "Window"]
 
@@ -31,13 +31,21 @@ class ClaimedJob(msgspec.Struct, eq=False):
     message: bytes
     claim: Claim
     order: int
+    deadline_at: float | None = None
+    """After when it must not run any more, in seconds since the epoch."""
     sent_at: float = 0.0
     """When it was sent, by its id or by when it was claimed; nought where Celery's event listeners are not shown it."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is a suspect, which runs with nothing beside it."""
+        return self.claim.kind is Kind.ALONE
 
 
 class Claim(msgspec.Struct, eq=False):
     """One durable list of the window, and the messages in it, oldest first."""
 
+    kind: Kind
     number: int
     key: str
     messages: list[bytes] = []
@@ -60,7 +68,7 @@ class Window:
         self._limit = min(limit, CLAIM_LIMIT * WAKE)
         self._limit_bytes = limit_bytes
         self._mean_bytes = _FIRST_BYTES
-        self._claims: dict[int, Claim] = {}
+        self._claims: dict[tuple[Kind, int], Claim] = {}
         self._jobs: dict[int, ClaimedJob] = {}
         self._order = itertools.count()
 
@@ -76,15 +84,16 @@ class Window:
             return 0
         return min(left, max(1, int(left_bytes / self._mean_bytes)))
 
-    def open_claim(self) -> tuple[Claim, int]:
-        """A claim with room, and how much: the fullest that has some, so that few are open."""
-        having = [claim for claim in self._claims.values() if claim.room(self._mean_bytes) > 0]
+    def open_claim(self, kind: Kind) -> tuple[Claim, int]:
+        """A claim of a kind with room, and how much: the fullest that has some, so that few are open."""
+        having = [each for each in self._claims.values() if each.kind is kind and each.room(self._mean_bytes) > 0]
         if having:
             claim = min(having, key=lambda each: each.room(self._mean_bytes))
         else:
             # Where all are full by size, the last takes what a wake-up brings beyond the window.
-            number = next((n for n in range(WAKE) if n not in self._claims), WAKE - 1)
-            claim = self._claims.setdefault(number, Claim(number, topology.claim(self._incarnation, number)))
+            number = next((n for n in range(WAKE) if (kind, n) not in self._claims), WAKE - 1)
+            key = topology.claim(self._incarnation, number, kind)
+            claim = self._claims.setdefault((kind, number), Claim(kind, number, key))
         return claim, max(1, claim.room(self._mean_bytes))
 
     def hold(self, claim: Claim, messages: Sequence[bytes]) -> None:
@@ -94,11 +103,23 @@ class Window:
             claim.size_bytes += len(message)
             self._mean_bytes = max(float(len(message)), (1 - _WEIGHT) * self._mean_bytes + _WEIGHT * len(message))
 
-    def add(self, job_id: str, kernel: str, options: Options, message: bytes, claim: Claim) -> ClaimedJob:
+    def add(
+        self,
+        job_id: str,
+        kernel: str,
+        options: Options,
+        message: bytes,
+        claim: Claim,
+        deadline_at: float | None = None,
+    ) -> ClaimedJob:
         """A message of a claim has been read and waits for its device."""
         order = next(self._order)
-        job = self._jobs[order] = ClaimedJob(job_id, kernel, options, message, claim, order)
+        job = self._jobs[order] = ClaimedJob(job_id, kernel, options, message, claim, order, deadline_at)
         return job
+
+    def expired(self, now: float) -> list[ClaimedJob]:
+        """The jobs whose deadline has passed."""
+        return [job for job in self._jobs.values() if job.deadline_at is not None and job.deadline_at <= now]
 
     def jobs(self) -> list[ClaimedJob]:
         """Every job that waits, in the order of their arrival. May be called from any thread."""
@@ -118,12 +139,12 @@ class Window:
 
     def forget(self, messages: Iterable[tuple[Claim, bytes]]) -> None:
         """These messages are in their claims no longer; a claim that is empty is closed."""
-        by_claim: dict[int, set[int]] = {}
+        by_claim: dict[tuple[Kind, int], set[int]] = {}
         for claim, message in messages:
-            by_claim.setdefault(claim.number, set()).add(id(message))
-        for number, gone in by_claim.items():
-            claim = self._claims[number]
+            by_claim.setdefault((claim.kind, claim.number), set()).add(id(message))
+        for name, gone in by_claim.items():
+            claim = self._claims[name]
             claim.messages = [message for message in claim.messages if id(message) not in gone]
             claim.size_bytes = sum(map(len, claim.messages))
             if not claim.messages:
-                del self._claims[number]
+                del self._claims[name]

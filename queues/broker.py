@@ -1,88 +1,59 @@
 """The message path on the broker: lease, claim, dispatch, take, commit, release, recover, cancel.
 
-Every step is one atomic move, so a message is always in exactly one list: a lane, a claim, a device queue, a held
-list, `again` or `parked`. Messages never pass through Lua; results do (`functions.lua`). `Broker` speaks for one
-incarnation over one connection, and is used by one thread.
+Every step is one atomic move, so a message is always in exactly one place: a lane, a claim, a device queue, a held
+list, `again`, `again.alone`, `parked` or `eta`. Messages do not pass through Lua while the broker has room; results do
+(`functions.lua`). `Broker` speaks for one incarnation over one connection, and is used by one thread.
+
+A broker whose memory is full refuses plain moves; server functions still work, so that what is there drains.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 import re
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import cache
-from importlib import resources
+from enum import StrEnum
+from itertools import chain
 from typing import Any, Final
-
-import msgspec
 
 from lepton_ai import cancellation, topology
 from lepton_ai.device import Announcement, read_leases
-from lepton_ai.errors import BrokerUnavailable, Fenced
+from lepton_ai.errors import Fenced
 from lepton_ai.job import FINAL_STATES
 from lepton_ai.settings import Settings
+from lepton_ai.succession import FollowUps
+from queues import functions, recovery
 from queues.connection import Command, CommandError, Connection
+from queues.recovery import LISTS_EACH, Recovered, Sequels
+from queues.steps import Commit, Dispatch
 
-__all__ = ["Broker", "Commit", "Dispatch", "Outcome", "announcements", "event_command"]
+__all__ = ["CLAIM_LIMIT", "LISTS_EACH", "WAKE", "Broker", "Kind", "announcements", "event_command"]
 
 CLAIM_LIMIT: Final = 256
-#: Claims that one router may have open, and slots that one worker may have.
-LISTS_EACH: Final = 64
 #: The claim that a wake-up lands in; the others are numbered below it.
 WAKE: Final = LISTS_EACH - 1
-#: What a broker answers that will be able to work again, or that somebody must mend: no reason for a traceback.
-_NOT_NOW: Final = ("MISCONF", "READONLY", "OOM", "LOADING", "MASTERDOWN", "NOREPLICAS", "BUSY")
 _MOVED_AT_ONCE: Final = 64
 _MARKED_AT_ONCE: Final = 1024
+_DUE_AT_ONCE: Final = 256
 #: Where in a result its state is looked for.
 _STATE: Final = re.compile(rb"status[^A-Z]*([A-Z]+)")
 _STATE_WITHIN: Final = 200
-_DEAD_KEPT: Final = 10_000
-#: Where a router claims from, most urgent first.
-_SOURCES: Final = (topology.AGAIN, *topology.lane_lists())
+#: How long a full broker is left alone before it is asked again.
+_FULL_S: Final = 0.1
 
 
-class Outcome(msgspec.Struct, frozen=True):
-    """How one job of a batch ended. An empty `record` is an ignored result; without `reply_to` it is published."""
+class Kind(StrEnum):
+    """What a claim holds, which decides where it goes back to: what may not be counted or suspected again."""
 
-    job: str
-    status: str
-    """succeeded, failed or cancelled."""
-    record: bytes
-    reply_to: str = ""
-
-
-class Commit(msgspec.Struct, frozen=True):
-    """Everything that ends a batch: its outcomes and the event that tells of them."""
-
-    slot: int
-    held: int
-    """Messages in the held list: the fence."""
-    outcomes: Sequence[Outcome]
-    event: bytes
+    NEW = "claim"
+    """From a lane."""
+    AGAIN = "reclaim"
+    ALONE = "suspects"
 
 
-class Dispatch(msgspec.Struct):
-    """Everything that leaves a router in one step. Messages are in the order in which they should run."""
-
-    claims: dict[str, int]
-    """Each claim that messages leave, and how many it must hold now: the fence."""
-    rests: dict[str, list[bytes]]
-    """What stays in each of those claims."""
-    leaving: dict[str, list[bytes]] = {}
-    """What leaves each of them, where that is known: the smaller of the two is what has to be written again."""
-    queued: dict[str, list[bytes]] = {}
-    parked: dict[str, list[bytes]] = {}
-    dead: list[tuple[str, bytes]] = []
-    """Messages that nobody can read, each with the reason."""
-    rejected: list[Outcome] = []
-    placements: dict[int, dict[str, bytes]] = {}
-    """Placements by the minute whose hash they go into."""
-    counts: dict[str, int] = {}
-    event: bytes = b""
-    told: Command | None = None
-    """A message for Celery's event listeners (queues/celery_events.py)."""
+_BACK: Final = {Kind.ALONE: topology.ALONE, Kind.AGAIN: topology.AGAIN}
 
 
 class Broker:
@@ -96,42 +67,76 @@ class Broker:
         self._lease = topology.lease(incarnation)
         self._wake_claim = topology.claim(incarnation, WAKE)
         self._known_devices: set[str] = set()
+        self._lanes: list[str] = [topology.LANE]
+        self._full_at = -math.inf
+        self._behind_s = 0.0
+        """The server's clock less our monotonic one."""
         self.marks = 0
         """How many jobs were marked as cancelled at the last `claim`."""
-        self._version = load_functions(connection)
+        self.back: dict[Kind, int] = {}
+        """How many messages of each kind waited beside the lanes at the last `claim`."""
+        functions.load(connection)
+        self._look_at_clock(*connection.call("TIME"))
 
     # -- leases -------------------------------------------------------------------------------------------------
 
     def announce(self, value: bytes) -> None:
         """Takes the lease, with what others should know of this incarnation in it."""
-        lease_ms = round(self._settings.lease_s * 1000)
-        self.connection.many(
-            [("SET", self._lease, value, "PX", lease_ms), ("SADD", topology.HOLDERS, self.incarnation)]
-        )
+        self._call("announce", (self._lease,), (value, self._lease_ms, self.incarnation))
 
     def renew(self) -> bool:
         """Prolongs the lease; False where it has lapsed, and what was held may be somebody else's by now."""
-        return bool(self.connection.call("PEXPIRE", self._lease, round(self._settings.lease_s * 1000)))
+        renewed, clock = self.connection.many([("PEXPIRE", self._lease, self._lease_ms), ("TIME",)])
+        self._look_at_clock(*clock)
+        return bool(renewed)
 
-    def resign(self) -> None:
-        """Gives the lease back, and whatever is still held after all (a take whose reply was lost)."""
-        self.connection.many([("DEL", self._lease), self._recover_command(self.incarnation)])
+    def resign(self) -> int:
+        """Gives the lease back, and whatever is still held: nobody is suspected. Returns how many messages that was."""
+        self.connection.call("DEL", self._lease)
+        return recovery.give_back(self.connection, self.incarnation)
 
-    def recover(self) -> int:
-        """Moves what lapsed holders still hold to `again`; returns how many messages that were."""
-        # Ourselves too: a process that thaws after it was forgotten gives back what it has moved since.
-        holders = {self.incarnation, *_names(self.connection.call("SMEMBERS", topology.HOLDERS))}
-        alive = self.connection.many([("EXISTS", topology.lease(name)) for name in holders])
-        lapsed = [name for name, lives in zip(holders, alive, strict=True) if not lives]
-        return sum(self.connection.many(map(self._recover_command, lapsed)))
+    def resign_as_dead(self) -> None:
+        """Gives the lease up with whatever is still held: the next sweep takes that for a death's, as it is."""
+        self.connection.call("DEL", self._lease)
 
-    def _recover_command(self, incarnation: str) -> Command:
-        return self._function("recover", (topology.HOLDERS, topology.AGAIN), (incarnation, LISTS_EACH))
+    def recover(self, sequels: Sequels = lambda *_: FollowUps()) -> Recovered:
+        """Gives back what lapsed holders still hold; `sequels` says what a job sets off that dies for good."""
+        return recovery.recover(self.connection, self.incarnation, self._settings, sequels)
+
+    def now(self) -> float:
+        """Seconds since the epoch by the server's clock, as of the last `renew`; nobody's own clock decides here."""
+        return time.monotonic() + self._behind_s
+
+    def _look_at_clock(self, seconds: bytes, microseconds: bytes) -> None:
+        self._behind_s = int(seconds) + int(microseconds) / 1e6 - time.monotonic()
+
+    @property
+    def _lease_ms(self) -> int:
+        return round(self._settings.lease_s * 1000)
 
     @property
     def _remember(self) -> Command:
         """Goes before every move into a list of ours: whoever has been frozen and forgotten is looked after again."""
         return ("SADD", topology.HOLDERS, self.incarnation)
+
+    # -- a broker without memory --------------------------------------------------------------------------------
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the broker refused something for want of memory a moment ago: then it is asked, not waited for."""
+        return time.monotonic() - self._full_at < _FULL_S
+
+    def _refused(self, replies: Iterable[Any]) -> bool:
+        """Whether one of these replies is a refusal for want of memory; every other error is raised."""
+        full = False
+        for reply in replies:
+            if functions.is_full(reply):
+                full = True
+            elif isinstance(reply, CommandError):
+                raise reply
+        if full:
+            self._full_at = time.monotonic()
+        return full
 
     # -- the router's side --------------------------------------------------------------------------------------
 
@@ -143,57 +148,114 @@ class Broker:
         be given messages. `woke` takes the answer.
         """
         wait_s = self._settings.lease_s / 2
-        self.connection.call(*self._remember)  # not over `wake`: its next readable moment is the wake-up
+        # Not over `wake`: its next readable moment is the wake-up.
+        self._refused(self.connection.receive(self.connection.send([self._remember])))
         wake.send([("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", wait_s)])
 
     def woke(self, wake: Connection) -> bool:
         """The answer to `ask_wake`: whether a message has landed in the wake claim."""
-        return wake.receive(1) != [None]
+        (answer,) = wake.receive(1)
+        return not self._refused([answer]) and answer is not None
 
-    def claim(self, number: int, have: int, limit: int) -> list[bytes]:
-        """Moves up to `limit` waiting messages, most urgent first, to a claim that already holds `have`.
+    def claim(self, kind: Kind, number: int, have: int, limit: int) -> list[bytes]:
+        """Moves up to `limit` waiting messages of a kind to a claim of that kind, which already holds `have`.
 
-        Raises Fenced where the claim does not hold what it should.
+        New ones come from the lanes, the most urgent first and each lane's in turn, and leave room for what waits
+        beside them (`back`). Raises Fenced where the claim does not hold what it should.
         """
-        claim = topology.claim(self.incarnation, number)
-        # What the wake-up brought is older than all that the default list still holds, so it comes first.
-        wake = ("LMOVE", self._wake_claim, claim, "RIGHT", "LEFT")
-        lengths = [("LLEN", each) for each in (claim, *_SOURCES)]
-        marks = ("ZCARD", topology.CANCELLED)
-        sent = self.connection.send([self._remember, wake, marks, *lengths])
-        remembered, brought, marked, length, *depths = self.connection.receive(sent)
-        _checked([remembered, brought, length, *depths])
-        self.marks = 0 if isinstance(marked, CommandError) else marked  # nobody's job waits for that
-        messages: list[bytes] = [] if brought is None else [brought]
-        moves: list[Command] = []
-        for source, depth in zip(_SOURCES, depths, strict=True):
-            moves += [("LMOVE", source, claim, "RIGHT", "LEFT")] * min(depth, limit - len(messages) - len(moves))
-        if moves:
-            *moved, length = self.connection.many([*moves, ("LLEN", claim)])
-            messages += [message for message in moved if message is not None]
+        claim = topology.claim(self.incarnation, number, kind)
+        messages, length = (
+            self._claim_new(claim, limit) if kind is Kind.NEW else self._claim_back(claim, _BACK[kind], limit)
+        )
         if length != have + len(messages):
             raise Fenced(f"{claim} holds {length} messages, not the {have + len(messages)} in hand")
         return messages
 
+    def _claim_new(self, claim: str, limit: int) -> tuple[list[bytes], int]:
+        lanes = self._lanes
+        lists = [lane + suffix for suffix in topology.PRIORITY_SUFFIXES for lane in lanes]
+        # What the wake-up brought is older than all that the default list still holds, so it comes first.
+        first = [self._remember, ("LMOVE", self._wake_claim, claim, "RIGHT", "LEFT")]
+        lengths = [("LLEN", each) for each in (claim, *_BACK.values(), *lists)]
+        sent = self.connection.send([*first, ("ZCARD", topology.CANCELLED), ("SMEMBERS", topology.LANES), *lengths])
+        remembered, brought, marked, tenants, length, *depths = self.connection.receive(sent)
+        # Nobody's job waits for what is not as it should be.
+        self.marks = 0 if isinstance(marked, CommandError) else marked
+        self._know_lanes([] if isinstance(tenants, CommandError) else _names(tenants))
+        is_full = self._refused([remembered, brought, length, *depths])
+        self.back = dict(zip(_BACK, depths, strict=False))
+        room = max(0, limit - sum(self.back.values()))
+        if is_full:
+            return self._move([], claim, [self._wake_claim, *lists], max(1, room))
+        messages: list[bytes] = [] if brought is None else [brought]
+        moves: list[Command] = []
+        given = dict.fromkeys(lanes, 0)
+        for at in range(0, len(lists), len(lanes)):  # one priority of every lane
+            left = max(0, room - len(messages) - len(moves))
+            waiting = depths[len(_BACK) :][at : at + len(lanes)]
+            for lane, source, share in zip(lanes, lists[at : at + len(lanes)], _shares(waiting, left), strict=True):
+                moves += [("LMOVE", source, claim, "RIGHT", "LEFT")] * share
+                given[lane] += share
+        # Whoever has given least comes first next time, when there may be room for one only.
+        self._lanes.sort(key=lambda lane: given.get(lane, 0))
+        if not moves:
+            return messages, length
+        moved, length = self._move(moves, claim, lists, room - len(messages))
+        return messages + moved, length
+
+    def _claim_back(self, claim: str, source: str, limit: int) -> tuple[list[bytes], int]:
+        self._refused(self.connection.receive(self.connection.send([self._remember])))
+        return self._move([("LMOVE", source, claim, "RIGHT", "LEFT")] * limit, claim, [source], limit)
+
+    def _move(
+        self, moves: Sequence[Command], target: str, sources: Sequence[str], limit: int
+    ) -> tuple[list[bytes], int]:
+        """What these moves bring, and the length of the target then; by a function where the broker is full."""
+        replies = self.connection.receive(self.connection.send([*moves, ("LLEN", target)]))
+        found = [each for each in replies[:-1] if each is not None and not isinstance(each, CommandError)]
+        length = replies[-1]
+        if self._refused(replies) or (self.is_full and not moves):
+            # As LMOVE, many times, by a function, which a full broker still allows.
+            found += self._call("move", (target, *sources), (limit - len(found), self.incarnation))
+            length = self.connection.call("LLEN", target)
+        return found, length
+
+    def _know_lanes(self, tenants: Sequence[str]) -> None:
+        """Every lane there is."""
+        if {topology.LANE, *tenants} != set(self._lanes):
+            self._lanes = sorted({topology.LANE, *tenants})
+
     def unpark(self, kernel: str) -> int:
         """Moves the parked jobs of a kernel to `again`; returns how many."""
-        parked = topology.parked(kernel)
-        moved = self._move_all(parked, topology.AGAIN)
-        self.connection.call("SREM", topology.PARKED, kernel)
-        # A job parked between the two reads keeps the kernel in the index: look once more.
-        if self.connection.call("LLEN", parked):
-            self.connection.call("SADD", topology.PARKED, kernel)
+        moved = 0
+        while more := self._call("unpark", (), (kernel, _MOVED_AT_ONCE)):
+            moved += more
         return moved
+
+    def overdue(self) -> list[str]:
+        """Kernels among whose parked jobs one has passed its deadline."""
+        return _names(self.connection.call("ZRANGEBYSCORE", topology.DEADLINES, "-inf", f"{self.now():.3f}"))
+
+    def due(self, jobs: Sequence[str] = ()) -> tuple[int, float]:
+        """Moves jobs whose time has come to `again`, or these at once where they wait for theirs.
+
+        Returns how many moved, and the seconds until the next is due (infinite where none waits).
+        """
+        moved, next_ms = self._call("due", (), (_DUE_AT_ONCE, *jobs))
+        return moved, math.inf if next_ms < 0 else next_ms / 1000
 
     def _move_all(self, source: str, target: str) -> int:
         """Moves what a list holds now, in its order, a few hundred at a time; returns how many messages that were."""
         moved, depth = 0, self.connection.call("LLEN", source)
         while moved < depth:
             count = min(_MOVED_AT_ONCE, depth - moved)
-            found = self.connection.many([("LMOVE", source, target, "RIGHT", "LEFT")] * count)
-            if None in found:
-                return moved + sum(each is not None for each in found)
-            moved += count
+            replies = self.connection.receive(
+                self.connection.send([("LMOVE", source, target, "RIGHT", "LEFT")] * count)
+            )
+            found = sum(isinstance(each, bytes) for each in replies)
+            moved += found
+            if self._refused(replies) or found < count:
+                break
         return moved
 
     def parked_kernels(self) -> set[str]:
@@ -205,34 +267,59 @@ class Broker:
         A device counts as known once a router has dispatched to it.
         """
         known = set(_names(self.connection.call("SMEMBERS", topology.DEVICES)))
-        queues = map(topology.device_queue, known.difference(live))
-        return sum(self._move_all(queue, topology.AGAIN) for queue in queues)
+        return sum(
+            self._move_all(topology.device_queue(device), topology.AGAIN)
+            + self._move_all(topology.alone_queue(device), topology.ALONE)
+            for device in known.difference(live)
+        )
 
     def depths(self, devices: Sequence[str]) -> list[int]:
-        """How many messages each device queue holds now."""
-        return self.connection.many([("LLEN", topology.device_queue(device)) for device in devices])
+        """How many messages each device's queues hold now."""
+        lengths = self.connection.many(
+            [("LLEN", queue) for each in devices for queue in (topology.device_queue(each), topology.alone_queue(each))]
+        )
+        return [own + alone for own, alone in zip(lengths[::2], lengths[1::2], strict=True)]
 
     def dispatch(self, step: Dispatch) -> None:
         """Takes messages out of their claims and puts each where it goes, all or nothing.
 
         Raises Fenced where a claim is no longer exactly what this router put into it (another has adopted it), and
-        CommandError where a queue's key holds something else: a transaction that fails half way is not rolled back.
+        CommandError where a key it needs holds something else: a transaction that fails half way is not rolled back.
         """
-        claims = list(step.claims)
-        queues = [*map(topology.device_queue, step.queued), *map(topology.parked, step.parked)]
-        sent = self.connection.send([("WATCH", *claims), *(("LLEN", key) for key in claims + queues)])
-        _, *lengths = self.connection.receive(sent)
-        if lengths[: len(claims)] != list(step.claims.values()):
+        claims, lengths = list(step.claims), list(step.claims.values())
+        needed = [*(("LLEN", key) for key in self._queues(step))]
+        if step.scheduled:
+            needed += [("ZCARD", topology.ETA), ("HLEN", topology.ETA_MESSAGES)]
+        if step.dead:
+            needed += [("XLEN", topology.DEAD)]
+        sent = self.connection.send([("WATCH", *claims), *(("LLEN", claim) for claim in claims), *needed])
+        _, *found = self.connection.receive(sent)
+        if found[: len(claims)] != lengths:
             self.connection.call("UNWATCH")
-            raise Fenced(f"claims {claims} hold {lengths[: len(claims)]}, not {list(step.claims.values())}")
-        for found in lengths:
-            if isinstance(found, CommandError):
+            raise Fenced(f"claims {claims} hold {found[: len(claims)]}, not {lengths}")
+        for each in found:
+            if isinstance(each, CommandError):
                 self.connection.call("UNWATCH")
-                raise found
-        replies = self.connection.many([("MULTI",), *self._dispatch_commands(step), ("EXEC",)])
-        if replies[-1] is None:
-            raise Fenced(f"claims {list(step.claims)} changed under our hands")
-        self._known_devices |= step.queued.keys()
+                raise each
+        commands = list(self._dispatch_commands(step))
+        replies = self.connection.receive(self.connection.send([("MULTI",), *commands, ("EXEC",)]))
+        if self._refused(each for each in replies if not _is_aborted(each)):
+            words = [part for command in commands for part in (len(command), *command)]
+            done = self._call("transact", claims, (*lengths, *words))
+        else:
+            done = -1 if replies[-1] is None else len(commands)
+        if done < 0:
+            raise Fenced(f"claims {claims} changed under our hands")
+        self._known_devices |= step.queued.keys() | step.alone.keys()
+
+    @staticmethod
+    def _queues(step: Dispatch) -> list[str]:
+        return [
+            *map(topology.device_queue, step.queued),
+            *map(topology.alone_queue, step.alone),
+            *map(topology.parked, step.parked),
+            *map(topology.parked_alone, step.parked_alone),
+        ]
 
     def _dispatch_commands(self, step: Dispatch) -> Iterable[Command]:
         for claim in step.claims:
@@ -243,23 +330,34 @@ class Broker:
             yield ("DEL", claim)
             if rest:
                 yield ("LPUSH", claim, *rest)
-        if unknown := step.queued.keys() - self._known_devices:
+        if unknown := (step.queued.keys() | step.alone.keys()) - self._known_devices:
             yield ("SADD", topology.DEVICES, *unknown)
-        for device, messages in step.queued.items():
-            yield ("LPUSH", topology.device_queue(device), *messages)
-        for kernel, messages in step.parked.items():
-            yield ("LPUSH", topology.parked(kernel), *messages)
-            yield ("SADD", topology.PARKED, kernel)
-        for reason, message in step.dead:
-            yield ("XADD", topology.DEAD, "MAXLEN", "~", _DEAD_KEPT, "*", "reason", reason, "message", message)
+        lists = (step.queued, step.alone, step.parked, step.parked_alone)
+        messages_of = chain.from_iterable(each.values() for each in lists)
+        for queue, messages in zip(self._queues(step), messages_of, strict=True):
+            yield ("LPUSH", queue, *messages)
+        if kernels := step.parked.keys() | step.parked_alone.keys():
+            yield ("SADD", topology.PARKED, *kernels)
+        for kernel, deadline in step.deadlines.items():
+            yield ("ZADD", topology.DEADLINES, "LT", f"{deadline:.3f}", kernel)
+        for job, due_at, message in step.scheduled:
+            yield functions.call("schedule", (), (job, round(due_at * 1000), message))
+        for letter in step.dead:
+            yield functions.call("bury", (), (self._settings.dead_bytes, *letter.words))
         for outcome in step.rejected:
-            yield from self._reject_commands(outcome)
+            words = (outcome.job, outcome.status, outcome.record, outcome.reply_to)
+            yield functions.call("finish", (), (self._ttl_s, *words))
+        for job, queue, message in step.pushes:
+            yield functions.call("follow", (), (job, queue, message, self._settings.dead_bytes))
+        for job, part in step.chord_parts:
+            yield ("HSET", topology.CHORD_PARTS, job, part)
         for minute, placements in step.placements.items():
             pairs = [part for pair in placements.items() for part in pair]
             yield ("HSET", topology.jobs(minute), *pairs)
             yield ("EXPIRE", topology.jobs(minute), self._ttl_s)
         for counter, count in step.counts.items():
-            yield ("HINCRBY", topology.COUNTERS, counter, count)
+            if count:
+                yield ("HINCRBY", topology.COUNTERS, counter, count)
         if cancelled := [outcome.job for outcome in step.rejected if outcome.status == "cancelled"]:
             yield ("ZREM", topology.CANCELLED, *cancelled)
         if step.event:
@@ -267,26 +365,23 @@ class Broker:
         if step.told is not None:
             yield step.told
 
-    def _reject_commands(self, outcome: Outcome) -> Iterable[Command]:
-        key = topology.result(outcome.job)
-        yield ("SET", key, outcome.record, "NX", "EX", self._ttl_s)
-        if outcome.reply_to:
-            yield ("RPUSH", outcome.reply_to, outcome.record)
-            yield ("EXPIRE", outcome.reply_to, self._ttl_s)
-        else:
-            yield ("PUBLISH", key, outcome.record)
-
     # -- the worker's side --------------------------------------------------------------------------------------
 
-    def take(self, device: str, slot: int, limit: int, slots: int, timeout_s: float) -> list[bytes]:
+    def take(
+        self, device: str, slot: int, limit: int, slots: int, timeout_s: float, *, alone: bool = False
+    ) -> list[bytes]:
         """Takes up to `limit` messages, oldest first, leaving the other slots their share; [] after `timeout_s`.
 
-        What a lost reply left in the held list is handed out again first.
+        `alone` takes from the device's suspects. What a lost reply left in the held list is handed out again first.
         """
-        queue, held = topology.device_queue(device), topology.held(self.incarnation, slot)
+        queue = topology.alone_queue(device) if alone else topology.device_queue(device)
+        held = topology.held(self.incarnation, slot)
         take = ("BLMOVE", queue, held, "RIGHT", "LEFT", timeout_s)
         sent = self.connection.send([self._remember, take, ("LLEN", queue), ("LLEN", held)])
-        _, first, depth, length = _checked(self.connection.receive(sent, timeout_s + 30))
+        replies = self.connection.receive(sent, timeout_s + 30)
+        if self._refused(replies):
+            return self._take_from_full(queue, held, slot, limit, timeout_s)
+        _, first, depth, length = replies
         if first is None and length == 0:
             return []
         if length > 1 or first is None:
@@ -294,9 +389,19 @@ class Broker:
         more = min(limit - 1, -(-depth // slots))
         if more <= 0:
             return [first]
-        *moved, length = self.connection.many([*[("LMOVE", queue, held, "RIGHT", "LEFT")] * more, ("LLEN", held)])
-        messages = [first, *(message for message in moved if message is not None)]
-        return messages if length == len(messages) else self.held(slot)
+        replies = self.connection.receive(
+            self.connection.send([*[("LMOVE", queue, held, "RIGHT", "LEFT")] * more, ("LLEN", held)])
+        )
+        messages = [first, *(message for message in replies[:-1] if message is not None)]
+        return self.held(slot) if self._refused(replies) or replies[-1] != len(messages) else messages
+
+    def _take_from_full(self, queue: str, held: str, slot: int, limit: int, timeout_s: float) -> list[bytes]:
+        if messages := self.held(slot):
+            return messages
+        messages, _ = self._move([], held, [queue], limit)
+        if not messages:
+            time.sleep(min(timeout_s, _FULL_S))  # it refuses to tell us when something comes
+        return messages
 
     def held(self, slot: int) -> list[bytes]:
         """What a slot holds, oldest first."""
@@ -305,9 +410,10 @@ class Broker:
 
     def known(self, jobs: Sequence[str], minutes: Iterable[int]) -> tuple[dict[str, bytes], set[str]]:
         """The placements of these jobs, looked for in the hashes of these minutes, and which are to be cancelled."""
-        commands = [("HMGET", topology.jobs(minute), *jobs) for minute in minutes]
-        sent = self.connection.send([*commands, ("ZMSCORE", topology.CANCELLED, *jobs)])
-        *found, scores = self.connection.receive(sent)
+        commands: list[Command] = [("HMGET", topology.jobs(minute), *jobs) for minute in minutes]
+        sent = self.connection.send([("TIME",), *commands, ("ZMSCORE", topology.CANCELLED, *jobs)])
+        clock, *found, scores = self.connection.receive(sent)
+        self._look_at_clock(*clock)
         placements: dict[str, bytes] = {}
         for values in _checked(found):
             placements.update((job, value) for job, value in zip(jobs, values, strict=True) if value is not None)
@@ -326,35 +432,39 @@ class Broker:
         Raises Fenced, with nothing written, where the lease has lapsed or the batch has been given to another.
         """
         held = topology.held(self.incarnation, step.slot)
-        arguments: list[str | bytes | int | float] = [
-            step.held,
-            self._ttl_s,
-            self._settings.events_kept,
-            step.event,
-        ]
-        for outcome in step.outcomes:
-            arguments += (outcome.job, outcome.status, outcome.record, outcome.reply_to)
-        keys = (held, self._lease, topology.EVENTS, topology.COUNTERS)
+        settings = self._settings
         cancelled = [outcome.job for outcome in step.outcomes if outcome.status == "cancelled"]
-        try:
-            duplicates = self.connection.call(*self._function("commit", keys, arguments))
-        except CommandError as error:
-            if error.message.startswith("FENCED"):
-                raise Fenced(f"{held}: {error.message}") from error
-            raise
+        arguments = (
+            *(step.held, self._ttl_s, settings.events_kept, settings.dead_bytes, step.event),
+            *_section((each.job, each.status, each.record, each.reply_to) for each in step.outcomes),
+            *_section(step.pushes),
+            *_section((job, round(delay_s * 1000), message) for job, delay_s, message in step.retries),
+            *_section(step.chord_parts),
+            *_section(letter.words for letter in step.dead),
+        )
+        duplicates = self._fenced("commit", held, arguments)
         if cancelled:  # afterwards, and not with it: a mark that stays behind does no harm
             with suppress(CommandError):
                 self.connection.call("ZREM", topology.CANCELLED, *cancelled)
         return [name.decode() for name in duplicates]
 
-    def release(self, slot: int, held: int) -> None:
-        """Gives a batch back unrun; Fenced where it is no longer ours."""
-        keys = (topology.held(self.incarnation, slot), self._lease, topology.AGAIN)
+    def count_fenced(self) -> None:
+        """A commit of ours was refused."""
+        self.connection.call("HINCRBY", topology.COUNTERS, "fenced", 1)
+
+    def release(self, slot: int, flags: str) -> None:
+        """Gives a batch back unrun; Fenced where it is no longer ours.
+
+        `flags` has a letter for each message, oldest first: `.` for `again`, `!` for a suspect, `=` for one that stays.
+        """
+        self._fenced("release", topology.held(self.incarnation, slot), (len(flags), flags))
+
+    def _fenced(self, function: str, held: str, arguments: Iterable[str | bytes | int | float]) -> Any:
         try:
-            self.connection.call(*self._function("release", keys, (held,)))
+            return self._call(function, (held, self._lease), arguments)
         except CommandError as error:
             if error.message.startswith("FENCED"):
-                raise Fenced(error.message) from error
+                raise Fenced(f"{held}: {error.message}") from error
             raise
 
     # -- cancel -------------------------------------------------------------------------------------------------
@@ -378,31 +488,11 @@ class Broker:
     # -- events -------------------------------------------------------------------------------------------------
 
     def emit(self, event: bytes) -> None:
-        """Adds one entry to the event stream."""
-        self.connection.call(*event_command(event, self._settings.events_kept))
+        """Adds one entry to the event stream; one that is full does without."""
+        self._refused(self.connection.receive(self.connection.send([event_command(event, self._settings.events_kept)])))
 
-    def _function(self, name: str, keys: Sequence[str], arguments: Iterable[str | bytes | int | float]) -> Command:
-        return ("FCALL", f"lepton_{name}_{self._version}", len(keys), *keys, *arguments)
-
-
-@cache
-def _library() -> tuple[str, str]:
-    source = resources.files("queues").joinpath("functions.lua").read_text("utf-8")
-    version = hashlib.sha256(source.encode()).hexdigest()[:12]
-    return version, source.replace("VERSION", version)
-
-
-def load_functions(connection: Connection) -> str:
-    """Puts this release's functions on the broker (they survive its restart) and returns their version."""
-    version, source = _library()
-    try:
-        connection.call("FUNCTION", "LOAD", source)
-    except CommandError as error:
-        if error.message.startswith(_NOT_NOW):
-            raise BrokerUnavailable(f"the broker refuses to work: {error.message}") from error
-        if "already exists" not in error.message:
-            raise
-    return version
+    def _call(self, function: str, keys: Sequence[str], arguments: Iterable[str | bytes | int | float] = ()) -> Any:
+        return self.connection.call(*functions.call(function, keys, arguments))
 
 
 def event_command(event: bytes, kept: int) -> Command:
@@ -414,6 +504,32 @@ def announcements(connection: Connection) -> list[Announcement]:
     """Every worker that is alive now."""
     holders = _names(connection.call("SMEMBERS", topology.HOLDERS))
     return read_leases(connection.call("MGET", *map(topology.lease, holders)) if holders else [])
+
+
+def _section(rows: Iterable[Sequence[str | bytes | int | float]]) -> list[str | bytes | int | float]:
+    """Rows for a function: how many, and then their words."""
+    found = list(rows)
+    return [len(found), *chain.from_iterable(found)]
+
+
+def _shares(depths: Sequence[int], room: int) -> list[int]:
+    """How many each lane may give: as many as it has, and no more than its share of what there is room for.
+
+    What cannot be shared equally goes to the first.
+    """
+    shares = [0] * len(depths)
+    while room > 0 and (having := [lane for lane, depth in enumerate(depths) if depth > shares[lane]]):
+        each = max(1, room // len(having))
+        for lane in having:
+            given = min(each, depths[lane] - shares[lane], room)
+            shares[lane] += given
+            room -= given
+    return shares
+
+
+def _is_aborted(reply: Any) -> bool:
+    """Whether this is a transaction's answer to a command that was refused before it."""
+    return isinstance(reply, CommandError) and reply.message.startswith("EXECABORT")
 
 
 def _names(found: Iterable[bytes]) -> list[str]:

@@ -1,109 +1,414 @@
 #!lua name=lepton_VERSION
--- Server functions: results and small keys only, never a message's bytes (the server hashes every byte of every
--- string that enters Lua). A function that fails half way is not rolled back, so everything that can fail is checked
--- before the first write and what comes after it is a pcall. VERSION is the hash of this file (queues/broker.py).
+-- Server functions. On the hot path results and small keys only, never a message's bytes (the server hashes every byte
+-- of every string that enters Lua); messages come here where they are few (accept, retries, dead letters, suspects) or
+-- where nothing else works (a broker out of memory refuses plain moves).
+-- A function that fails half way is not rolled back, so everything that can fail is checked before the first write and
+-- what comes after it is a pcall. VERSION is the hash of this file (queues/broker.py). Time is the server's.
 
 local FINAL = { SUCCESS = true, FAILURE = true, REVOKED = true }
-
--- Celery's JSON and msgpack records both have the word `status` first and its value in capitals.
-local function is_final(record)
-  if type(record) ~= 'string' then return false end
-  local status = string.match(record, 'status[^%u]*(%u+)')
-  return status ~= nil and FINAL[status] == true
-end
+local LANE, LANES = 'lepton.ingest', 'lepton:lanes'
+local SUFFIXES = { '\6\22high', '', '\6\0223', '\6\0226', '\6\0229' }
+local AGAIN, ALONE = 'lepton:again', 'lepton:again.alone'
+local ETA, ETA_MESSAGES = 'lepton:eta', 'lepton:eta.messages'
+local ATTEMPTS, DEAD, PARTS = 'lepton:attempts', 'lepton:dead', 'lepton:chord.parts'
+local COUNTERS, EVENTS, HOLDERS = 'lepton:counters', 'lepton:events', 'lepton:holders'
+local SWEPT, HOLD, PARKED = 'lepton:swept', 'lepton:hold', 'lepton:parked'
+local TYPES = {
+  [AGAIN] = 'list', [ALONE] = 'list', [ETA] = 'zset', [ETA_MESSAGES] = 'hash', [ATTEMPTS] = 'hash',
+  [DEAD] = 'stream', [PARTS] = 'hash', [COUNTERS] = 'hash', [EVENTS] = 'stream', [HOLDERS] = 'set', [LANES] = 'set', [PARKED] = 'set',
+}
 
 local function is_type(key, expected)
   local found = redis.call('TYPE', key)['ok']
   return found == 'none' or found == expected
 end
 
--- commit: the results of one held batch, its acknowledgement, counters and event, in one step.
--- KEYS held lease events counters
--- ARGV n ttl_s events_kept event, then for each job: id status record reply_key
--- (an empty record: the result is ignored; an empty reply_key: published for Celery's own clients)
--- Returns the ids that had a final result already. Refused whole, as FENCED, unless the lease is alive and the held
--- list is exactly the n messages that the worker took.
-local function commit(keys, args)
-  local held, lease, events, counters = keys[1], keys[2], keys[3], keys[4]
-  local n, ttl = tonumber(args[1]), tonumber(args[2])
-  if not (is_type(held, 'list') and is_type(events, 'stream') and is_type(counters, 'hash')) then
-    return redis.error_reply('WRONGTYPE a key of lepton holds something else')
+-- The error where one of our own keys holds something else, before anything is written; else nil.
+local function wrong(...)
+  for _, key in ipairs({ ... }) do
+    if not is_type(key, TYPES[key]) then return redis.error_reply('WRONGTYPE ' .. key .. ' holds something else') end
   end
-  if redis.call('EXISTS', lease) == 0 or redis.call('LLEN', held) ~= n then
-    return redis.error_reply('FENCED the lease or the held list is gone')
+end
+
+local function is_list(key) return is_type(key, 'list') end
+
+local function now_ms()
+  local now = redis.call('TIME')
+  return tonumber(now[1]) * 1000 + math.floor(tonumber(now[2]) / 1000)
+end
+
+local function count(name, by) redis.pcall('HINCRBY', COUNTERS, name, by) end
+
+-- Celery's JSON and msgpack records both have the word `status` first and its value in capitals.
+local function is_final(record)
+  if type(record) ~= 'string' then return false end
+  local status = string.match(string.sub(record, 1, 200), 'status[^%u]*(%u+)')
+  return status ~= nil and FINAL[status] == true
+end
+
+-- Stores a job's record; false where it has a final one already, which stands.
+local function store(id, record, ttl)
+  local key = 'celery-task-meta-' .. id
+  if redis.call('SET', key, record, 'NX', 'EX', ttl) then return true end
+  if is_final(redis.pcall('GET', key)) then return false end
+  redis.pcall('SET', key, record, 'EX', ttl)
+  return true
+end
+
+-- What is remembered of a job only until it ends: its attempts, where any job has some, and its key.
+local function forget(id, ttl, has_attempts)
+  if has_attempts then redis.pcall('HDEL', ATTEMPTS, id) end
+  if string.sub(id, 15, 15) == '5' then redis.pcall('EXPIRE', 'lepton:key:' .. id, ttl) end
+end
+
+local function tell(id, record, reply, ttl)
+  if string.sub(reply, 1, 13) == 'lepton:reply:' then
+    redis.pcall('RPUSH', reply, record)
+    redis.pcall('EXPIRE', reply, ttl)
+  else
+    redis.pcall('PUBLISH', 'celery-task-meta-' .. id, record)
+  end
+end
+
+local function emit(event, kept)
+  if event ~= '' then redis.pcall('XADD', EVENTS, 'MAXLEN', '~', kept, '*', 'e', event) end
+end
+
+-- An event value (msgpack, a list of Events) without what it says of these jobs: nobody is told of a second end.
+local function without(event, late)
+  local kept = {}
+  for _, each in ipairs(cmsgpack.unpack(event)) do
+    local jobs = {}
+    for _, id in ipairs(each['jobs'] or {}) do
+      if not late[id] then jobs[#jobs + 1] = id end
+    end
+    each['jobs'] = jobs
+    if #jobs > 0 then kept[#kept + 1] = each end
+  end
+  return #kept > 0 and cmsgpack.pack(kept) or ''
+end
+
+-- Keeps a dead letter, at the cost of the oldest where they take more than `most` bytes.
+local function bury(most, id, kernel, code, reason, attempts, trace, message)
+  local kept = redis.pcall('XADD', DEAD, '*', 'job', id, 'kernel', kernel, 'code', code, 'reason', reason,
+    'attempts', attempts, 'trace', trace, 'message', message)
+  local size = redis.pcall('MEMORY', 'USAGE', DEAD)
+  if type(size) == 'number' and size > tonumber(most) then
+    redis.pcall('XTRIM', DEAD, 'MAXLEN', math.max(1, math.floor(redis.call('XLEN', DEAD) * 0.9)))
+  end
+  return kept
+end
+
+-- Sends what follows a job; where its queue's key holds something else, it becomes a dead letter.
+local function follow(id, list, message, dead_bytes)
+  local pushed = type(redis.pcall('LPUSH', list, message)) == 'number'
+  if not pushed then
+    bury(dead_bytes, id, '', 'unreadable', 'its follow-up has no queue: ' .. list .. ' is none', 0, '', message)
+  end
+  return pushed and 1 or 0
+end
+
+-- Holds a message until its time. A second one of the same job is a duplicate, and is dropped.
+local function hold_back(id, due_ms, message)
+  if redis.call('HSETNX', ETA_MESSAGES, id, message) == 0 then
+    count('duplicate', 1)
+    return 0
+  end
+  redis.call('ZADD', ETA, due_ms, id)
+  return 1
+end
+
+-- accept: jobs onto a lane, all or none. No allow-oom: a broker that is full takes no more.
+-- ARGV ttl_s events_kept waiting_jobs waiting_bytes tenant_jobs tenant_bytes lane event n,
+-- then for each job: list id fingerprint note event message. Returns for each 1, or 0 where it was there already.
+local function backlog(lane, with_bytes)
+  local jobs, bytes = 0, 0
+  for _, suffix in ipairs(SUFFIXES) do
+    local waiting = redis.pcall('LLEN', lane .. suffix)
+    if type(waiting) == 'number' and waiting > 0 then
+      jobs = jobs + waiting
+      if with_bytes then bytes = bytes + (redis.call('MEMORY', 'USAGE', lane .. suffix) or 0) end
+    end
+  end
+  return jobs, bytes
+end
+
+local function room(lane, n, size, limits)
+  local memory = redis.call('INFO', 'memory')
+  local used = tonumber(string.match(memory, 'used_memory:(%d+)'))
+  local most = tonumber(string.match(memory, 'maxmemory:(%d+)'))
+  local function limit(text, share)
+    local given = tonumber(text)
+    if given > 0 then return given end
+    return most > 0 and most / share or math.huge
+  end
+  local own_bytes, all_bytes = limit(limits[4], 10), limit(limits[2], 4)
+  local with_bytes = own_bytes < math.huge or all_bytes < math.huge
+  if most > 0 and used + size > 0.8 * most then
+    return string.format('OVERLOADED memory %d %d', used, 0.8 * most)
+  end
+  local jobs, bytes = backlog(LANE, with_bytes)
+  local function quota(have_jobs, have_bytes)
+    if have_jobs + n > tonumber(limits[3]) then
+      return string.format('QUOTA jobs %d %s', have_jobs, limits[3])
+    elseif have_bytes + size > own_bytes then
+      return string.format('QUOTA bytes %d %d', have_bytes, own_bytes)
+    end
+  end
+  local refused = nil
+  if lane == LANE then refused = quota(jobs, bytes) end
+  for _, other in ipairs(redis.call('SMEMBERS', LANES)) do
+    local its_jobs, its_bytes = backlog(other, with_bytes)
+    jobs, bytes = jobs + its_jobs, bytes + its_bytes
+    if lane == other then refused = quota(its_jobs, its_bytes) end
+  end
+  for _, kernel in ipairs(redis.call('SMEMBERS', PARKED)) do
+    local parked = 'lepton:parked:' .. kernel
+    local its_jobs = redis.pcall('LLEN', parked)
+    if type(its_jobs) == 'number' and its_jobs > 0 then
+      jobs = jobs + its_jobs
+      if with_bytes then bytes = bytes + redis.call('MEMORY', 'USAGE', parked) end
+    end
+  end
+  jobs = jobs + redis.call('HLEN', ETA_MESSAGES)
+  if with_bytes then bytes = bytes + (redis.call('MEMORY', 'USAGE', ETA_MESSAGES) or 0) end
+  if jobs + n > tonumber(limits[1]) then
+    return string.format('OVERLOADED jobs %d %s', jobs, limits[1])
+  elseif bytes + size > all_bytes then
+    return string.format('OVERLOADED bytes %d %d', bytes, all_bytes)
+  end
+  return refused
+end
+
+local function accept(_, args)
+  local ttl, lane, n = tonumber(args[1]), args[7], tonumber(args[9])
+  local bad = wrong(EVENTS, LANES, ETA_MESSAGES, PARKED)
+  if bad then return bad end
+  local found, fresh, size = {}, 0, 0
+  local here = {}
+  for job = 1, n do
+    local at = 9 + (job - 1) * 6
+    local list, id, fingerprint = args[at + 1], args[at + 2], args[at + 3]
+    if not is_list(list) then return redis.error_reply('WRONGTYPE ' .. list .. ' holds something else') end
+    local known = false
+    if fingerprint ~= '' then
+      known = here[id] or redis.call('GET', 'lepton:key:' .. id)
+      if known and known ~= fingerprint then return redis.error_reply('KEYCONFLICT ' .. (job - 1)) end
+      here[id] = fingerprint
+    end
+    found[job] = known and 0 or 1
+    if not known then fresh, size = fresh + 1, size + #args[at + 6] end
+  end
+  if fresh > 0 then
+    local refused = room(lane, fresh, size, { args[3], args[4], args[5], args[6] })
+    if refused then return redis.error_reply(refused) end
+  end
+  local minutes = {}
+  for job = 1, n do
+    local at = 9 + (job - 1) * 6
+    if found[job] == 1 then
+      local id, fingerprint = args[at + 2], args[at + 3]
+      if fingerprint ~= '' then redis.call('SET', 'lepton:key:' .. id, fingerprint, 'EX', 31 * 86400) end
+      redis.call('LPUSH', args[at + 1], args[at + 6])
+      if args[at + 4] ~= '' then
+        -- Our ids (UUID version 7) carry their minute; another's is noted in this one.
+        local stamp = string.sub(id, 15, 15) == '7' and tonumber(string.sub(id, 1, 8) .. string.sub(id, 10, 13), 16)
+        local minute = math.floor((stamp or now_ms()) / 60000)
+        minutes[minute] = true
+        redis.pcall('HSETNX', string.format('lepton:jobs:%d', minute), id, args[at + 4])
+      end
+      emit(args[at + 5], args[2])
+    end
+  end
+  for minute in pairs(minutes) do redis.pcall('EXPIRE', string.format('lepton:jobs:%d', minute), ttl) end
+  if lane ~= LANE and fresh > 0 then redis.pcall('SADD', LANES, lane) end
+  emit(args[8], args[2])
+  return found
+end
+
+-- commit: how one held batch ended: results, acknowledgement, follow-ups, counters and event, in one step.
+-- KEYS held lease
+-- ARGV n ttl_s events_kept dead_bytes event, then counted sections:
+--   jobs: id status record reply_key (an empty record: ignored; an empty reply_key: published for Celery's own clients)
+--   pushes: id list message        retries: id delay_ms message
+--   chord parts: id part           dead letters: id kernel code reason attempts trace message
+-- What a duplicate would have set off does not happen. Returns the ids that had a final result already. Refused whole,
+-- as FENCED, unless the lease is alive and the held list is exactly the n messages that the worker took.
+local function fenced(held, lease, n)
+  if redis.call('EXISTS', lease) == 0 then return redis.error_reply('FENCED the lease has lapsed') end
+  if redis.call('LLEN', held) ~= n then return redis.error_reply('FENCED the held list is gone') end
+end
+
+local function commit(keys, args)
+  local held, n, ttl = keys[1], tonumber(args[1]), tonumber(args[2])
+  if not is_list(held) then return redis.error_reply('WRONGTYPE ' .. held .. ' holds something else') end
+  local bad = wrong(EVENTS, COUNTERS, ETA, ETA_MESSAGES, ATTEMPTS, DEAD, PARTS) or fenced(held, keys[2], n)
+  if bad then return bad end
+  local at = 6
+  local function section(width, each)
+    local last = at + width * tonumber(args[at])
+    for first = at + 1, last, width do each(first) end
+    at = last + 1
   end
   redis.call('DEL', held)
-  local counts, replies, order, duplicates = {}, {}, {}, {}
-  for at = 5, #args, 4 do
-    local id, status, record, reply = args[at], args[at + 1], args[at + 2], args[at + 3]
-    local key, fresh = 'celery-task-meta-' .. id, true
-    if record ~= '' then
-      if not redis.call('SET', key, record, 'NX', 'EX', ttl) then
-        if is_final(redis.pcall('GET', key)) then
-          fresh = false
-        else
-          redis.pcall('SET', key, record, 'EX', ttl)
-        end
-      end
-    end
-    if not fresh then
-      status = 'duplicate'
+  local has_attempts = redis.call('EXISTS', ATTEMPTS) == 1
+  local counts, replies, order, duplicates, late = {}, {}, {}, {}, {}
+  section(4, function(first)
+    local id, status, record, reply = args[first], args[first + 1], args[first + 2], args[first + 3]
+    if record ~= '' and not store(id, record, ttl) then
+      status, late[id] = 'duplicate', true
       duplicates[#duplicates + 1] = id
-    elseif record ~= '' and string.sub(reply, 1, 13) ~= 'lepton:reply:' then
-      redis.pcall('PUBLISH', key, record)
-    elseif record ~= '' then
+    elseif record == '' or status == 'retried' then
+      status = status -- nobody waits for it
+    elseif string.sub(reply, 1, 13) ~= 'lepton:reply:' then
+      redis.pcall('PUBLISH', 'celery-task-meta-' .. id, record)
+    else
       if replies[reply] == nil then
         replies[reply] = {}
         order[#order + 1] = reply
       end
       table.insert(replies[reply], record)
     end
+    if status ~= 'retried' then forget(id, ttl, has_attempts) end
     counts[status] = (counts[status] or 0) + 1
-  end
+  end)
   for _, reply in ipairs(order) do
     redis.pcall('RPUSH', reply, unpack(replies[reply]))
     redis.pcall('EXPIRE', reply, ttl)
   end
-  for status, count in pairs(counts) do
-    redis.pcall('HINCRBY', counters, status, count)
+  section(3, function(first)
+    if not late[args[first]] then follow(args[first], args[first + 1], args[first + 2], args[4]) end
+  end)
+  section(3, function(first)
+    local id = args[first]
+    if not late[id] then
+      count('accepted', 1)
+      hold_back(id, now_ms() + tonumber(args[first + 1]), args[first + 2])
+    end
+  end)
+  section(2, function(first)
+    if not late[args[first]] then redis.pcall('HSET', PARTS, args[first], args[first + 1]) end
+  end)
+  section(7, function(first)
+    if not late[args[first]] then bury(args[4], unpack(args, first, first + 6)) end
+  end)
+  for status, number in pairs(counts) do count(status, number) end
+  local event = args[5]
+  if #duplicates > 0 then
+    local readable, rest = pcall(without, event, late)
+    event = readable and rest or event
   end
-  redis.pcall('XADD', events, 'MAXLEN', '~', args[3], '*', 'e', args[4])
+  emit(event, args[3])
   return duplicates
 end
 
--- release: a batch that its worker gives back unrun, in its old order, without an attempt.
--- KEYS held lease again     ARGV n
-local function release(keys, args)
-  if not (is_type(keys[1], 'list') and is_type(keys[3], 'list')) then
-    return redis.error_reply('WRONGTYPE a key of lepton holds something else')
+-- finish: ends one job from outside a batch: its result, its waiter, its counter. Meant to stand in a transaction.
+-- ARGV ttl_s id status record reply_key. Returns 1, or 0 where it had a final result already.
+local function finish(_, args)
+  local ttl, id, status, record = tonumber(args[1]), args[2], args[3], args[4]
+  if record ~= '' then
+    if not store(id, record, ttl) then
+      count('duplicate', 1)
+      return 0
+    end
+    tell(id, record, args[5], ttl)
   end
-  if redis.call('EXISTS', keys[2]) == 0 or redis.call('LLEN', keys[1]) ~= tonumber(args[1]) then
-    return redis.error_reply('FENCED the lease or the held list is gone')
-  end
-  for _ = 1, tonumber(args[1]) do
-    redis.call('LMOVE', keys[1], keys[3], 'RIGHT', 'LEFT')
-  end
-  return tonumber(args[1])
+  forget(id, ttl, true)
+  count(status, 1)
+  return 1
 end
 
--- recover: what a holder without a lease still holds goes to `again`. A holder is forgotten once it has been found
--- empty for a while: a blocking move that it had asked for may still have been served after its connection broke.
--- KEYS holders again        ARGV incarnation lists_each
-local REMEMBER_MS = 30000
-local function recover(keys, args)
-  if not (is_type(keys[1], 'set') and is_type(keys[2], 'list')) then
-    return redis.error_reply('WRONGTYPE a key of lepton holds something else')
-  end
-  local incarnation, moved = args[1], 0
-  if redis.call('EXISTS', 'lepton:lease:' .. incarnation) == 1 then return 0 end
-  for _, prefix in ipairs({ 'lepton:held:', 'lepton:claim:' }) do
-    for number = 0, tonumber(args[2]) - 1 do
-      local list = prefix .. incarnation .. ':' .. number
-      if redis.call('TYPE', list)['ok'] == 'list' then
-        while redis.call('LMOVE', list, keys[2], 'RIGHT', 'LEFT') do moved = moved + 1 end
+-- bury: a dead letter that has no waiter. ARGV dead_bytes id kernel code reason attempts trace message
+local function bury_one(_, args)
+  count('dead', 1)
+  return bury(unpack(args, 1, 8))
+end
+
+-- release: a batch that its worker gives back, unrun, in its old order. KEYS held lease
+-- ARGV n flags: for each message, oldest first: `.` goes to again, `!` is a suspect, `=` stays.
+local function release(keys, args)
+  local held, n, flags = keys[1], tonumber(args[1]), args[2]
+  if not is_list(held) then return redis.error_reply('WRONGTYPE ' .. held .. ' holds something else') end
+  local bad = wrong(AGAIN, ALONE) or fenced(held, keys[2], n)
+  if bad then return bad end
+  local targets = { ['.'] = AGAIN, ['!'] = ALONE, ['='] = held }
+  for at = 1, n do redis.call('LMOVE', held, targets[string.sub(flags, at, at)], 'RIGHT', 'LEFT') end
+  return n
+end
+
+-- sweep: who is to be recovered. After a time in which nobody swept (the broker was away, or all routers were) every
+-- holder first gets a whole lease to come back. ARGV gap_ms lease_ms lists_each own_incarnation
+-- Returns for each lapsed holder: incarnation, how many messages it held, and the held list of an only one (or '').
+local function sweep(_, args)
+  local bad = wrong(HOLDERS)
+  if bad then return bad end
+  local now, last = now_ms(), tonumber(redis.pcall('GET', SWEPT) or nil)
+  redis.pcall('SET', SWEPT, string.format('%d', now))
+  if last ~= nil and now - last > tonumber(args[1]) then redis.pcall('SET', HOLD, '', 'PX', args[2]) end
+  if redis.call('EXISTS', HOLD) == 1 then return {} end
+  local lapsed = {}
+  local holders = redis.call('SMEMBERS', HOLDERS)
+  if redis.call('SISMEMBER', HOLDERS, args[4]) == 0 then holders[#holders + 1] = args[4] end
+  for _, incarnation in ipairs(holders) do
+    if redis.call('EXISTS', 'lepton:lease:' .. incarnation) == 0 then
+      local total, only = 0, ''
+      for number = 0, tonumber(args[3]) - 1 do
+        local list = 'lepton:held:' .. incarnation .. ':' .. number
+        local length = redis.pcall('LLEN', list)
+        if type(length) == 'number' and length > 0 then total, only = total + length, list end
       end
+      lapsed[#lapsed + 1] = { incarnation, total, total == 1 and only or '' }
     end
   end
+  return lapsed
+end
+
+-- recover: what a holder without a lease still holds. Claims go to `again`. So does a batch where its worker left in
+-- good order; where it died, every job of it is a suspect and comes back alone, and one that was the only one counts
+-- an attempt: with the last, it is a dead letter and its waiter is told. A holder is forgotten once it has been found
+-- empty for a while: a blocking move that it had asked for may still have been served after its connection broke.
+-- ARGV incarnation lists_each how (died or left) list, and where the list of a suspect is given:
+--   attempts_limit ttl_s events_kept dead_bytes id kernel reason record reply_key event chord_part,
+--   then the list and the message of each follow-up
+-- Returns how many messages moved, and 1 where the suspect died for good.
+local REMEMBER_MS = 30000
+local function recover(_, args)
+  local bad = wrong(HOLDERS, AGAIN, ALONE, ATTEMPTS, DEAD, EVENTS, COUNTERS, PARTS)
+  if bad then return bad end
+  local incarnation, lists, how, suspect = args[1], tonumber(args[2]) - 1, args[3], args[4]
+  local moved, died = 0, 0
+  if redis.call('EXISTS', 'lepton:lease:' .. incarnation) == 1 then return { 0, 0 } end
+  local function drain(prefix, target)
+    local here = 0
+    for number = 0, lists do
+      local list = prefix .. incarnation .. ':' .. number
+      if redis.call('TYPE', list)['ok'] == 'list' then
+        while redis.call('LMOVE', list, target, 'RIGHT', 'LEFT') do here = here + 1 end
+      end
+    end
+    moved = moved + here
+    return here
+  end
+  local claimed = drain('lepton:claim:', AGAIN)
+  if claimed > 0 then count('accepted', claimed) end
+  drain('lepton:reclaim:', AGAIN)
+  drain('lepton:suspects:', ALONE)
+  if how == 'died' and suspect ~= '' and is_list(suspect) and redis.call('LLEN', suspect) == 1 then
+    local id = args[9]
+    if redis.call('HINCRBY', ATTEMPTS, id, 1) >= tonumber(args[5]) then
+      local attempts = redis.call('HGET', ATTEMPTS, id)
+      local message = redis.call('LINDEX', suspect, 0)
+      moved, died = moved + 1, 1
+      if finish(_, { args[6], id, 'dead', args[12], args[13] }) == 1 then
+        bury(args[8], id, args[10], 'poison', args[11], attempts, '', message)
+        emit(args[14], args[7])
+        if args[15] ~= '' then redis.pcall('HSET', PARTS, id, args[15]) end
+        for at = 16, #args, 2 do follow(id, args[at], args[at + 1], args[8]) end
+      end
+      redis.call('DEL', suspect)
+    end
+  end
+  drain('lepton:held:', how == 'died' and ALONE or AGAIN)
   local empty = 'lepton:empty:' .. incarnation
   if moved > 0 then
     redis.call('DEL', empty)
@@ -112,12 +417,192 @@ local function recover(keys, args)
     if left == -2 then
       redis.call('SET', empty, '', 'PX', 2 * REMEMBER_MS)
     elseif left < REMEMBER_MS then
-      redis.call('SREM', keys[1], incarnation)
+      redis.call('SREM', HOLDERS, incarnation)
+    end
+  end
+  return { moved, died }
+end
+
+-- move: as LMOVE, many times, for a broker that is full and refuses that. KEYS target sources...
+-- ARGV limit incarnation. Returns the messages, oldest first.
+local function move(keys, args)
+  for _, key in ipairs(keys) do
+    if not is_list(key) then return redis.error_reply('WRONGTYPE ' .. key .. ' holds something else') end
+  end
+  local bad = wrong(HOLDERS)
+  if bad then return bad end
+  redis.call('SADD', HOLDERS, args[2])
+  local moved = {}
+  for at = 2, #keys do
+    while #moved < tonumber(args[1]) do
+      local message = redis.call('LMOVE', keys[at], keys[1], 'RIGHT', 'LEFT')
+      if not message then break end
+      moved[#moved + 1] = message
     end
   end
   return moved
 end
 
-redis.register_function{ function_name = 'lepton_commit_VERSION', callback = commit, flags = { 'allow-oom' } }
-redis.register_function{ function_name = 'lepton_release_VERSION', callback = release, flags = { 'allow-oom' } }
-redis.register_function{ function_name = 'lepton_recover_VERSION', callback = recover, flags = { 'allow-oom' } }
+-- schedule: holds a message back until its time. Meant to stand in a transaction. ARGV id due_ms message
+local function schedule(_, args) return hold_back(args[1], tonumber(args[2]), args[3]) end
+
+-- follow: what a job sets off that ends outside a batch. ARGV id list message dead_bytes
+local function follow_one(_, args) return follow(unpack(args, 1, 4)) end
+
+-- transact: as MULTI behind WATCH, for a broker that is full and refuses writes. KEYS the lists that must have the
+-- lengths that ARGV names first; then the commands, each as the number of its words and the words.
+-- Returns how many commands were done, or -1 where a list is not as long as it must be.
+local OWN = {
+  lepton_schedule_VERSION = schedule,
+  lepton_follow_VERSION = follow_one,
+  lepton_finish_VERSION = finish,
+  lepton_bury_VERSION = bury_one,
+}
+local function transact(keys, args)
+  for at, key in ipairs(keys) do
+    if redis.call('LLEN', key) ~= tonumber(args[at]) then return -1 end
+  end
+  local at, done = #keys + 1, 0
+  while at <= #args do
+    local words = tonumber(args[at])
+    local own = args[at + 1] == 'FCALL' and OWN[args[at + 2]] -- a function may not call another by FCALL
+    if own then
+      pcall(own, {}, { unpack(args, at + 4, at + words) })
+    else
+      redis.pcall(unpack(args, at + 1, at + words))
+    end
+    at, done = at + words + 1, done + 1
+  end
+  return done
+end
+
+-- announce: takes the lease. KEYS lease   ARGV value lease_ms incarnation
+local function announce(keys, args)
+  local bad = wrong(HOLDERS)
+  if bad then return bad end
+  redis.call('SET', keys[1], args[1], 'PX', args[2])
+  redis.call('SADD', HOLDERS, args[3])
+  return 1
+end
+
+-- due: what has waited long enough goes to `again`, at most `limit`; with ids, those at once. ARGV limit ids...
+-- Returns how many moved, and the milliseconds until the next is due (-1 where none waits).
+local function due(_, args)
+  local bad = wrong(ETA, ETA_MESSAGES, AGAIN)
+  if bad then return bad end
+  local now, moved = now_ms(), 0
+  local ids = { unpack(args, 2) }
+  if #ids == 0 then ids = redis.call('ZRANGEBYSCORE', ETA, '-inf', now, 'LIMIT', 0, args[1]) end
+  for _, id in ipairs(ids) do
+    local message = redis.call('HGET', ETA_MESSAGES, id)
+    if message then
+      redis.call('LPUSH', AGAIN, message)
+      moved = moved + 1
+    end
+    redis.call('HDEL', ETA_MESSAGES, id)
+    redis.call('ZREM', ETA, id)
+  end
+  local first = redis.call('ZRANGE', ETA, 0, 0, 'WITHSCORES')
+  return { moved, first[2] and math.max(0, math.ceil(tonumber(first[2]) - now)) or -1 }
+end
+
+-- unpark: parked jobs of a kernel go to `again`, its suspects to `again.alone`. ARGV kernel limit.
+-- Returns how many moved.
+local function unpark(_, args)
+  local parked, alone, moved = 'lepton:parked:' .. args[1], 'lepton:parked.alone:' .. args[1], 0
+  if not (is_list(parked) and is_list(alone)) then
+    return redis.error_reply('WRONGTYPE ' .. parked .. ' holds something else')
+  end
+  local bad = wrong(AGAIN, ALONE)
+  if bad then return bad end
+  for source, target in pairs({ [parked] = AGAIN, [alone] = ALONE }) do
+    while moved < tonumber(args[2]) and redis.call('LMOVE', source, target, 'RIGHT', 'LEFT') do moved = moved + 1 end
+  end
+  if redis.call('EXISTS', parked, alone) == 0 then
+    redis.pcall('SREM', PARKED, args[1])
+    redis.pcall('ZREM', 'lepton:deadlines', args[1])
+  end
+  return moved
+end
+
+-- sizes: every counter and the length of everything that holds messages, at one moment. Returns name, value, ...
+-- A message counts as accepted once it has left the first claim it was in: before that it waits in a lane.
+local ENDS = { 'succeeded', 'failed', 'cancelled', 'expired', 'dead', 'retried', 'duplicate' }
+local function sizes(_, args)
+  local found, order = {}, {}
+  local function note(name, value)
+    if found[name] == nil then order[#order + 1] = name end
+    found[name] = (found[name] or 0) + value
+  end
+  local function length(command, key)
+    local value = redis.pcall(command, key)
+    return type(value) == 'number' and value or 0
+  end
+  note('accepted', 0)
+  for _, name in ipairs(ENDS) do note(name, 0) end
+  local counters = redis.pcall('HGETALL', COUNTERS)
+  for at = 1, #counters, 2 do note(counters[at], tonumber(counters[at + 1]) or 0) end
+  note('lanes', (backlog(LANE, false)))
+  local lanes = redis.pcall('SMEMBERS', LANES)
+  for _, lane in ipairs(lanes) do note('lanes', (backlog(lane, false))) end
+  for _, name in ipairs({ 'claimed', 'again', 'alone', 'reclaimed', 'parked_now', 'scheduled_now', 'queued', 'held' }) do
+    note(name, 0)
+  end
+  local holders = redis.pcall('SMEMBERS', HOLDERS)
+  for _, incarnation in ipairs(holders) do
+    for number = 0, tonumber(args[1] or 64) - 1 do
+      local tail = incarnation .. ':' .. number
+      note('claimed', length('LLEN', 'lepton:claim:' .. tail))
+      note('reclaimed', length('LLEN', 'lepton:reclaim:' .. tail) + length('LLEN', 'lepton:suspects:' .. tail))
+      note('held', length('LLEN', 'lepton:held:' .. tail))
+    end
+  end
+  note('again', length('LLEN', AGAIN))
+  note('alone', length('LLEN', ALONE))
+  note('scheduled_now', length('HLEN', ETA_MESSAGES))
+  local kernels = redis.pcall('SMEMBERS', PARKED)
+  for _, kernel in ipairs(kernels) do
+    note('parked_now', length('LLEN', 'lepton:parked:' .. kernel) + length('LLEN', 'lepton:parked.alone:' .. kernel))
+  end
+  local devices = redis.pcall('SMEMBERS', 'lepton:devices')
+  for _, device in ipairs(devices) do
+    note('queued', length('LLEN', 'lepton.' .. device) + length('LLEN', 'lepton.' .. device .. '.alone'))
+  end
+  note('dead_letters', length('XLEN', DEAD))
+  -- What waits in a lane or a first claim is accepted, and not counted yet.
+  local new = found['lanes'] + found['claimed']
+  local waiting = found['again'] + found['alone'] + found['reclaimed'] + found['parked_now'] + found['scheduled_now']
+  local in_flight = found['queued'] + found['held']
+  local ended = 0
+  for _, name in ipairs(ENDS) do ended = ended + found[name] end
+  note('difference', found['accepted'] - ended - waiting - in_flight)
+  note('accepted', new)
+  note('waiting', new + waiting)
+  note('in_flight', in_flight)
+  local flat = {}
+  for _, name in ipairs(order) do
+    flat[#flat + 1] = name
+    flat[#flat + 1] = found[name]
+  end
+  return flat
+end
+
+local function register(name, callback, flags)
+  redis.register_function{ function_name = 'lepton_' .. name .. '_VERSION', callback = callback, flags = flags }
+end
+
+register('accept', accept, {})
+register('commit', commit, { 'allow-oom' })
+register('finish', finish, { 'allow-oom' })
+register('bury', bury_one, { 'allow-oom' })
+register('release', release, { 'allow-oom' })
+register('sweep', sweep, { 'allow-oom' })
+register('recover', recover, { 'allow-oom' })
+register('move', move, { 'allow-oom' })
+register('transact', transact, { 'allow-oom' })
+register('announce', announce, { 'allow-oom' })
+register('follow', follow_one, { 'allow-oom' })
+register('schedule', schedule, { 'allow-oom' })
+register('due', due, { 'allow-oom' })
+register('unpark', unpark, { 'allow-oom' })
+register('sizes', sizes, { 'no-writes' })

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from lepton_ai import wire
-from lepton_ai.errors import InvalidArguments, JobCancelled, LeptonError, Malformed, OptionNotSupported, UnknownKernel
+from lepton_ai.errors import InvalidArguments, LeptonError, OptionNotSupported, UnknownKernel
 from lepton_ai.job import Options
 from lepton_ai.kernel import Kernel, Work
+from lepton_ai.succession import Sequel, inherit, sequel_of
 from lepton_ai.tensor import TensorMap
 
 __all__ = ["Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "split"]
@@ -30,6 +32,15 @@ class TakenJob(msgspec.Struct, eq=False):
     """Its arrays came as tensor maps, so its answer goes back as tensor maps; else as nested lists."""
     keep: bool
     """False where the caller asked to ignore the result."""
+    message: bytes
+    retries: int = 0
+    """How often its kernel has been run again."""
+    limit_s: float | None = None
+    """The longest that it may run, where it says so itself."""
+    deadline_at: float | None = None
+    """After when it must not begin any more, in seconds since the epoch."""
+    sequel: Sequel | None = None
+    """What is to follow it; None where nothing is."""
     decode_s: float = 0.0
     """What reading it from its message took."""
 
@@ -47,12 +58,14 @@ class Refused(msgspec.Struct, frozen=True):
     options: Options
     error: LeptonError
     keep: bool = True
+    sequel: Sequel | None = None
 
 
 class Unreadable(msgspec.Struct, frozen=True):
     """A message without a job in it. A router refuses these, so only a foreign hand can have queued one here."""
 
     error: LeptonError
+    message: bytes
 
 
 class Group(msgspec.Struct, eq=False):
@@ -79,40 +92,62 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
     try:
         envelope = wire.read_envelope(message)
     except LeptonError as error:
-        return Unreadable(error)
+        return Unreadable(error, message)
     headers, options = envelope.headers, Options()
     keep = not headers.ignore_result
     try:
         options = wire.read_options(headers)
-        return _read(envelope, options, kernels, limit_bytes, keep)
+        return _read(message, envelope, options, kernels, limit_bytes, keep)
     except LeptonError as error:
-        return Refused(headers.id, headers.task, options, error, keep)
+        sequel = None
+        with suppress(LeptonError):  # then the job's own fault is told, and nobody can tell what should follow it
+            sequel = sequel_of(headers, wire.read_embed(envelope, limit_bytes=limit_bytes))
+        return Refused(headers.id, headers.task, options, error, keep, sequel)
 
 
 def _read(
-    envelope: wire.Envelope, options: Options, kernels: dict[str, Kernel], limit_bytes: int, keep: bool
+    message: bytes,
+    envelope: wire.Envelope,
+    options: Options,
+    kernels: dict[str, Kernel],
+    limit_bytes: int,
+    keep: bool,
 ) -> TakenJob:
     headers = envelope.headers
     kernel = kernels.get(headers.task)
     if kernel is None:
         raise UnknownKernel(f"this worker has no kernel {headers.task!r}; it has {', '.join(sorted(kernels))}")
-    if headers.expires is not None and _expired(headers.expires):
-        raise JobCancelled(f"the job expired at {headers.expires}")
-    arguments, callbacks = wire.read_body(envelope, limit_bytes=limit_bytes)
-    if callbacks:
-        raise OptionNotSupported("link, chain and chord are not supported yet", "callbacks")
+    deadline_at = wire.deadline_at(headers)
+    body = wire.read_body(envelope, limit_bytes=limit_bytes)
+    sequel = sequel_of(headers, body.embed)
+    arguments = inherit(kernel.signature, body)
     inputs, dims = kernel.signature.bind(arguments)
-    arrays = [value for value in arguments.values() if isinstance(value, TensorMap | list)]
-    tensors = any(isinstance(value, TensorMap) for value in arrays) or (not arrays and options.result == "msgpack")
-    return TakenJob(headers.id, kernel, inputs, kernel.spec.work(dims), options, tensors, keep)
+    arrays = [value for value in arguments.values() if isinstance(value, TensorMap | np.ndarray | list)]
+    lists = all(isinstance(value, list) for value in arrays)
+    return TakenJob(
+        headers.id,
+        kernel,
+        inputs,
+        kernel.spec.work(dims),
+        options,
+        not lists or (not arrays and options.result == "msgpack"),
+        keep,
+        message,
+        max(0, headers.retries or 0),
+        _limit_s(options, headers),
+        deadline_at,
+        sequel,
+    )
 
 
-def _expired(expires: str | float) -> bool:
-    try:
-        at = datetime.fromisoformat(expires) if isinstance(expires, str) else datetime.fromtimestamp(expires, UTC)
-    except (ValueError, OverflowError, OSError):
-        raise Malformed(f"expires is not a time: {expires!r}") from None
-    return at.replace(tzinfo=at.tzinfo or UTC) <= datetime.now(UTC)
+def _limit_s(options: Options, headers: wire.Headers) -> float | None:
+    """The job's own limit: ours, or the shorter of Celery's two (time_limit, soft_time_limit)."""
+    if options.limit_s is not None:
+        return options.limit_s
+    limits = [limit for limit in headers.timelimit or () if limit is not None]
+    if any(not 0 < limit < math.inf for limit in limits):
+        raise OptionNotSupported(f"a time limit must be above 0 and finite, not {limits}", "timelimit")
+    return min(limits, default=None)
 
 
 def groups(jobs: Iterable[TakenJob], limit: int) -> list[Group]:

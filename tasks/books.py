@@ -27,7 +27,14 @@ from tasks.teller import Teller
 
 __all__ = ["Books", "install_commands"]
 
-_ENDINGS = {"succeeded": "succeeded", "failed": "failed", "cancelled": "revoked"}
+_ENDINGS = {
+    "succeeded": "succeeded",
+    "failed": "failed",
+    "dead": "failed",
+    "cancelled": "revoked",
+    "expired": "revoked",
+    "retried": "retried",
+}
 
 
 class _SteadySet(WeakSet):  # type: ignore[type-arg]
@@ -139,9 +146,9 @@ def _event(ending: Ending) -> dict[str, Any]:
     kind = _ENDINGS[ending.status]
     if kind == "succeeded":
         return task_event(kind, ending.job, ending.at, result=ending.result, runtime=ending.run_s)
-    if kind == "failed":
+    if kind in ("failed", "retried"):
         return task_event(kind, ending.job, ending.at, exception=ending.error, traceback=ending.trace)
-    return task_event(kind, ending.job, ending.at, terminated=False, signum=None, expired=False)
+    return task_event(kind, ending.job, ending.at, terminated=False, signum=None, expired=ending.status == "expired")
 
 
 def install_commands(settings: Settings, url: str, announcement: Announcement) -> None:

@@ -21,14 +21,16 @@ from lepton_ai.event import Event, encode
 from lepton_ai.settings import Settings
 from lepton_ai.topology import device_of_queue, device_queue
 from queues.broker import LISTS_EACH, Broker
+from queues.canvas import Canvas
 from queues.connection import Connection
 from tasks.books import Books, install_commands
 from tasks.catalogue import load
 from tasks.driver import open_device
 from tasks.heartbeat import Heartbeat
-from tasks.runner import Slots
+from tasks.slots import Slots
 from tasks.teller import Teller
 from tasks.warmup import warm
+from tasks.watchdog import Watchdog
 
 __all__ = ["DeviceQueueStep", "DeviceStep"]
 
@@ -47,6 +49,7 @@ class DeviceStep(bootsteps.StartStopStep):
         self._heartbeat: Heartbeat | None = None
         self._slots: Slots | None = None
         self._teller: Teller | None = None
+        self._watchdog: Watchdog | None = None
 
     def start(self, worker: Any) -> None:
         """Everything up to the first job; InvalidSettings where the command line asks for what cannot be."""
@@ -60,7 +63,10 @@ class DeviceStep(bootsteps.StartStopStep):
         incarnation = f"worker-{secrets.token_hex(8)}"
         self._teller = Teller(self.settings, url, incarnation, worker.hostname)
         books = Books(worker.app, worker.hostname, device, incarnation, self._teller)
-        self._slots = worker.device_slots = Slots(self.settings, url, incarnation, device, driver, repertoire, books)
+        canvas = Canvas(self.settings, catalogue.kernels)
+        self._slots = worker.device_slots = Slots(
+            self.settings, url, incarnation, device, driver, repertoire, books, canvas
+        )
         announcement = Announcement(
             incarnation,
             worker.hostname,
@@ -77,12 +83,15 @@ class DeviceStep(bootsteps.StartStopStep):
         self._heartbeat = Heartbeat(self.settings, url, announcement, self._slots)
         self._heartbeat.start()
         self._slots.start()
+        self._watchdog = Watchdog(self.settings, self._slots)
+        self._watchdog.start()
         log.info("worker_online", device=device, slots=driver.slots, kernels=sorted(repertoire.kernels))
 
     def stop(self, worker: Any) -> None:
         """Warm shutdown: what was taken is finished and committed, then the lease is given back."""
         if self._slots is not None and self._heartbeat is not None:
             self._slots.drain()
+            self._stop_watchdog()
             self._heartbeat.stop()
             self._slots.driver.close()
             self._close_teller()
@@ -91,9 +100,14 @@ class DeviceStep(bootsteps.StartStopStep):
     def terminate(self, worker: Any) -> None:
         """Cold shutdown: what was taken is given back unrun."""
         if self._slots is not None and self._heartbeat is not None:
+            self._stop_watchdog()
             self._slots.abandon()  # first: what a slot took after the batches were given back would be lost
             self._heartbeat.abandon()
             self._close_teller()
+
+    def _stop_watchdog(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
 
     def _close_teller(self) -> None:
         if self._teller is not None:

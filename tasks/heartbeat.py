@@ -17,7 +17,7 @@ from lepton_ai.event import Event
 from lepton_ai.settings import Settings
 from queues.broker import Broker
 from queues.connection import Connection
-from tasks.runner import Slots
+from tasks.slots import Slots
 
 __all__ = ["Heartbeat"]
 
@@ -63,8 +63,7 @@ class Heartbeat:
         self._halt()
         try:
             broker = self._connected()
-            broker.connection.call("DEL", f"lepton:lease:{self._announcement.incarnation}")
-            log.warning("batches_given_back", messages=broker.recover())
+            log.warning("batches_given_back", messages=broker.resign())
             self._emit(broker, "device.offline")
         except LeptonError as error:
             log.warning("lease_left", reason=error.message)

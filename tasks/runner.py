@@ -1,8 +1,8 @@
-"""The slots of a worker: each takes a batch, runs it, commits it with one call, and starts over."""
+"""Running a batch: from the messages that a slot has taken to the one commit that ends them all."""
 
 from __future__ import annotations
 
-import threading
+import random
 import time
 import traceback
 from collections.abc import Collection, Mapping, Sequence
@@ -13,26 +13,32 @@ import numpy as np
 import structlog
 
 from lepton_ai import event, wire
-from lepton_ai.errors import BrokerUnavailable, Fenced, JobCancelled, KernelFailed, LeptonError
+from lepton_ai.errors import (
+    InvalidRequest,
+    JobCancelled,
+    JobExpired,
+    KernelFailed,
+    LeptonError,
+    RetryJob,
+    TimeLimitExceeded,
+)
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import minute_of
-from lepton_ai.job import Cost, Options, Placement, Record
+from lepton_ai.job import Cost, Placement, Record
+from lepton_ai.kernel import Retry
 from lepton_ai.settings import Settings
+from lepton_ai.succession import Canvas, FollowUps
 from lepton_ai.tensor import DTYPES
-from queues.broker import Broker, Commit, Outcome
-from queues.connection import CommandError, Connection
+from queues.broker import Broker
+from queues.connection import CommandError
+from queues.steps import Commit, DeadLetter, Outcome
 from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, names, read, split
 from tasks.driver import Driver
+from tasks.limits import kill_after_s, own_limit_s
 from tasks.warmup import Repertoire
 
-__all__ = ["Ending", "Observer", "Slots"]
+__all__ = ["Ending", "Observer", "Runner", "Running"]
 
-_TAKE_S = 1.0
-_RETRY_S = (0.05, 2.0)
-#: How long a slot whose commit was refused waits before it runs again what it still holds.
-_FENCED_S = 0.5
-#: Weight of the newest batch in the mean time of a job, which bounds the next batch.
-_WEIGHT = 0.3
 #: How long ago a job with a foreign id may have been placed.
 _MINUTES_BACK = 10
 #: A kernel's progress is told so often at most.
@@ -47,7 +53,7 @@ class Ending(msgspec.Struct, frozen=True):
 
     job: str
     status: str
-    """succeeded, failed or cancelled."""
+    """succeeded, failed, cancelled, expired, dead or retried."""
     at: float
     """Seconds since the epoch."""
     run_s: float = 0.0
@@ -79,200 +85,79 @@ class Observer(Protocol):
     def is_revoked(self, job: str) -> bool: ...
 
 
-class Slots:
-    """The slots of one worker, a thread each. `start`, then `drain` (finish what runs) or `abandon`."""
+class Running(msgspec.Struct, frozen=True):
+    """A launch that is under way."""
+
+    slot: int
+    jobs: tuple[str, ...]
+    started: float
+    """Monotonic seconds."""
+    kill_after_s: float
+    """How long it may take before its worker is ended."""
+    by_own_limit: bool
+    """Whether that is what the job asked for, and not its kernel's limit."""
+
+
+class _Batch(msgspec.Struct):
+    """What is known of a batch while it runs, and how its jobs have ended."""
+
+    placements: dict[str, Placement]
+    taken_at: float
+    outcomes: list[Outcome] = []
+    events: list[Event] = []
+    endings: list[Ending] = []
+    retries: list[tuple[str, float, bytes]] = []
+    pushes: list[tuple[str, str, bytes]] = []
+    chord_parts: list[tuple[str, bytes]] = []
+    dead: list[DeadLetter] = []
+
+
+class Runner:
+    """Runs the batches of one slot, one after the other."""
 
     def __init__(
         self,
         settings: Settings,
-        url: str,
         incarnation: str,
         device: str,
+        slot: int,
         driver: Driver,
         repertoire: Repertoire,
         observer: Observer,
+        canvas: Canvas,
     ) -> None:
-        self.device = device
-        self.driver = driver
-        self.repertoire = repertoire
-        self.observer = observer
-        self.settings = settings
-        self.incarnation = incarnation
-        self.count = driver.slots
-        self._url = url
-        self._stopping = threading.Event()
-        self._open = threading.Event()
-        self._open.set()
-        self._threads: list[threading.Thread] = []
-        self._slots = [_Slot(self, number) for number in range(self.count)]
+        self.running: Running | None = None
+        """The launch that is under way. May be read from any thread."""
+        self._settings = settings
+        self._incarnation = incarnation
+        self._device = device
+        self._slot = slot
+        self._driver = driver
+        self._repertoire = repertoire
+        self._observer = observer
+        self._canvas = canvas
 
-    def start(self) -> None:
-        for slot in self._slots:
-            thread = threading.Thread(target=slot.run, name=f"slot-{slot.number}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def pause(self) -> None:
-        """Takes nothing more until `resume`; what runs goes on."""
-        self._open.clear()
-
-    def resume(self) -> None:
-        self._open.set()
-
-    def drain(self) -> None:
-        """Takes nothing more and returns once everything taken has been committed."""
-        self._stopping.set()
-        self._open.set()
-        for thread in self._threads:
-            thread.join()
-
-    def abandon(self) -> None:
-        """Takes nothing more and returns once no slot waits for jobs; what runs goes on, and may commit no more."""
-        self._stopping.set()
-        self._open.set()
-        for slot, thread in zip(self._slots, self._threads, strict=True):
-            if not slot.busy:
-                thread.join(2 * _TAKE_S)
-
-    @property
-    def stopping(self) -> bool:
-        return self._stopping.is_set()
-
-    def wait_open(self) -> None:
-        """Waits while paused."""
-        self._open.wait()
-
-    def connect(self, number: int) -> Broker:
-        return Broker(Connection(self._url, f"{self.incarnation}-{number}"), self.incarnation, self.settings)
-
-    def heed(self, broker: Broker) -> None:
-        """Tells the kernels that run now of jobs that were cancelled meanwhile."""
-        if running := [job for slot in self._slots for job in slot.running]:
-            self.observer.revoke(broker.marked(running))
-
-    @property
-    def busy(self) -> int:
-        """How many slots are computing now."""
-        return sum(slot.busy for slot in self._slots)
-
-    @property
-    def busy_s(self) -> float:
-        """Seconds that slots have computed since the start, over all of them."""
-        return sum(slot.busy_s for slot in self._slots)
-
-
-class _Ended(msgspec.Struct):
-    """How one batch ended, while it is put together."""
-
-    outcomes: list[Outcome] = []
-    events: list[Event] = []
-    endings: list[Ending] = []
-
-
-class _Slot:
-    def __init__(self, slots: Slots, number: int) -> None:
-        self.number = number
-        self.busy = False
-        self.busy_s = 0.0
-        self.running: tuple[str, ...] = ()
-        """The jobs whose kernel runs now."""
-        self._slots = slots
-        self._pending: tuple[Commit, list[Ending]] | None = None
-        self._job_s = 0.0
-        self._message_bytes = 0.0
-        # Over before our lease can lapse, or a frozen worker that has been forgotten would still be given jobs.
-        self._take_s = min(_TAKE_S, slots.settings.lease_s / 2)
-
-    def run(self) -> None:
-        """Serves until the slots stop, connecting again whenever the broker was lost."""
-        pause_s = _RETRY_S[0]
-        while not self._slots.stopping or self._pending is not None:
-            try:
-                broker = self._slots.connect(self.number)
-                pause_s = _RETRY_S[0]
-                try:
-                    self._serve(broker)
-                finally:
-                    broker.connection.close()
-            except BrokerUnavailable as error:
-                log.warning("broker_unavailable", slot=self.number, reason=error.message, retry_s=pause_s)
-                time.sleep(pause_s)
-                pause_s = min(pause_s * 2, _RETRY_S[1])
-            except Exception:  # a defect of ours must not silently cost the worker a slot
-                log.exception("slot_failed", slot=self.number)
-                time.sleep(_RETRY_S[1])
-
-    def _serve(self, broker: Broker) -> None:
-        if self._pending is not None:
-            self._commit(broker, *self._pending)
-        messages = broker.held(self.number)
-        while messages or not self._slots.stopping:
-            if not messages:
-                self._slots.wait_open()
-                if self._slots.stopping:
-                    return
-                messages = broker.take(self._slots.device, self.number, self._limit(), self._slots.count, self._take_s)
-            if messages:
-                self._pending = self._batch(broker, messages)
-                messages = self._commit(broker, *self._pending)
-
-    def _limit(self) -> int:
-        """How many jobs to take at once: a full batch of quick ones, a single slow one."""
-        settings = self._slots.settings
-        if self._job_s <= 0:
-            return 1
-        fitting = int(settings.batch_bytes / self._message_bytes)
-        return max(1, min(settings.batch_jobs, int(settings.batch_s / self._job_s), fitting))
-
-    def _commit(self, broker: Broker, step: Commit, endings: Sequence[Ending]) -> list[bytes]:
-        """Commits; returns what the slot still holds, which is nothing unless the commit was refused.
-
-        A commit whose reply was lost is sent again on the next connection: then either it had happened and the held
-        list is gone, or it happens now.
-        """
-        held: list[bytes] = []
-        try:
-            broker.commit(step)
-            self._slots.observer.ended(endings)
-        except Fenced as error:
-            # Where it was the answer of an earlier try that was lost, the results stand.
-            stand = broker.ended([ending.job for ending in endings])
-            self._slots.observer.ended([ending for ending in endings if ending.job in stand])
-            self._slots.observer.lost([ending.job for ending in endings if ending.job not in stand])
-            log.warning("commit_fenced", slot=self.number, jobs=len(step.outcomes), reason=error.message)
-            held = broker.held(self.number)
-            if held:  # the lease has lapsed and nobody has recovered the batch yet: run it again, but not in a frenzy
-                time.sleep(_FENCED_S)
-        self._pending = None
-        return held
-
-    # -- a batch ------------------------------------------------------------------------------------------------
-
-    def _batch(self, broker: Broker, messages: Sequence[bytes]) -> tuple[Commit, list[Ending]]:
+    def run(self, broker: Broker, messages: Sequence[bytes]) -> tuple[Commit, list[Ending]]:
+        """Runs what the messages ask for. Raises BrokerUnavailable, and nothing for what they hold or a kernel does."""
         taken_at = time.time()
-        start = time.perf_counter()
-        self.busy = True
         try:
-            ended = _Ended()
             found = self._read(messages)
             placements, marked = self._known(broker, [job.id for job in found if not isinstance(job, Unreadable)])
-            jobs = self._begin(found, placements, marked, ended)
-            for group in groups(jobs, self._slots.settings.batch_jobs):
-                self._run_group(group, placements, taken_at, ended)
+            batch = _Batch(placements, taken_at)
+            for group in groups(self._begin(found, marked, broker.now(), batch), self._settings.batch_jobs):
+                self._run_group(group, batch)
         finally:
-            self.busy = False
-            self.running = ()
-            seconds = time.perf_counter() - start
-            self.busy_s += seconds
-        each = seconds / len(messages)
-        mean_bytes = sum(map(len, messages)) / len(messages)
-        weight = _WEIGHT if self._job_s > 0 else 1.0
-        self._job_s += weight * (each - self._job_s)
-        self._message_bytes += weight * (mean_bytes - self._message_bytes)
-        return Commit(self.number, len(messages), ended.outcomes, event.encode(*ended.events)), ended.endings
+            self.running = None
+        told = event.encode(*batch.events)
+        step = Commit(
+            self._slot, len(messages), batch.outcomes, told, batch.pushes, batch.retries, batch.chord_parts, batch.dead
+        )
+        return step, batch.endings
+
+    # -- before -------------------------------------------------------------------------------------------------
 
     def _read(self, messages: Sequence[bytes]) -> list[TakenJob | Refused | Unreadable]:
-        kernels, limit = self._slots.repertoire.kernels, self._slots.settings.body_limit_bytes
+        kernels, limit = self._repertoire.kernels, self._settings.body_limit_bytes
         found: list[TakenJob | Refused | Unreadable] = []
         for message in messages:
             start = time.perf_counter()
@@ -282,36 +167,11 @@ class _Slot:
             found.append(job)
         return found
 
-    def _begin(
-        self,
-        found: Sequence[TakenJob | Refused | Unreadable],
-        placements: Mapping[str, Placement],
-        marked: Collection[str],
-        ended: _Ended,
-    ) -> list[TakenJob]:
-        """The jobs to run; the others end here."""
-        known = [job for job in found if not isinstance(job, Unreadable)]
-        self._slots.observer.taken(
-            [(job.id, job.kernel if isinstance(job, Refused) else job.kernel.name) for job in known],
-            {job for job, placement in placements.items() if placement.shown},
-        )
-        jobs: list[TakenJob] = []
-        for job in found:
-            if isinstance(job, Unreadable):
-                log.error("message_unreadable", reason=job.error.message)
-            elif isinstance(job, Refused):
-                self._fail(job.id, job.kernel, job.options, job.keep, job.error, ended)
-            elif job.id in marked or self._slots.observer.is_revoked(job.id):
-                self._fail(job.id, job.kernel.name, job.options, job.keep, JobCancelled("cancelled"), ended)
-            else:
-                jobs.append(job)
-        return jobs
-
     def _known(self, broker: Broker, ids: Sequence[str]) -> tuple[dict[str, Placement], set[str]]:
         """The jobs' placements, and which of them are marked as cancelled."""
         if not ids:
             return {}, set()
-        now = int(time.time()) // 60
+        now = int(broker.now()) // 60
         ours = [minute_of(job) for job in ids]
         # A foreign id does not say when it was placed; a device's queue is short.
         back = _MINUTES_BACK if None in ours else 2
@@ -323,11 +183,43 @@ class _Slot:
             log.error("placements_unreadable", reason=str(error))
             return {}, set()
 
-    def _run_group(self, group: Group, placements: dict[str, Placement], taken_at: float, ended: _Ended) -> None:
+    def _begin(
+        self, found: Sequence[TakenJob | Refused | Unreadable], marked: Collection[str], now: float, batch: _Batch
+    ) -> list[TakenJob]:
+        """The jobs to run; the others end here. `now` is the server's, in seconds since the epoch."""
+        known = [job for job in found if not isinstance(job, Unreadable)]
+        self._observer.taken(
+            [(job.id, job.kernel if isinstance(job, Refused) else job.kernel.name) for job in known],
+            {job for job, placement in batch.placements.items() if placement.shown},
+        )
+        jobs: list[TakenJob] = []
+        for job in found:
+            if isinstance(job, Unreadable):
+                log.error("message_unreadable", reason=job.error.message)
+                batch.dead.append(DeadLetter("", "", "unreadable", job.error.message, 0, job.message))
+                batch.outcomes.append(Outcome("", "dead", b""))
+            elif isinstance(job, Refused):
+                self._fail(job, job.error, batch)
+            elif job.id in marked or self._observer.is_revoked(job.id):
+                self._fail(job, JobCancelled("cancelled"), batch)
+            elif job.deadline_at is not None and job.deadline_at <= now:
+                self._fail(job, JobExpired("its deadline passed before its turn came"), batch)
+            else:
+                jobs.append(job)
+        return jobs
+
+    # -- a launch -----------------------------------------------------------------------------------------------
+
+    def _run_group(self, group: Group, batch: _Batch) -> None:
         """Runs a group in one launch; if that raises, each of its jobs alone, so that only the culprit fails."""
-        self.running = names(group.jobs)
-        self._slots.observer.started(self.running)
-        context = _Context(group, self._slots.observer)
+        kernel, jobs = group.kernel, names(group.jobs)
+        limits = [
+            kill_after_s(job.limit_s, kernel.spec, batch.placements.get(job.id), self._settings) for job in group.jobs
+        ]
+        longest, own = max(limits)
+        self.running = Running(self._slot, jobs, time.monotonic(), longest, own)
+        self._observer.started(jobs)
+        context = _Context(group, self._observer)
         try:
             outputs, observation = self._launch(group, context)
             parts = split(group, outputs)
@@ -335,57 +227,66 @@ class _Slot:
         except (Exception, SystemExit) as error:  # noqa: BLE001
             if len(group.jobs) > 1:
                 for job in group.jobs:
-                    self._run_group(Group(group.kernel, [job]), placements, taken_at, ended)
+                    self._run_group(Group(kernel, [job]), batch)
                 return
-            self._kernel_raised(group.jobs[0], error, ended)
+            self._kernel_raised(group.jobs[0], error, context, batch)
             return
         count = len(group.jobs)
         start = time.perf_counter()
         succeeded: list[str] = []
         for job, part in zip(group.jobs, parts, strict=True):
             # Its kernel may have seen it and stopped half way, whatever has been forgotten since.
-            if context.told or self._slots.observer.is_revoked(job.id):
-                self._fail(
-                    job.id, job.kernel.name, job.options, job.keep, JobCancelled("cancelled while it ran"), ended
-                )
+            if context.cancel_told or self._observer.is_revoked(job.id):
+                self._fail(job, JobCancelled("cancelled while it ran"), batch)
                 continue
-            placement = placements.get(job.id)
+            if job.limit_s is not None and (context.limit_told or observation.run_s / count > job.limit_s):
+                self._fail(job, _over(job), batch)
+                continue
+            placement = batch.placements.get(job.id)
             cost = Cost(
-                self._slots.incarnation,
-                self._slots.device,
-                max(0.0, taken_at - placement.placed_at) if placement else 0.0,
+                self._incarnation,
+                self._device,
+                max(0.0, batch.taken_at - placement.placed_at) if placement else 0.0,
                 observation.transfer_s / count,
                 observation.run_s / count,
                 count,
             )
             meta = wire.success(job.id, answer(job, part), Record(placement, cost))
-            record = wire.encode_meta(meta, self._encoding(job.options)) if job.keep else b""
-            ended.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
+            if job.sequel is not None:
+                try:
+                    follow_ups = self._canvas.after_success(job.sequel, meta.result)
+                except InvalidRequest as error:  # a result that nobody could act on is none
+                    self._fail(job, error, batch)
+                    continue
+                meta = msgspec.structs.replace(meta, children=list(follow_ups.children))
+                self._note(job.id, follow_ups, batch)
+            record = wire.encode_meta(meta, self._encoding(job)) if job.keep else b""
+            batch.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
             shapes = _shapes(part) if placement is not None and placement.shown else ""
-            ended.endings.append(Ending(job.id, "succeeded", time.time(), cost.run_s, shapes))
+            batch.endings.append(Ending(job.id, "succeeded", time.time(), cost.run_s, shapes))
             succeeded.append(job.id)
         if not succeeded:
             return
-        ended.events.append(
+        batch.events.append(
             Event(
                 "job.succeeded",
-                self._slots.incarnation,
-                group.kernel.name,
-                self._slots.device,
+                self._incarnation,
+                kernel.name,
+                self._device,
                 tuple(succeeded),
                 msgspec.structs.replace(observation, transfer_s=observation.transfer_s + time.perf_counter() - start),
             )
         )
 
     def _launch(self, group: Group, context: _Context) -> tuple[dict[str, np.ndarray[Any, Any]], Observation]:
-        driver, name = self._slots.driver, group.kernel.name
+        driver, name = self._driver, group.kernel.name
         start = time.perf_counter()
         inputs = {
             name: driver.upload(value) if isinstance(value, np.ndarray) else value
             for name, value in group.inputs.items()
         }
         uploaded = time.perf_counter()
-        found = self._slots.repertoire.runs[name](inputs, context)
+        found = self._repertoire.runs[name](inputs, context)
         driver.synchronize()
         ran = time.perf_counter()
         if found.keys() != group.kernel.signature.outputs.keys():
@@ -396,37 +297,86 @@ class _Slot:
                 raise KernelFailed(f"{name} returned {key!r} of dtype {value.dtype}, which cannot be sent")
         transfer_s = uploaded - start + time.perf_counter() - ran + sum(job.decode_s for job in group.jobs)
         flops, moved = sum(job.work.flops for job in group.jobs), sum(job.work.bytes for job in group.jobs)
-        device = self._slots.device
+        device = self._device
         size = sum(job.size_bytes for job in group.jobs)
         return outputs, Observation(name, device, len(group.jobs), flops, moved, transfer_s, ran - uploaded, size)
 
-    def _kernel_raised(self, job: TakenJob, error: BaseException, ended: _Ended) -> None:
+    # -- other ends ---------------------------------------------------------------------------------------------
+
+    def _kernel_raised(self, job: TakenJob, error: BaseException, context: _Context, batch: _Batch) -> None:
         known = error if isinstance(error, LeptonError) else KernelFailed(_described(error))
         trace = None if isinstance(error, LeptonError) else "".join(traceback.format_exception(error))
-        self._fail(job.id, job.kernel.name, job.options, job.keep, known, ended, trace)
+        if context.cancel_told or self._observer.is_revoked(job.id):  # what it raised is how it stopped
+            return self._fail(job, JobCancelled("cancelled while it ran"), batch, trace)
+        if context.limit_told:
+            return self._fail(job, _over(job), batch, trace)
+        policy = job.kernel.spec.retry or (Retry() if isinstance(error, RetryJob) else None)
+        if policy is None or isinstance(error, JobCancelled):
+            return self._fail(job, known, batch, trace)
+        # A kernel that asks for it is retried whatever its policy says of errors.
+        asks = isinstance(error, RetryJob) and job.retries < policy.times
+        if asks or policy.applies(error, job.retries):
+            return self._retry(job, known, policy, batch, trace)
+        if job.retries >= policy.times:
+            reason = f"it failed {job.retries + 1} times, the last with {known.message}"
+            letter = DeadLetter(job.id, job.kernel.name, "retries", reason, job.retries + 1, job.message, trace or "")
+            batch.dead.append(letter)
+            return self._fail(job, known, batch, trace, status="dead")
+        return self._fail(job, known, batch, trace)
+
+    def _retry(self, job: TakenJob, error: LeptonError, policy: Retry, batch: _Batch, trace: str | None) -> None:
+        """The job goes on after a while, and its record says so until then."""
+        asked = error.delay_s if isinstance(error, RetryJob) else None
+        delay_s = policy.wait_s(job.retries, random.random()) if asked is None else max(0.0, asked)
+        try:
+            message = wire.retried(job.message)
+        except LeptonError:  # it can be read, but not written again
+            return self._fail(job, error, batch, trace)
+        record = wire.encode_meta(wire.retrying(job.id, error, trace), self._encoding(job)) if job.keep else b""
+        batch.outcomes.append(Outcome(job.id, "retried", record))
+        batch.retries.append((job.id, delay_s, message))
+        told = f"{type(error).__name__}({error.message!r})"
+        batch.endings.append(Ending(job.id, "retried", time.time(), error=told, trace=trace))
+        data = error.to_wire() | {"delay_s": round(delay_s, 3), "retries": job.retries}
+        return self._tell("job.retried", job.kernel.name, job.id, data, batch)
 
     def _fail(
         self,
-        job: str,
-        kernel: str,
-        options: Options,
-        keep: bool,
+        job: TakenJob | Refused,
         error: LeptonError,
-        ended: _Ended,
+        batch: _Batch,
         trace: str | None = None,
+        status: str | None = None,
     ) -> None:
-        status = "cancelled" if isinstance(error, JobCancelled) else "failed"
-        record = wire.encode_meta(wire.failure(job, error, trace), self._encoding(options)) if keep else b""
-        ended.outcomes.append(Outcome(job, status, record, options.reply_to or ""))
+        status = status or _STATUSES.get(type(error), "failed")
+        meta = wire.failure(job.id, error, trace)
+        if job.sequel is not None:
+            self._note(job.id, self._canvas.after_failure(job.sequel, meta), batch)
+        record = wire.encode_meta(meta, self._encoding(job)) if job.keep else b""
+        batch.outcomes.append(Outcome(job.id, status, record, job.options.reply_to or ""))
         told = f"{type(error).__name__}({error.message!r})"
-        ended.endings.append(Ending(job, status, time.time(), error=told, trace=trace))
-        ended.events.append(
-            Event(f"job.{status}", self._slots.incarnation, kernel, self._slots.device, (job,), data=error.to_wire())
-        )
-        log.info("job_ended", status=status, job=job, kernel=kernel, code=error.code)
+        batch.endings.append(Ending(job.id, status, time.time(), error=told, trace=trace))
+        kernel = job.kernel if isinstance(job, Refused) else job.kernel.name
+        self._tell(f"job.{status}", kernel, job.id, error.to_wire(), batch)
 
-    def _encoding(self, options: Options) -> str:
-        return options.result or self._slots.settings.result_serializer
+    def _note(self, job: str, follow_ups: FollowUps, batch: _Batch) -> None:
+        batch.pushes += [(job, queue, message) for queue, message in follow_ups.pushes]
+        if follow_ups.chord_part is not None:
+            batch.chord_parts.append((job, follow_ups.chord_part))
+
+    def _tell(self, kind: str, kernel: str, job: str, data: dict[str, Any], batch: _Batch) -> None:
+        batch.events.append(Event(kind, self._incarnation, kernel, self._device, (job,), data=data))
+        log.info(kind.replace(".", "_"), job=job, kernel=kernel, code=data["code"])
+
+    def _encoding(self, job: TakenJob | Refused) -> str:
+        return job.options.result or self._settings.result_serializer
+
+
+_STATUSES: Mapping[type[LeptonError], str] = {JobCancelled: "cancelled", JobExpired: "expired"}
+
+
+def _over(job: TakenJob) -> TimeLimitExceeded:
+    return TimeLimitExceeded(f"it ran longer than its limit of {job.limit_s:g} s")
 
 
 def _described(error: BaseException) -> str:
@@ -443,21 +393,30 @@ def _shapes(outputs: Mapping[str, np.ndarray[Any, Any]]) -> str:
 class _Context:
     """What the running variant may ask. See lepton_ai.kernel.Context."""
 
-    deadline = None
     stream = None
 
     def __init__(self, group: Group, observer: Observer) -> None:
         self._jobs = names(group.jobs)
         self._kernel = group.kernel.name
         self._observer = observer
-        self._told_at = time.monotonic()
-        self.told = False
+        self._started = self._told_at = time.monotonic()
+        self._limit_s = own_limit_s(job.limit_s for job in group.jobs)
+        self.cancel_told = False
         """The kernel has been told that all its jobs are cancelled."""
+        self.limit_told = False
+        """Or that their time is up."""
+
+    @property
+    def deadline(self) -> float | None:
+        if self._limit_s is None:
+            return None
+        return max(0.0, self._limit_s - (time.monotonic() - self._started))
 
     @property
     def cancelled(self) -> bool:
-        self.told = self.told or all(map(self._observer.is_revoked, self._jobs))
-        return self.told
+        self.cancel_told = self.cancel_told or all(map(self._observer.is_revoked, self._jobs))
+        self.limit_told = self.limit_told or self.deadline == 0.0
+        return self.cancel_told or self.limit_told
 
     def progress(self, fraction: float) -> None:
         """Told to those who follow the events, a few times a second at most."""

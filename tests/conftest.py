@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,7 +12,6 @@ from lepton_ai import Client
 from lepton_ai.settings import Settings
 from pipeline.supervisor import Fleet, run_fleet
 from queues.broker import Broker
-from queues.broker import _library as library
 from queues.connection import Connection
 from queues.embedded import EmbeddedBroker
 
@@ -22,14 +20,6 @@ hypothesis.settings.register_profile(
     "lepton", deadline=None, phases=[phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain]
 )
 hypothesis.settings.load_profile("lepton")
-
-
-def load_stub(connection: Connection) -> None:
-    """The functions that another branch writes, as long as this one is without them."""
-    version, source = library()
-    if "lepton_accept" not in source:
-        stub = (Path(__file__).parent / "functions_stub.lua").read_text().replace("VERSION", version)
-        connection.call("FUNCTION", "LOAD", "REPLACE", stub)
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +38,6 @@ def broker_url(_embedded: EmbeddedBroker) -> str:
     """A real broker, empty at the start of each test. Not the one that the system tests' fleet uses."""
     connection = Connection(_embedded.url, "flush")
     connection.call("FLUSHALL")
-    load_stub(connection)
     connection.close()
     return _embedded.url
 
@@ -74,9 +63,6 @@ def broker(broker_url: str, settings: Settings) -> Iterator[Broker]:
 def fleet(settings: Settings) -> Iterator[Fleet]:
     """A whole Lepton: ingest, router, telemetry and two real Celery workers, each with all six kernels."""
     with run_fleet(settings, {"cpu.big": 2, "cpu.little": 1}, print) as fleet:
-        connection = Connection(fleet.broker_url, "stub")
-        load_stub(connection)
-        connection.close()
         yield fleet
 
 

@@ -209,6 +209,10 @@ def _durability(facts: Facts) -> Iterator[Finding]:
     elif facts.server.appendfsync == "no":
         text = "appendfsync no: the system decides when jobs reach the disk"
         yield Finding("durability", "warning", text, "appendfsync everysec (or always)")
+    elif facts.settings.get("LEPTON_DURABILITY") == "fsync" and facts.server.appendfsync != "always":
+        policy = facts.server.appendfsync
+        text = f"appendfsync {policy}, and LEPTON_DURABILITY is fsync: each acceptance waits for the disk"
+        yield Finding("durability", "warning", text, "appendfsync always, which is quicker")
     else:
         yield Finding("durability", "ok", f"append-only file, appendfsync {facts.server.appendfsync}")
 

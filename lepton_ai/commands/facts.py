@@ -44,7 +44,7 @@ _FIND_SERVER = """
 import os
 from lepton_ai.errors import NoBroker
 from lepton_ai.settings import Settings
-from queues.embedded import find_server
+from queues.server import find_server
 try:
     print(find_server(Settings(redis_server=os.environ.get("LEPTON_REDIS_SERVER"))))
 except NoBroker as error:

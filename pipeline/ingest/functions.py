@@ -7,7 +7,7 @@ from typing import Any
 
 import redis.asyncio as redis
 
-from queues.broker import _library as library
+from queues.functions import library
 
 __all__ = ["call"]
 

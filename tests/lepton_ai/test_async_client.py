@@ -108,7 +108,7 @@ def answering(url: str, answer: Answer = echoed, *, replies: bool = True) -> Ite
             taken = connection.call("BLMPOP", 0.05, 1, topology.LANE, "RIGHT", "COUNT", 100)
             for raw in taken[1] if taken else ():
                 found = wire.read_envelope(raw)
-                meta = answer(found.headers.id, wire.read_body(found, limit_bytes=10_000)[0])
+                meta = answer(found.headers.id, wire.read_body(found, limit_bytes=10_000).kwargs)
                 if meta is not None:
                     finish(connection, [meta], reply=wire.read_options(found.headers).reply_to if replies else None)
         connection.close()

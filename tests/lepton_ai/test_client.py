@@ -38,6 +38,7 @@ from lepton_ai.event import Cursor, Event, cloud_events
 from lepton_ai.event_stream import MISSED, OPENED, Pause, follow
 from lepton_ai.identity import minute_of
 from lepton_ai.job import Cost, Meta, Placement, Record
+from lepton_ai.succession import sequel_of
 from queues.broker import Broker
 from queues.connection import Connection
 
@@ -87,10 +88,9 @@ def test_a_job_waits_on_the_list_of_its_priority(client: Client, connection: Con
 def test_the_message_has_the_kernel_the_arguments_and_the_options(client: Client, connection: Connection) -> None:
     client.submit("a.b", {"a": np.arange(3.0)}, device="gpu")
     (found,) = waiting(connection)
-    arguments, callbacks = wire.read_body(found, limit_bytes=1000)
-    options = wire.read_options(found.headers)
-    np.testing.assert_array_equal(wire.decode_value(arguments["a"]), np.arange(3.0))
-    assert (found.headers.task, callbacks) == ("a.b", False)
+    body, options = wire.read_body(found, limit_bytes=1000), wire.read_options(found.headers)
+    np.testing.assert_array_equal(wire.decode_value(body.kwargs["a"]), np.arange(3.0))
+    assert (found.headers.task, sequel_of(found.headers, body.embed)) == ("a.b", None)
     assert (options.device, options.result, options.shapes) == ("gpu", "msgpack", {"a": [3]})
 
 
@@ -355,7 +355,7 @@ def answering(url: str, answer: Answer = echoed, *, replies: bool = True) -> Ite
             taken = connection.call("BLMPOP", 0.05, 1, topology.LANE, "RIGHT", "COUNT", 100)
             for raw in taken[1] if taken else ():
                 found = wire.read_envelope(raw)
-                meta = answer(found.headers.id, wire.read_body(found, limit_bytes=10_000)[0])
+                meta = answer(found.headers.id, wire.read_body(found, limit_bytes=10_000).kwargs)
                 if meta is not None:
                     finish(connection, [meta], reply=wire.read_options(found.headers).reply_to if replies else None)
         connection.close()

@@ -66,7 +66,7 @@ def with_options(raw: bytes) -> bytes:
     return a_message(headers={"lepton": "HERE"}).replace(b'"HERE"', raw)
 
 
-def read_all(raw: bytes, limit_bytes: int = LIMIT) -> tuple[dict[str, Any], bool]:
+def read_all(raw: bytes, limit_bytes: int = LIMIT) -> wire.Body:
     """Everything that a message goes through between a lane and a kernel's signature."""
     found = wire.read_envelope(raw)
     wire.read_options(found.headers)
@@ -74,7 +74,7 @@ def read_all(raw: bytes, limit_bytes: int = LIMIT) -> tuple[dict[str, Any], bool
 
 
 def arguments_of(raw: bytes) -> dict[str, Any]:
-    return read_all(raw)[0]
+    return read_all(raw).kwargs
 
 
 # -- what we write, read by kombu and Celery --------------------------------------------------------------------------
@@ -186,7 +186,8 @@ def test_what_send_task_publishes_is_read(
     publish: Callable[..., bytes], serializer: str, compression: str | None
 ) -> None:
     raw = publish(serializer=serializer, compression=compression, kwargs={"x": 1.5, "a": [[1, 2], [3, 4]]})
-    assert read_all(raw) == ({"x": 1.5, "a": [[1, 2], [3, 4]]}, False)
+    found = read_all(raw)
+    assert (found.args, found.kwargs) == ([], {"x": 1.5, "a": [[1, 2], [3, 4]]})
 
 
 def test_what_send_task_says_of_a_task_is_read(publish: Callable[..., bytes]) -> None:
@@ -206,15 +207,11 @@ def test_a_task_without_our_header_has_no_options(publish: Callable[..., bytes])
     assert wire.read_options(wire.read_envelope(publish()).headers) == Options()
 
 
-def test_a_link_is_noticed(publish: Callable[..., bytes], celery_app: Celery) -> None:
-    assert read_all(publish(link=celery_app.signature("c.d")))[1]
-
-
-def test_positional_arguments_are_refused_by_name(celery_app: Celery, connection: Connection) -> None:
-    celery_app.send_task("a.b", args=[1], queue=topology.LANE)
-    with pytest.raises(InvalidArguments) as refused:
-        read_all(connection.call("RPOP", topology.LANE))
-    assert refused.value.field == "args"
+def test_a_link_is_read_whatever_the_arguments_are(publish: Callable[..., bytes], celery_app: Celery) -> None:
+    link = celery_app.signature("c.d", kwargs={"k": 1})
+    for kwargs in ({"x": 1.5}, {"x": None}):
+        embed = wire.read_embed(wire.read_envelope(publish(link=link, kwargs=kwargs)), limit_bytes=LIMIT)
+        assert [each["task"] for each in embed["callbacks"]] == ["c.d"]
 
 
 def test_celerys_nan_and_infinity_in_json_are_read(publish: Callable[..., bytes]) -> None:
@@ -480,7 +477,7 @@ def test_a_body_that_inflates_past_the_limit_is_refused_before_it_does() -> None
 
 def test_a_body_of_the_limit_is_read_and_a_byte_more_is_not() -> None:
     body = b'[[], {"x": 1}, {}]'
-    assert read_all(a_message(body), len(body)) == ({"x": 1}, False)
+    assert read_all(a_message(body), len(body)).kwargs == {"x": 1}
     with pytest.raises(TooLarge):
         read_all(a_message(body + b" "), len(body))
 

@@ -22,7 +22,8 @@ from lepton_ai.kernel import KernelSpec
 from lepton_ai.settings import Settings
 from lepton_ai.topology import PRIORITY_SEPARATOR
 from pipeline.router import Router
-from queues.broker import Broker, Commit, Outcome
+from queues.broker import Broker
+from queues.steps import Commit, Outcome
 from queues.connection import Connection
 from queues.event_stream import EventStream
 

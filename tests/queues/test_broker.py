@@ -18,7 +18,9 @@ from lepton_ai import topology, wire
 from lepton_ai.errors import Fenced, InvalidArguments
 from lepton_ai.settings import Settings
 from queues.app import celery_addresses
-from queues.broker import CLAIM_LIMIT, LISTS_EACH, WAKE, Broker, Commit, Dispatch, Outcome, load_functions
+from queues import functions
+from queues.broker import CLAIM_LIMIT, LISTS_EACH, WAKE, Broker, Kind
+from queues.steps import Commit, DeadLetter, Dispatch, Outcome
 from queues.connection import CommandError, Connection
 
 TTL_S = round(Settings().result_ttl_s)
@@ -129,8 +131,8 @@ def test_a_reply_goes_to_no_key_but_a_reply_list(connection: Connection, broker:
 
 def test_a_claim_takes_the_oldest_first(connection: Connection, broker: Broker) -> None:
     push(connection, topology.LANE, *numbered(10))
-    assert broker.claim(0, 0, 4) == numbered(10)[:4]
-    assert broker.claim(0, 4, 100) == numbered(10)[4:]
+    assert broker.claim(Kind.NEW, 0, 0, 4) == numbered(10)[:4]
+    assert broker.claim(Kind.NEW, 0, 4, 100) == numbered(10)[4:]
     assert oldest_first(connection, topology.claim(broker.incarnation, 0)) == numbered(10)
 
 
@@ -139,12 +141,12 @@ def test_a_claim_takes_what_was_recovered_first_and_then_by_urgency(connection: 
     for source in reversed(sources):
         push(connection, source, source.encode() + b"1", source.encode() + b"2")
     expected = [source.encode() + number for source in sources for number in (b"1", b"2")]
-    assert broker.claim(0, 0, 7) == expected[:7]
-    assert broker.claim(1, 0, 100) == expected[7:]
+    assert broker.claim(Kind.NEW, 0, 0, 7) == expected[:7]
+    assert broker.claim(Kind.NEW, 1, 0, 100) == expected[7:]
 
 
 def test_a_claim_of_an_empty_lane_is_empty(connection: Connection, broker: Broker) -> None:
-    assert broker.claim(0, 0, CLAIM_LIMIT) == []
+    assert broker.claim(Kind.NEW, 0, 0, CLAIM_LIMIT) == []
 
 
 @pytest.mark.parametrize("have", [0, 2])
@@ -154,7 +156,7 @@ def test_a_claim_that_holds_another_number_than_we_know_is_fenced(
     push(connection, topology.claim(broker.incarnation, 0), b"old")
     push(connection, topology.LANE, b"new")
     with pytest.raises(Fenced, match="claim"):
-        broker.claim(0, have, 10)
+        broker.claim(Kind.NEW, 0, have, 10)
 
 
 def woken(broker: Broker, wake: Connection) -> bool:
@@ -182,7 +184,7 @@ def test_the_message_that_woke_us_is_claimed_before_all_others(
     broker.ask_wake(wake)
     push(connection, topology.LANE, *numbered(3))
     assert woken(broker, wake)
-    assert broker.claim(0, 0, 2) == numbered(2)
+    assert broker.claim(Kind.NEW, 0, 0, 2) == numbered(2)
     assert oldest_first(connection, topology.claim(broker.incarnation, 0)) == numbered(2)
     assert connection.call("LLEN", topology.claim(broker.incarnation, WAKE)) == 0
 
@@ -194,7 +196,7 @@ def test_a_wait_without_a_message_ends_before_the_lease_can_lapse(broker_url: st
     start = time.monotonic()
     assert not quick.woke(wake)
     assert time.monotonic() - start < 0.2
-    assert quick.claim(0, 0, 10) == []
+    assert quick.claim(Kind.NEW, 0, 0, 10) == []
     wake.close()
 
 
@@ -218,7 +220,7 @@ def claimed(connection: Connection, broker: Broker, count: int, number: int = 0)
     """A claim that holds `count` messages."""
     messages = [b"c%d-" % number + each for each in numbered(count)]
     push(connection, topology.LANE, *messages)
-    assert broker.claim(number, 0, count) == messages
+    assert broker.claim(Kind.NEW, number, 0, count) == messages
     return topology.claim(broker.incarnation, number), messages
 
 
@@ -358,7 +360,7 @@ def test_a_dispatch_after_a_refused_one_goes_through(connection: Connection, bro
     with pytest.raises(CommandError):
         broker.dispatch(Dispatch({claim: 2}, {}, queued={"cpu": messages}))
     push(connection, topology.LANE, b"next")
-    broker.claim(0, 2, 10)
+    broker.claim(Kind.NEW, 0, 2, 10)
     broker.dispatch(Dispatch({claim: 3}, {}, queued={"gpu": [*messages, b"next"]}))
     assert oldest_first(connection, "lepton.gpu") == [*messages, b"next"]
 
@@ -926,7 +928,7 @@ def _machine(url: str, values: Settings) -> type[RuleBasedStateMachine]:
             for source in (topology.AGAIN, *topology.lane_lists()):
                 while self.at(source) and len(expected) < limit:
                     expected.append(self.at(source).pop(0))
-            assert broker.claim(number, len(mine), limit) == expected
+            assert broker.claim(Kind.NEW, number, len(mine), limit) == expected
             mine += expected
 
         @rule(

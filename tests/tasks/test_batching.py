@@ -130,19 +130,53 @@ def test_an_expiry_that_is_no_time_is_malformed_and_not_guessed(expires: Any) ->
     assert isinstance(found.error, Malformed)
 
 
-def with_embed(embed: Any) -> bytes:
+def with_embed(embed: Any, kwargs: Any = {"x": [[1.0]]}, *args: Any) -> bytes:  # noqa: B006 - nobody writes to it
     found = json.loads(message({"x": [[1.0]]}))
-    found["body"] = base64.b64encode(msgspec.msgpack.encode(((), {"x": [[1.0]]}, embed))).decode()
+    found["body"] = base64.b64encode(msgspec.msgpack.encode((args, kwargs, embed))).decode()
     return json.dumps(found).encode()
 
 
-@pytest.mark.parametrize(
-    "embed", [{"callbacks": []}, {"errbacks": [{}]}, {"chain": [{"task": "x"}]}, {"chord": {}}, {"more": 1}, [1], "x"]
-)
-def test_callbacks_are_refused_and_never_dropped(embed: Any) -> None:
+@pytest.mark.parametrize("embed", [None, {}, {"callbacks": []}, {"chord": None, "chain": None}, {"more": None}])
+def test_most_jobs_have_nothing_that_follows_them(embed: Any) -> None:
+    found = read(with_embed(embed), KERNELS, LIMIT_BYTES)
+    assert isinstance(found, TakenJob)
+    assert found.sequel is None
+
+
+def test_what_is_to_follow_a_job_is_read_with_it() -> None:
+    found = read(with_embed({"callbacks": [{"task": "a.b"}], "chord": {"task": "c.d"}}), KERNELS, LIMIT_BYTES)
+    assert isinstance(found, TakenJob)
+    assert found.sequel is not None
+    assert (found.sequel.id, found.sequel.root_id) == ("job-1", "job-1")
+    assert (found.sequel.callbacks, found.sequel.chord) == ([{"task": "a.b"}], {"task": "c.d"})
+
+
+@pytest.mark.parametrize("embed", [{"more": 1}, [1], "x", {"callbacks": [1]}, {"chain": "abc"}, {"chord": [1]}])
+def test_what_is_to_follow_is_refused_where_it_is_not_understood_and_never_dropped(embed: Any) -> None:
     found = refusal(read(with_embed(embed), KERNELS, LIMIT_BYTES))
-    assert isinstance(found.error, OptionNotSupported)
     assert found.error.field == "callbacks"
+
+
+def test_what_is_to_follow_a_refused_job_is_known() -> None:
+    found = refusal(read(with_embed({"errbacks": [{"task": "a.b"}]}, {"x": None}), KERNELS, LIMIT_BYTES))
+    assert isinstance(found.error, InvalidArguments)
+    assert found.sequel is not None
+    assert found.sequel.errbacks == [{"task": "a.b"}]
+
+
+def test_a_result_that_goes_before_the_arguments_is_bound_by_name() -> None:
+    found = read(with_embed({}, {"scale": 2.0}, {"x": [[1.0, 2.0]], "y": [3.0]}), KERNELS, LIMIT_BYTES)
+    assert isinstance(found, TakenJob)
+    assert found.inputs["x"].tolist() == [[1.0, 2.0]]
+    assert not found.tensors
+
+
+def test_a_job_that_got_an_array_from_the_job_before_answers_with_arrays() -> None:
+    array = wire.to_value(np.zeros((1, 2), "<f4"))
+    for result in ({"x": array}, array):
+        found = read(with_embed({}, {}, result), KERNELS, LIMIT_BYTES)
+        assert isinstance(found, TakenJob)
+        assert found.tensors
 
 
 def test_bytes_without_a_job_in_them_are_unreadable() -> None:
@@ -162,6 +196,7 @@ PLAIN = st.recursive(
 PATHS = st.sampled_from(
     [("body",), ("content-type",), ("properties",), ("headers",), ("properties", "body_encoding")]
     + [("headers", name) for name in ("id", "task", "lepton", "expires", "eta", "retries", "timelimit", "compression")]
+    + [("headers", name) for name in ("root_id", "group", "group_index")]
     + [("headers", "lepton", name) for name in ("shapes", "device", "reply_to", "priority", "result")]
 )
 
@@ -169,7 +204,7 @@ PATHS = st.sampled_from(
 @settings(max_examples=300)
 @given(PATHS, PLAIN)
 def test_no_envelope_makes_read_raise(path: tuple[str, ...], value: Any) -> None:
-    found = json.loads(message({"x": [[1.0]]}))
+    found = json.loads(with_embed({"chain": [{"task": "a.b"}]}))
     place = found
     for step in path[:-1]:
         place = place[step]
@@ -181,13 +216,15 @@ TENSORS = st.fixed_dictionaries(
     {"dtype": st.sampled_from(["<f4", "float32", "<f8", "|O", "V0", ""]) | st.text(max_size=4),
      "shape": st.lists(st.integers(-2, 2**63 - 1), max_size=40), "data": st.binary(max_size=24)}
 )  # fmt: skip
+NAMES = st.sampled_from(["x", "scale", "z"])
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=9) | TENSORS,
-    lambda inner: st.lists(inner, max_size=5),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(NAMES, inner, max_size=2),
     max_leaves=10,
 )
+EMBEDS = st.dictionaries(st.sampled_from(["callbacks", "errbacks", "chain", "chord", "more"]), VALUES, max_size=3)
 BODIES = st.tuples(
-    st.lists(VALUES, max_size=2), st.dictionaries(st.sampled_from(["x", "scale", "z"]), VALUES), VALUES
+    st.lists(VALUES, max_size=2), st.dictionaries(NAMES, VALUES), EMBEDS | VALUES
 ) | VALUES  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.errors import BrokerUnavailable, Fenced
 from lepton_ai.event import Event
 from lepton_ai.settings import Settings
-from queues.broker import Broker, Commit
+from queues.broker import Broker
+from queues.steps import Commit
 from queues.connection import Connection
 from queues.event_stream import EventStream
 from tasks.heartbeat import Heartbeat

@@ -24,7 +24,8 @@ from lepton_ai.settings import Settings
 from queues.broker import Broker
 from queues.connection import Connection
 from queues.event_stream import EventStream
-from tasks.runner import Ending, Slots
+from tasks.runner import Ending
+from tasks.slots import Slots
 from tasks.warmup import Repertoire
 
 DEVICE = "cpu.test"

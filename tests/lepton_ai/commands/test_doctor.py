@@ -167,6 +167,11 @@ def test_how_the_broker_is_set_up_is_judged(changed: dict[str, Any], status: str
     assert told in found.text + found.fix
 
 
+def test_a_broker_less_durable_than_was_asked_for_is_told_of() -> None:
+    found = the(bad(settings={"LEPTON_DURABILITY": "fsync"}))
+    assert (found.status, found.fix) == ("warning", "appendfsync always, which is quicker")
+
+
 def test_a_broker_that_does_not_answer_is_a_problem_and_an_unnamed_one_is_absent() -> None:
     silent = the(bad(server=None, fleet=None, server_error="Connection refused"))
     assert silent.status == "problem"

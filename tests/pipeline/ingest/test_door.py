@@ -84,7 +84,7 @@ def test_an_accepted_job_is_on_the_lane_as_a_message_of_celery(broker_url: str, 
     (message,) = connection.call("LRANGE", topology.LANE, 0, -1)
     envelope = wire.read_envelope(message)
     assert (envelope.headers.id, envelope.headers.task) == (view.id, "test.double")
-    assert wire.read_body(envelope, limit_bytes=1000)[0] == {"x": [1.0, 2.0]}
+    assert wire.read_body(envelope, limit_bytes=1000).kwargs == {"x": [1.0, 2.0]}
     assert wire.read_options(envelope.headers).shapes == {"x": [2]}
 
 

@@ -166,7 +166,7 @@ def worker(broker_url: str, jobs: int, end: Callable[[str, Any], Any] | None = N
         for _ in range(jobs):
             _, message = connection.call("BRPOP", *topology.lane_lists(), 10)
             envelope = wire.read_envelope(message)
-            x = wire.read_body(envelope, limit_bytes=10_000)[0]["x"]
+            x = wire.read_body(envelope, limit_bytes=10_000).kwargs["x"]
             taken.append((x[0], envelope.headers.id, wire.read_options(envelope.headers).reply_to or ""))
         for first, job, reply_to in sorted(taken):
             if first < 0:

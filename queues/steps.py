@@ -1,0 +1,90 @@
+"""What moves in one step: a batch that ends, and what leaves a router. Plain values; `broker.py` performs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from queues.connection import Command
+
+__all__ = ["Commit", "DeadLetter", "Dispatch", "Outcome"]
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How one job of a batch ended. An empty `record` is an ignored result; without `reply_to` it is published."""
+
+    job: str
+    status: str
+    """succeeded, failed, cancelled, expired, dead, or retried: then the record says so and the job goes on."""
+    record: bytes
+    reply_to: str = ""
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """A message that is given up, kept for somebody to look at and perhaps to replay."""
+
+    job: str
+    kernel: str
+    code: str
+    """poison: it killed its workers; retries: they are used up; unreadable: it is no job."""
+    reason: str
+    attempts: int
+    message: bytes
+    trace: str = ""
+
+    @property
+    def words(self) -> tuple[str | bytes | int, ...]:
+        """As the server functions take it."""
+        return (self.job, self.kernel, self.code, self.reason, self.attempts, self.trace, self.message)
+
+
+class Commit(msgspec.Struct, frozen=True):
+    """Everything that ends a batch: its outcomes, what they set off, and the event that tells of them."""
+
+    slot: int
+    held: int
+    """Messages in the held list: the fence."""
+    outcomes: Sequence[Outcome]
+    event: bytes
+    pushes: Sequence[tuple[str, str, bytes]] = ()
+    """Follow-ups, each with its job and its list. What a duplicate would have set off does not happen."""
+    retries: Sequence[tuple[str, float, bytes]] = ()
+    """Messages that come back, each with its job and after how many seconds."""
+    chord_parts: Sequence[tuple[str, bytes]] = ()
+    """What is to be counted in Celery's chords, each with its job."""
+    dead: Sequence[DeadLetter] = ()
+
+
+class Dispatch(msgspec.Struct):
+    """Everything that leaves a router in one step. Messages are in the order in which they should run."""
+
+    claims: dict[str, int]
+    """Each claim that messages leave, and how many it must hold now: the fence."""
+    rests: dict[str, list[bytes]]
+    """What stays in each of those claims."""
+    leaving: dict[str, list[bytes]] = {}
+    """What leaves each of them, where that is known: the smaller of the two is what has to be written again."""
+    queued: dict[str, list[bytes]] = {}
+    """Messages by the device they go to."""
+    alone: dict[str, list[bytes]] = {}
+    """And suspects, which it runs one at a time."""
+    parked: dict[str, list[bytes]] = {}
+    """Messages by their kernel, which no live device can run."""
+    parked_alone: dict[str, list[bytes]] = {}
+    deadlines: dict[str, float] = {}
+    """The earliest deadline among what is parked now, by kernel, in seconds since the epoch."""
+    scheduled: list[tuple[str, float, bytes]] = []
+    """Jobs that wait for their time (seconds since the epoch), each with its message."""
+    dead: list[DeadLetter] = []
+    """Messages that nobody waits for."""
+    rejected: list[Outcome] = []
+    pushes: list[tuple[str, str, bytes]] = []
+    """What the rejected set off, each with its job and its list."""
+    chord_parts: list[tuple[str, bytes]] = []
+    placements: dict[int, dict[str, bytes]] = {}
+    """Placements by the minute whose hash they go into."""
+    counts: dict[str, int] = {}
+    event: bytes = b""
+    told: Command | None = None
+    """A message for Celery's event listeners (queues/celery_events.py)."""

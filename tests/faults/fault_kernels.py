@@ -1,0 +1,60 @@
+"""The kernel of the plays (LEPTON_KERNELS=fault_kernels): it tells a file that it really ran, then behaves or not.
+
+`fault.run` of job number `n` appends `n` and the time to the file FAULT_RUNS, takes `ms` milliseconds, and then does
+`how`. In one call of write() on a descriptor opened for appending: whatever happens next, and however many run, the
+line is there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Run
+
+#: What `how` may be.
+BEHAVE, SEGFAULT, EXIT, MEMORY, HANG = range(5)
+_MOUTHFUL_BYTES = 64 * 1024 * 1024
+
+run = Kernel(
+    "fault.run",
+    inputs={"n": "int64", "ms": "int64", "how": "int64"},
+    outputs={"n": "int64[k]"},
+    flops="1000 + ms * 1000000",
+    bytes="8",
+)
+run.reference(lambda n, ms, how: {"n": np.array([n])})
+run.samples(lambda: [{"n": -1, "ms": 0, "how": BEHAVE}])
+
+
+@run.on("cpu")
+def _cpu(device: Any) -> Run:
+    descriptor = os.open(os.environ["FAULT_RUNS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        number = int(inputs["n"])
+        if number >= 0:  # not the sample
+            os.write(descriptor, b"%d %.4f\n" % (number, time.time()))
+        if inputs["ms"]:
+            time.sleep(inputs["ms"] / 1000)
+        misbehave(int(inputs["how"]))
+        return {"n": np.array([number])}
+
+    return run
+
+
+def misbehave(how: int) -> None:
+    """Returns only where it was told to behave."""
+    if how == SEGFAULT:
+        ctypes.string_at(0)
+    elif how == EXIT:
+        os._exit(7)
+    elif how == MEMORY:  # until the machine's patience ends, which here is four mouthfuls: then as the kernel does it
+        eaten = [bytearray(_MOUTHFUL_BYTES) for _ in range(4)]
+        os.kill(os.getpid(), 9 if eaten else 0)
+    while how == HANG:
+        time.sleep(1)

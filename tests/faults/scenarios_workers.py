@@ -1,0 +1,150 @@
+"""What may happen to workers: killed in a storm, killed between any two commands, frozen, ended one after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from tests.faults.fleet import Fleet, Member
+from tests.faults.play import Play
+from tests.faults.proxy import Trap
+from tests.faults.scenario import Size
+
+__all__ = ["COSTS_MS", "POINTS", "finish", "freeze", "rolling_end", "storm", "sync_points"]
+
+#: Milliseconds that jobs take: most none, so that batches are large, some a while, so that kills hit kernels.
+COSTS_MS = (0, 0, 0, 25)
+#: A dead process' jobs can be claimed again after its lease, a sweep, and this for a machine that is busy otherwise.
+_SLACK_S = 1.0
+#: A job that is found running.
+_LONG_MS = 400
+#: Where a worker is killed: from the first message taken, after so many commands; and just before the commit.
+POINTS = (*(("BLMOVE", after) for after in range(14)), ("FCALL lepton_commit", 0))
+
+
+def storm(play: Play, size: Size) -> None:
+    """Workers are killed again and again while they work through a deep queue, each soon after it came up."""
+    fleet = play.fleet(("cpu.a", "cpu.b"), **size.settings)
+    play.load().stream(size.jobs, COSTS_MS, play.seed, at_once=100)
+    workers = list(fleet.workers.values())
+    due = {member: time.monotonic() + play.chance.uniform(0.05, 0.8) for member in workers}
+    kills = 0
+    while kills < size.rounds:
+        play.rest(0.01)
+        for member in workers:
+            if member in due:
+                if time.monotonic() >= due[member]:
+                    del due[member]
+                    fleet.kill(member)
+                    kills += 1
+                    member.actor.start()
+            elif fleet.is_online(member):
+                due[member] = time.monotonic() + play.chance.uniform(0.05, 0.8)
+    play.notes["kills"] = kills
+    finish(play, fleet)
+
+
+def sync_points(play: Play, size: Size) -> None:
+    """A worker is killed at each point between two commands of take, run and commit; then the next.
+
+    Four at once, each with jobs of its own: what one of them held can only come back to itself.
+    """
+    points = play.chance.sample(POINTS, size.rounds) if size.rounds < len(POINTS) else list(POINTS)
+    fleet = play.fleet(tuple(f"cpu.{name}" for name in "abcd"), slots=1, **size.settings)
+    load = play.load()
+    found: list[str] = []
+    for at in range(0, len(points), 4):
+        chosen = dict(zip(fleet.workers.values(), points[at : at + 4], strict=False))
+        for member in chosen:  # so that it knows how long a job takes, and takes the next ones as a batch
+            load.submit([0], device=member.device)
+        play.drain()
+        traps = {member: _set(play, fleet, member, *point) for member, point in chosen.items()}
+        for member in traps:
+            load.submit([0] * size.jobs, device=member.device)
+        for member, (trap, incarnation) in traps.items():
+            play.until(f"{member.actor.name} is killed at {chosen[member]}", trap.sprung.is_set)
+            fleet.bury(incarnation)
+            member.actor.wait()
+            found.append(trap.at)
+            member.proxy.trap = None
+            member.actor.start()
+        play.drain()
+        for member in traps:
+            fleet.await_online(member)
+    play.notes["killed_after"] = found
+    finish(play, fleet)
+
+
+def freeze(play: Play, size: Size) -> None:
+    """A worker is frozen in mid kernel until its lease has lapsed and others run its jobs; its commit is refused."""
+    fleet = play.fleet(("cpu.a", "cpu.b"), slots=1, **size.settings)
+    load = play.load()
+    for _ in range(size.rounds):
+        before, ran = play.fenced(), len(play.auditor.executed())
+        load.submit([_LONG_MS])
+        play.until("it runs", lambda ran=ran: len(play.auditor.executed()) > ran)
+        load.submit(play.chance.choices(COSTS_MS, k=size.jobs))
+        member, incarnation = next(each for each in _incarnations(fleet) if play.held(each[1]))
+        member.actor.freeze()
+        play.recovery.died(incarnation)
+        play.until("what it held is taken from it", lambda: not play.recovery.watching, fleet.lease_s + 30)
+        play.rest(size.seconds)
+        member.actor.thaw()
+        play.until("its late commit is refused", lambda before=before: play.fenced() > before, 15)
+        play.drain()
+    play.notes["fenced"] = play.fenced()
+    finish(play, fleet)
+
+
+def rolling_end(play: Play, size: Size) -> None:
+    """Workers and routers get SIGTERM one after another under load, and are started again: nothing runs twice."""
+    fleet = play.fleet(("cpu.a", "cpu.b"), routers=2, **size.settings)
+    load = play.load()
+    load.stream(size.jobs, COSTS_MS, play.seed, at_once=20, every_s=0.05)
+    for number in range(size.rounds):
+        member = [*fleet.workers.values(), *fleet.routers][number % 4]
+        member.actor.end()
+        code = member.actor.wait(30)
+        play.expect(code == 0, f"{member.actor.name} ended with {code} at SIGTERM")
+        fleet.restart(member)
+    finish(play, fleet)
+    with_ones = [count for count in play.auditor.executed().values() if count > 1]
+    play.expect(not with_ones, f"{len(with_ones)} jobs ran more than once, and nobody was killed")
+
+
+def finish(play: Play, fleet: Fleet) -> None:
+    """Lets the load end, drains, and looks whether the dead were recovered from in time."""
+    for load in play.loads:
+        play.until("everything has been submitted", lambda load=load: not load.streaming, 120)
+    play.drain()
+    limit_s = fleet.lease_s + 1.0 + _SLACK_S
+    late = [round(span, 2) for span in play.recovery.spans_s if span > limit_s]
+    play.expect(not late, f"claimable again after more than {limit_s:g} s: {late}")
+
+
+def _incarnations(fleet: Fleet) -> Iterator[tuple[Member, str]]:
+    return ((member, fleet.incarnation(member)) for member in fleet.workers.values())
+
+
+def _set(play: Play, fleet: Fleet, member: Member, begins: str, after: int) -> tuple[Trap, str]:
+    """Sets a trap for a worker's only slot, which has to connect anew for it."""
+    asked = begins != "BLMOVE"
+    trap = Trap(
+        member.actor.die,
+        begins,
+        connections=r"worker-[0-9a-f]{16}-0\r\n",
+        after=after,
+        asked=asked,
+        fruitful=not asked,
+    )
+    member.proxy.trap = trap
+    member.proxy.reset()
+    incarnation = fleet.incarnation(member)
+    play.until(f"{member.actor.name} is back", lambda: _listens(play, incarnation))
+    return trap, incarnation
+
+
+def _listens(play: Play, incarnation: str) -> bool:
+    """Whether the slot of an incarnation waits for jobs."""
+    names = play.ask("CLIENT", "LIST").decode().splitlines()
+    return any(f"name={incarnation}-0 " in line and "cmd=blmove" in line for line in names)
