@@ -1,7 +1,7 @@
 """Celery's canvas as a job sees it: what it gets from the jobs before it, and what is to follow it.
 
 Celery gives a result to the next task as its first positional argument, and kernels take arguments by name. `inherit`
-is the rule between the two; `sequel_of` reads what Celery asks to follow. Both are pure: sending is tasks/canvas.py.
+is the rule between the two; `sequel_of` reads what Celery asks to follow. Both are pure: sending is queues/canvas.py.
 """
 
 from __future__ import annotations

@@ -25,6 +25,14 @@ class Incoming(msgspec.Struct, frozen=True):
     due_at: float | None = None
     deadline_at: float | None = None
 
+    def waits_until(self, now: float) -> float | None:
+        """When to look at it again; None where that is now. One whose deadline comes before it is due ends by then."""
+        if self.due_at is None or self.due_at <= now:
+            return None
+        if self.deadline_at is None:
+            return self.due_at
+        return min(self.due_at, self.deadline_at) if self.deadline_at > now else None
+
 
 class Refused(msgspec.Struct, frozen=True):
     """A job that this release does not run: its waiter is told why."""

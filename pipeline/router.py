@@ -207,8 +207,9 @@ class _Session:
             messages = self._broker.claim(Kind.NEW, claim.number, len(claim.messages), limit)
             woken = False
             self._read(claim, messages)
-            came_back = sum(self._claim_back(kind, waiting) for kind, waiting in self._broker.back.items() if waiting)
-            if len(messages) + came_back < limit:
+            waiting = sum(self._broker.back.values())
+            came_back = sum(self._claim_back(kind, each) for kind, each in self._broker.back.items() if each)
+            if came_back == waiting and len(messages) + came_back < limit:
                 return
         self._full = True
 
@@ -235,8 +236,9 @@ class _Session:
         step = Dispatch({}, {}, leaving={}, dead=[])
         for message, each in found:
             if isinstance(each, Incoming):
-                if each.due_at is not None and each.due_at > now and each.headers.id not in marked:
-                    early.append((message, each, each.due_at))
+                until = each.waits_until(now)
+                if until is not None and each.headers.id not in marked:
+                    early.append((message, each, until))
                     continue
                 job = self._window.add(
                     each.headers.id, each.headers.task, each.options, message, claim, each.deadline_at

@@ -98,9 +98,10 @@ class Slots:
         self._stopping.set()
         self._abandoned.set()
         self._open.set()
+        until = time.monotonic() + 2 * _TAKE_S
         for slot, thread in zip(self._slots, self._threads, strict=True):
             if not slot.busy:
-                thread.join(2 * _TAKE_S)
+                thread.join(max(0.0, until - time.monotonic()))
 
     @property
     def stopping(self) -> bool:
@@ -189,9 +190,9 @@ class _Slot:
     def _serve(self, broker: Broker) -> None:
         if self._pending is not None:
             self._commit(broker, *self._pending, again=True)
-        if messages := broker.held(self.number):
+        if held := broker.held(self.number):  # else nobody is kept out of the gate, or waits for it, for nothing
             with self._inside():
-                self._work(broker, messages)
+                self._work(broker, held)
         while not self._slots.stopping:
             self._slots.wait_open()
             if self._slots.stopping:
@@ -206,6 +207,8 @@ class _Slot:
     def _turn(self, broker: Broker) -> None:
         """Takes once, and runs what that brought."""
         with self._inside():
+            if self._slots.stopping:  # while it waited to be let in
+                return
             limit = self._limit()
             self._work(broker, broker.take(self._slots.device, self.number, limit, self._slots.count, self._take_s))
 
@@ -289,6 +292,8 @@ class _AloneSlot(_Slot):
             return
         self.messages = messages
         with self._inside():
+            if self._slots.abandoned:  # it has been given back meanwhile
+                return
             until = time.monotonic() + _ALONE_S
             while messages:
                 self._work(broker, messages)

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lepton_ai.job import Options
 from pipeline.window import ClaimedJob, Window
-from queues.broker import CLAIM_LIMIT, WAKE
+from queues.broker import CLAIM_LIMIT, WAKE, Kind
 
 numbers = itertools.count()
 ROOMY = 2**40
@@ -17,7 +18,7 @@ def fill(window: Window, count: int, *, priority: int | None = None) -> list[byt
     """Claims `count` messages, all of which are jobs, as the router does."""
     messages = [f"message {next(numbers)}".encode() for _ in range(count)]
     for message in messages:
-        claim, _ = window.open_claim()
+        claim, _ = window.open_claim(Kind.NEW)
         window.hold(claim, [message])
         window.add(message.decode(), "test.kernel", Options(priority=priority), message, claim)
     return messages
@@ -56,7 +57,7 @@ def test_of_two_claims_with_room_the_fuller_is_filled_first() -> None:
     window = Window("router-1", 4 * CLAIM_LIMIT, ROOMY)
     fill(window, CLAIM_LIMIT + 10)
     window.left(window.first(5))  # the first claim has room again, and is still the fuller
-    assert window.open_claim()[0].number == 0
+    assert window.open_claim(Kind.NEW)[0].number == 0
 
 
 def test_an_empty_claim_is_closed_and_its_number_used_again() -> None:
@@ -65,11 +66,32 @@ def test_an_empty_claim_is_closed_and_its_number_used_again() -> None:
     window.left(window.first(CLAIM_LIMIT))
     fill(window, CLAIM_LIMIT - 10)
     assert {job.claim.number for job in window.first(1000)} == {1}
-    assert window.open_claim()[0].number == 0
+    assert window.open_claim(Kind.NEW)[0].number == 0
 
 
-def test_claims_are_named_for_their_incarnation() -> None:
-    assert Window("router-7", 10, ROOMY).open_claim()[0].key == "lepton:claim:router-7:0"
+@pytest.mark.parametrize(("kind", "name"), [(Kind.NEW, "claim"), (Kind.AGAIN, "reclaim"), (Kind.ALONE, "suspects")])
+def test_claims_are_named_for_their_incarnation_and_what_they_hold(kind: Kind, name: str) -> None:
+    assert Window("router-7", 10, ROOMY).open_claim(kind)[0].key == f"lepton:{name}:router-7:0"
+
+
+def test_what_came_back_is_never_in_one_claim_with_what_is_new() -> None:
+    window = Window("router-1", 100, ROOMY)
+    for at, kind in enumerate([*Kind, *Kind]):
+        claim, _ = window.open_claim(kind)
+        window.hold(claim, [b"%d" % at])
+        window.add(str(at), "test.kernel", Options(), claim.messages[-1], claim)
+    held = {job.claim.kind: job.claim.messages for job in window.jobs()}
+    assert held == {Kind.NEW: [b"0", b"3"], Kind.AGAIN: [b"1", b"4"], Kind.ALONE: [b"2", b"5"]}
+    assert [job.id for job in window.jobs() if job.alone] == ["2", "5"]
+
+
+def test_jobs_have_expired_once_their_deadline_has_passed() -> None:
+    window = Window("router-1", 100, ROOMY)
+    claim, _ = window.open_claim(Kind.NEW)
+    for name, deadline_at in (("never", None), ("early", 5.0), ("late", 7.0)):
+        window.hold(claim, [name.encode()])
+        window.add(name, "test.kernel", Options(), claim.messages[-1], claim, deadline_at)
+    assert [[job.id for job in window.expired(now)] for now in (4.9, 5.0, 8.0)] == [[], ["early"], ["early", "late"]]
 
 
 def test_the_claim_of_the_wake_up_is_never_opened_however_large_the_window() -> None:
@@ -80,7 +102,7 @@ def test_the_claim_of_the_wake_up_is_never_opened_however_large_the_window() -> 
 
 def test_a_message_that_is_no_job_takes_room_until_it_is_forgotten() -> None:
     window = Window("router-1", 10, ROOMY)
-    claim, _ = window.open_claim()
+    claim, _ = window.open_claim(Kind.NEW)
     window.hold(claim, [b"unreadable"])
     assert (len(window), window.room) == (0, 9)
     window.forget([(claim, claim.messages[0])])
@@ -89,7 +111,7 @@ def test_a_message_that_is_no_job_takes_room_until_it_is_forgotten() -> None:
 
 def test_of_two_equal_messages_only_the_one_that_left_is_gone() -> None:
     window = Window("router-1", 10, ROOMY)
-    claim, _ = window.open_claim()
+    claim, _ = window.open_claim(Kind.NEW)
     twins = [bytes(bytearray(b"twin")), bytes(bytearray(b"twin"))]
     window.hold(claim, twins)
     for message in twins:
@@ -124,7 +146,7 @@ def test_a_window_is_full_by_bytes_long_before_it_is_by_number() -> None:
     window = Window("router-1", 4096, 10 * MEGABYTE)
     count = 0
     while window.room:
-        claim, room = window.open_claim()
+        claim, room = window.open_claim(Kind.NEW)
         assert room >= 1
         window.hold(claim, [bytes(MEGABYTE)])
         count += 1
@@ -134,12 +156,12 @@ def test_a_window_is_full_by_bytes_long_before_it_is_by_number() -> None:
 def test_a_large_message_counts_at_once_and_small_ones_make_room_again() -> None:
     window = Window("router-1", 4096, 64 * MEGABYTE)
     before = window.room
-    claim, _ = window.open_claim()
+    claim, _ = window.open_claim(Kind.NEW)
     large = bytes(4 * MEGABYTE)
     window.hold(claim, [large])
     assert window.room <= 15 < before
     window.forget([(claim, large)])
-    claim, _ = window.open_claim()
+    claim, _ = window.open_claim(Kind.NEW)
     window.hold(claim, [b"%d" % at for at in range(200)])
     assert window.room > 1000
 
@@ -147,7 +169,7 @@ def test_a_large_message_counts_at_once_and_small_ones_make_room_again() -> None
 def test_a_claim_of_large_messages_holds_few() -> None:
     window = Window("router-1", 4096, 64 * MEGABYTE)
     for _ in range(8):
-        claim, _ = window.open_claim()
+        claim, _ = window.open_claim(Kind.NEW)
         window.hold(claim, [bytes(3 * MEGABYTE)])
         window.add("job", "test.kernel", Options(), claim.messages[-1], claim)
     assert max(len(job.claim.messages) for job in window.first(100)) <= 3
@@ -156,6 +178,6 @@ def test_a_claim_of_large_messages_holds_few() -> None:
 def test_what_a_wake_up_brings_finds_a_claim_even_where_all_are_full() -> None:
     window = Window("router-1", 4096, 2**50)
     for _ in range(200):
-        claim, room = window.open_claim()
+        claim, room = window.open_claim(Kind.NEW)
         assert room >= 1
         window.hold(claim, [bytes(8 * MEGABYTE)] * 1)

@@ -17,11 +17,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from lepton_ai import topology, wire
 from lepton_ai.errors import Fenced, InvalidArguments
 from lepton_ai.settings import Settings
-from queues.app import celery_addresses
 from queues import functions
+from queues.app import celery_addresses
 from queues.broker import CLAIM_LIMIT, LISTS_EACH, WAKE, Broker, Kind
-from queues.steps import Commit, DeadLetter, Dispatch, Outcome
 from queues.connection import CommandError, Connection
+from queues.recovery import Recovered
+from queues.steps import Commit, DeadLetter, Dispatch, Outcome
 
 TTL_S = round(Settings().result_ttl_s)
 
@@ -71,6 +72,17 @@ def counters(connection: Connection) -> dict[str, int]:
     return {name.decode(): int(count) for name, count in connection.call("HGETALL", topology.COUNTERS).items()}
 
 
+def dead_letters(connection: Connection) -> list[DeadLetter]:
+    found = []
+    for _, fields in connection.call("XRANGE", topology.DEAD, "-", "+"):
+        kept = {name.decode(): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
+        message = kept.pop("message")
+        text = {name: value.decode() for name, value in kept.items()}
+        found.append(msgspec.convert(text | {"message": b""}, DeadLetter, strict=False))
+        found[-1] = msgspec.structs.replace(found[-1], message=message)
+    return found
+
+
 # -- leases -----------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +127,7 @@ def test_one_who_was_forgotten_and_takes_again_is_looked_after_again(
     lapse(connection, thawed)
     connection.call("SREM", topology.HOLDERS, "thawed")
     held_batch(connection, thawed, 1)
-    assert broker.recover() == 1
+    assert broker.recover().messages == 1
 
 
 def test_a_reply_goes_to_no_key_but_a_reply_list(connection: Connection, broker: Broker) -> None:
@@ -136,13 +148,55 @@ def test_a_claim_takes_the_oldest_first(connection: Connection, broker: Broker) 
     assert oldest_first(connection, topology.claim(broker.incarnation, 0)) == numbered(10)
 
 
-def test_a_claim_takes_what_was_recovered_first_and_then_by_urgency(connection: Connection, broker: Broker) -> None:
-    sources = [topology.AGAIN, *topology.lane_lists()]
+def test_a_claim_takes_the_most_urgent_first(connection: Connection, broker: Broker) -> None:
+    sources = topology.lane_lists()
     for source in reversed(sources):
         push(connection, source, source.encode() + b"1", source.encode() + b"2")
     expected = [source.encode() + number for source in sources for number in (b"1", b"2")]
     assert broker.claim(Kind.NEW, 0, 0, 7) == expected[:7]
     assert broker.claim(Kind.NEW, 1, 0, 100) == expected[7:]
+
+
+def test_what_came_back_is_claimed_apart_and_finds_room(connection: Connection, broker: Broker) -> None:
+    push(connection, topology.LANE, *numbered(10))
+    push(connection, topology.AGAIN, b"again")
+    push(connection, topology.ALONE, b"suspect")
+    assert broker.claim(Kind.NEW, 0, 0, 5) == numbered(3)
+    assert broker.back == {Kind.ALONE: 1, Kind.AGAIN: 1}
+    assert broker.claim(Kind.AGAIN, 0, 0, 5) == [b"again"]
+    assert broker.claim(Kind.ALONE, 0, 0, 5) == [b"suspect"]
+    for kind, expected in ((Kind.NEW, numbered(3)), (Kind.AGAIN, [b"again"]), (Kind.ALONE, [b"suspect"])):
+        assert oldest_first(connection, topology.claim(broker.incarnation, 0, kind)) == expected
+
+
+def test_the_lanes_of_tenants_are_claimed_in_equal_shares(connection: Connection, broker: Broker) -> None:
+    for tenant, count in (("big", 100), ("small", 3)):
+        push(connection, topology.lane(tenant), *(f"{tenant}{at}".encode() for at in range(count)))
+        connection.call("SADD", topology.LANES, topology.lane(tenant))
+    push(connection, topology.LANE, *numbered(100))
+    broker.claim(Kind.NEW, 0, 0, 1)  # from here on it knows the lanes
+    found = broker.claim(Kind.NEW, 1, 0, 23)
+    per_lane = Counter(message.rstrip(b"0123456789") for message in found)
+    assert per_lane == {b"big": 10, b"small": 3, b"m": 10}
+
+
+def test_every_lane_has_its_turn_even_where_there_is_room_for_one(connection: Connection, broker: Broker) -> None:
+    depths = {"deep": 500, "shallow": 20, "empty": 0, "bare": 0}
+    connection.call("SADD", topology.LANES, *map(topology.lane, depths))
+    for tenant, count in depths.items():
+        push(connection, topology.lane(tenant), *[tenant.encode()] * count)
+    push(connection, topology.LANE, *[b"default"] * 100)
+    broker.claim(Kind.NEW, 0, 0, 1)
+    found = [message for at in range(30) for message in broker.claim(Kind.NEW, 1, at, 1)]
+    assert Counter(found) == {b"deep": 10, b"shallow": 10, b"default": 10}
+
+
+def test_an_urgent_job_of_one_tenant_goes_before_the_others_of_all(connection: Connection, broker: Broker) -> None:
+    connection.call("SADD", topology.LANES, topology.lane("one"))
+    push(connection, topology.LANE, *numbered(5))
+    push(connection, topology.lane_list(9, topology.lane("one")), b"urgent")
+    broker.claim(Kind.NEW, 0, 0, 1)
+    assert broker.claim(Kind.NEW, 1, 0, 2)[0] == b"urgent"
 
 
 def test_a_claim_of_an_empty_lane_is_empty(connection: Connection, broker: Broker) -> None:
@@ -206,10 +260,10 @@ def test_what_a_frozen_router_was_woken_with_after_it_was_forgotten_is_given_bac
     frozen = another("frozen")
     frozen.ask_wake(wake)
     lapse(connection, frozen)
-    assert broker.recover() == 0
+    assert broker.recover().messages == 0
     push(connection, topology.LANE, b"m")
     assert woken(frozen, wake)
-    assert frozen.recover() == 1  # what it does when it thaws
+    assert frozen.recover().messages == 1  # what it does when it thaws
     assert oldest_first(connection, topology.AGAIN) == [b"m"]
 
 
@@ -270,10 +324,10 @@ def test_what_is_told_of_a_dispatch_is_stored_with_it(connection: Connection, br
             event=b"event",
         )
     )
+    assert counters(connection) == {"placed": 2}  # of nothing nothing is written
     placements, marked = broker.known(["one", "two", "three"], [7, 8, 9])
     assert (placements, marked) == ({"one": b"p1", "two": b"p2"}, set())
     assert 0 < connection.call("TTL", topology.jobs(7)) <= TTL_S
-    assert counters(connection) == {"placed": 2, "parked": 0}
     assert [fields for _, fields in connection.call("XRANGE", topology.EVENTS, "-", "+")] == [[b"e", b"event"]]
 
 
@@ -281,10 +335,10 @@ def test_a_message_that_nobody_can_read_goes_to_the_dead_letters_with_its_reason
     connection: Connection, broker: Broker
 ) -> None:
     claim, messages = claimed(connection, broker, 1)
-    broker.dispatch(Dispatch({claim: 1}, {}, dead=[("it is no message", messages[0])]))
-    assert [fields for _, fields in connection.call("XRANGE", topology.DEAD, "-", "+")] == [
-        [b"reason", b"it is no message", b"message", messages[0]]
-    ]
+    letter = DeadLetter("j", "a.b", "unreadable", "it is no message", 2, messages[0], "trace")
+    broker.dispatch(Dispatch({claim: 1}, {}, dead=[letter]))
+    assert dead_letters(connection) == [letter]
+    assert counters(connection) == {"dead": 1}
     assert connection.call("EXISTS", claim) == 0
 
 
@@ -320,11 +374,10 @@ class Between(Connection):
         super().__init__(url, "between")
         self._act = act
 
-    def many(self, commands: Any) -> list[Any]:
-        commands = list(commands)
+    def send(self, commands: Any) -> int:
         if commands[0] == ("MULTI",):
             self._act()
-        return super().many(commands)
+        return super().send(commands)
 
 
 def test_a_claim_that_another_adopts_in_between_is_fenced_and_nothing_dispatched(
@@ -338,7 +391,8 @@ def test_a_claim_that_another_adopts_in_between_is_fenced_and_nothing_dispatched
     with pytest.raises(Fenced, match="changed"):
         slow.dispatch(Dispatch({claim: 3}, {}, queued={"cpu": messages}, counts={"placed": 3}, event=b"e"))
     assert oldest_first(connection, topology.AGAIN) == messages
-    assert connection.call("EXISTS", "lepton.cpu", topology.COUNTERS, topology.EVENTS) == 0
+    assert connection.call("EXISTS", "lepton.cpu", topology.EVENTS) == 0
+    assert counters(connection) == {"accepted": 3}  # by the recovery
     link.close()
 
 
@@ -676,9 +730,19 @@ def test_old_events_go(broker_url: str) -> None:
 
 def test_a_released_batch_goes_to_again_in_order(connection: Connection, broker: Broker) -> None:
     held_batch(connection, broker, 3)
-    broker.release(0, 3)
+    broker.release(0, "...")
     assert oldest_first(connection, topology.AGAIN) == numbered(3)
     assert broker.held(0) == []
+
+
+def test_what_is_released_goes_where_its_flag_says_and_what_stays_keeps_its_order(
+    connection: Connection, broker: Broker
+) -> None:
+    held_batch(connection, broker, 6)
+    broker.release(0, "=!.=!.")
+    assert broker.held(0) == [b"m0", b"m3"]
+    assert oldest_first(connection, topology.ALONE) == [b"m1", b"m4"]
+    assert oldest_first(connection, topology.AGAIN) == [b"m2", b"m5"]
 
 
 def test_a_release_after_the_lease_has_lapsed_is_fenced_and_nothing_moved(
@@ -687,7 +751,7 @@ def test_a_release_after_the_lease_has_lapsed_is_fenced_and_nothing_moved(
     held_batch(connection, broker, 3)
     lapse(connection, broker)
     with pytest.raises(Fenced):
-        broker.release(0, 3)
+        broker.release(0, "...")
     assert broker.held(0) == numbered(3)
 
 
@@ -697,7 +761,7 @@ def test_a_release_of_another_number_than_is_held_is_fenced_and_nothing_moved(
 ) -> None:
     held_batch(connection, broker, 3)
     with pytest.raises(Fenced):
-        broker.release(0, known)
+        broker.release(0, "." * known)
     assert broker.held(0) == numbered(3)
 
 
@@ -707,21 +771,22 @@ def test_a_release_onto_a_key_of_another_type_is_refused_and_nothing_moved(
     held_batch(connection, broker, 3)
     connection.call("SET", topology.AGAIN, "something else")
     with pytest.raises(CommandError, match="WRONGTYPE"):
-        broker.release(0, 3)
+        broker.release(0, "...")
     assert broker.held(0) == numbered(3)
 
 
 # -- recover ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_lapsed_holder_held_goes_to_again_once_and_in_order(
+def test_a_batch_of_a_lapsed_holder_comes_back_as_suspects_once_and_in_order(
     connection: Connection, broker: Broker, another: Callable[[str], Broker]
 ) -> None:
     dead = another("dead")
     held_batch(connection, dead, 3)
     lapse(connection, dead)
-    assert (broker.recover(), broker.recover()) == (3, 0)
-    assert oldest_first(connection, topology.AGAIN) == numbered(3)
+    assert [broker.recover().messages, broker.recover().messages] == [3, 0]
+    assert oldest_first(connection, topology.ALONE) == numbered(3)
+    assert connection.call("EXISTS", topology.AGAIN, topology.ATTEMPTS) == 0
 
 
 @pytest.mark.parametrize("number", [0, 1, WAKE - 1, WAKE])
@@ -731,7 +796,7 @@ def test_every_claim_of_a_lapsed_holder_goes_to_again(
     dead = another("dead")
     _, messages = claimed(connection, dead, 3, number)
     lapse(connection, dead)
-    assert broker.recover() == 3
+    assert broker.recover().messages == 3
     assert oldest_first(connection, topology.AGAIN) == messages
 
 
@@ -742,8 +807,8 @@ def test_every_slot_of_a_lapsed_holder_is_looked_at(
     for slot in range(LISTS_EACH):
         push(connection, topology.held("dead", slot), b"m%d" % slot)
     lapse(connection, dead)
-    assert broker.recover() == LISTS_EACH
-    assert sorted(oldest_first(connection, topology.AGAIN)) == sorted(numbered(LISTS_EACH))
+    assert broker.recover().messages == LISTS_EACH
+    assert sorted(oldest_first(connection, topology.ALONE)) == sorted(numbered(LISTS_EACH))
 
 
 def test_what_a_live_holder_holds_is_never_touched(
@@ -752,7 +817,7 @@ def test_what_a_live_holder_holds_is_never_touched(
     alive = another("alive")
     held_batch(connection, alive, 2)
     claim, messages = claimed(connection, alive, 2)
-    assert broker.recover() == alive.recover() == 0
+    assert broker.recover() == alive.recover() == Recovered()
     assert (alive.held(0), oldest_first(connection, claim)) == (numbered(2), messages)
 
 
@@ -771,7 +836,7 @@ def test_a_holder_that_took_the_lease_again_is_not_recovered(
             return super().many(commands)
 
     link = Slow(broker_url, "slow")
-    assert Broker(link, "slow", settings).recover() == 0
+    assert Broker(link, "slow", settings).recover() == Recovered()
     assert thawed.held(0) == numbered(2)
     link.close()
 
@@ -782,9 +847,9 @@ def test_what_a_lapsed_holder_took_after_it_was_recovered_is_recovered_too(
     thawed = another("thawed")
     held_batch(connection, thawed, 1)
     lapse(connection, thawed)
-    assert broker.recover() == 1
+    assert broker.recover().messages == 1
     held_batch(connection, thawed, 2)
-    assert broker.recover() == 2
+    assert broker.recover().messages == 2
 
 
 def test_a_lapsed_holder_that_holds_nothing_is_forgotten(
@@ -806,7 +871,7 @@ def test_one_whose_messages_were_recovered_can_do_nothing_with_them(
     held_batch(connection, frozen, 2)
     claim, messages = claimed(connection, frozen, 2)
     lapse(connection, frozen)
-    assert broker.recover() == 4
+    assert broker.recover().messages == 4
     before = everything(connection)
     with pytest.raises(Fenced):
         commit(frozen, succeeded("one"), succeeded("two"))
@@ -833,7 +898,7 @@ def test_a_recovery_over_a_key_of_another_type_is_refused_and_nothing_moved(
 
 
 def test_functions_may_be_loaded_by_everybody_who_starts(connection: Connection, broker: Broker) -> None:
-    assert load_functions(connection) == load_functions(connection)
+    functions.load(connection)
     libraries = connection.call("FUNCTION", "LIST", "LIBRARYNAME", "lepton_*")
     assert len(libraries) == 1
 
@@ -851,20 +916,6 @@ def test_a_held_batch_can_be_committed_while_the_broker_is_full(
     finally:
         connection.call("CONFIG", "SET", "maxmemory", before)
     assert connection.call("EXISTS", topology.result("one"), "lepton:reply:me") == 2
-
-
-def test_a_dispatch_that_a_full_broker_refuses_moves_nothing(connection: Connection, broker: Broker) -> None:
-    claim, messages = claimed(connection, broker, 2)
-    maxmemory = connection.call("CONFIG", "GET", "maxmemory")[b"maxmemory"]
-    connection.call("CONFIG", "SET", "maxmemory", 1)
-    try:
-        with pytest.raises(CommandError, match="OOM"):
-            broker.dispatch(Dispatch({claim: 2}, {}, queued={"cpu": messages}))
-    finally:
-        connection.call("CONFIG", "SET", "maxmemory", maxmemory)
-    assert oldest_first(connection, claim) == messages
-    broker.dispatch(Dispatch({claim: 2}, {}, queued={"cpu": messages}))
-    assert oldest_first(connection, "lepton.cpu") == messages
 
 
 # -- all of it, in any order ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_ai import wire
-from lepton_ai.errors import InvalidArguments, Malformed, OptionNotSupported, TooLarge, UnknownKernel
+from lepton_ai.errors import InvalidArguments, OptionNotSupported, TooLarge, UnknownKernel
 from lepton_ai.job import Options
 from lepton_ai.kernel import Kernel
 from lepton_ai.tensor import TensorMap
@@ -102,32 +102,64 @@ def test_a_body_above_the_limit_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "expires",
+    ("expires", "deadline_at"),
     [
-        "2020-01-01T00:00:00+00:00",
-        "2020-01-01T00:00:00",
-        "2020-01-01T00:00:00Z",
-        1.0,
-        0,
-        -5.5,
-        "0001-01-01T00:00:00+14:00",
+        ("2020-01-01T00:00:00+00:00", 1577836800.0),
+        ("2020-01-01T00:00:00", 1577836800.0),
+        ("2020-01-01T00:00:00Z", 1577836800.0),
+        (1.0, 1.0),
+        (0, 0.0),
+        (-5.5, -5.5),
+        ("0001-01-01T00:00:00+14:00", -62135647200.0),
+        ("9999-12-31T23:59:59-14:00", 253402351199.0),
+        (4e9, 4e9),
+        (None, None),
     ],
 )
-def test_a_job_that_has_expired_is_cancelled(expires: Any) -> None:
-    found = refusal(read(message({"x": [[1.0]]}, expires=expires), KERNELS, LIMIT_BYTES))
-    assert found.error.code == "cancelled"
-    assert str(expires)[:4] in found.error.message
-
-
-@pytest.mark.parametrize("expires", ["2120-01-01T00:00:00+00:00", "9999-12-31T23:59:59-14:00", 4e9, None])
-def test_a_job_that_has_not_expired_runs(expires: Any) -> None:
-    assert isinstance(read(message({"x": [[1.0]]}, expires=expires), KERNELS, LIMIT_BYTES), TakenJob)
+def test_a_job_says_after_when_it_must_not_begin(expires: Any, deadline_at: float | None) -> None:
+    job = read(message({"x": [[1.0]]}, expires=expires), KERNELS, LIMIT_BYTES)
+    assert isinstance(job, TakenJob)
+    assert job.deadline_at == deadline_at
 
 
 @pytest.mark.parametrize("expires", ["soon", "", 1e300, "99999-01-01"])
-def test_an_expiry_that_is_no_time_is_malformed_and_not_guessed(expires: Any) -> None:
+def test_an_expiry_that_is_no_time_is_refused_and_not_guessed(expires: Any) -> None:
     found = refusal(read(message({"x": [[1.0]]}, expires=expires), KERNELS, LIMIT_BYTES))
-    assert isinstance(found.error, Malformed)
+    assert isinstance(found.error, InvalidArguments)
+    assert found.error.field == "expires"
+
+
+@pytest.mark.parametrize(
+    ("limits", "own", "limit_s"),
+    [
+        (None, None, None),
+        ([None, None], None, None),
+        ([5, None], None, 5),
+        ([None, 2.5], None, 2.5),
+        ([5, 2.5], None, 2.5),
+        ([5, 2.5], 7.0, 7.0),
+    ],
+)
+def test_a_jobs_own_limit_is_ours_or_the_shorter_of_celerys(
+    limits: Any, own: float | None, limit_s: float | None
+) -> None:
+    job = read(message({"x": [[1.0]]}, options=Options(limit_s=own), timelimit=limits), KERNELS, LIMIT_BYTES)
+    assert isinstance(job, TakenJob)
+    assert job.limit_s == limit_s
+
+
+@pytest.mark.parametrize("limits", [[0, None], [-1, None], [None, 0.0]])
+def test_a_time_limit_that_leaves_no_time_is_refused(limits: Any) -> None:
+    found = refusal(read(message({"x": [[1.0]]}, timelimit=limits), KERNELS, LIMIT_BYTES))
+    assert isinstance(found.error, OptionNotSupported)
+    assert found.error.field == "timelimit"
+
+
+@pytest.mark.parametrize(("retries", "found"), [(None, 0), (0, 0), (2, 2), (-1, 0)])
+def test_a_job_says_how_often_it_has_been_tried(retries: int | None, found: int) -> None:
+    job = read(message({"x": [[1.0]]}, retries=retries), KERNELS, LIMIT_BYTES)
+    assert isinstance(job, TakenJob)
+    assert job.retries == found
 
 
 def with_embed(embed: Any, kwargs: Any = {"x": [[1.0]]}, *args: Any) -> bytes:  # noqa: B006 - nobody writes to it

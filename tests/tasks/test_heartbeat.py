@@ -15,9 +15,9 @@ from lepton_ai.errors import BrokerUnavailable, Fenced
 from lepton_ai.event import Event
 from lepton_ai.settings import Settings
 from queues.broker import Broker
-from queues.steps import Commit
 from queues.connection import Connection
 from queues.event_stream import EventStream
+from queues.steps import Commit
 from tasks.heartbeat import Heartbeat
 
 QUICK = Settings(lease_s=0.5, heartbeat_s=0.05)

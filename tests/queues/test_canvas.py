@@ -20,12 +20,12 @@ from lepton_ai import tensor, topology, wire
 from lepton_ai.errors import BrokerUnavailable, InvalidArguments, JobCancelled, KernelFailed, TooLarge
 from lepton_ai.kernel import Kernel
 from lepton_ai.settings import Settings
-from lepton_ai.succession import Sequel, sequel_of
+from lepton_ai.succession import FollowUps, Sequel, sequel_of
 from queues.app import celery_addresses
+from queues.canvas import Canvas
 from queues.connection import Connection
-from tasks import canvas as canvas_module
+from queues import canvas as canvas_module
 from tasks.batching import TakenJob, read
-from tasks.canvas import Canvas, FollowUps
 
 KERNELS = {"t.first", "t.kernel"}
 OUTPUTS = {"y": [[1.0, 2.0]]}
@@ -145,7 +145,7 @@ CANVASES: dict[str, Callable[[], Signature]] = {
     "links": lambda: first(link=[sig("p.add", 1), sig("t.kernel"), group(sig("p.a"), sig("p.b"))]),
     "immutable": lambda: first(link=sig("p.add", 7, immutable=True)),
     "options": lambda: first(
-        link=sig("p.add", queue="mine", priority=7, time_limit=3, expires="2120-01-01T00:00:00", eta="2119-01-01T00:00:00")
+        link=sig("p.add", queue="mine", priority=7, time_limit=3, expires="2120-01-01", eta="2119-01-01")
     ),
     "stamps": lambda: first(link=sig("p.add", stamped_headers=["colour"], colour="red")),
     "next": lambda: chain(first(), sig("t.kernel")),

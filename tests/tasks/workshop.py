@@ -1,0 +1,211 @@
+"""A worker for tests: slots on a real broker, with a device and kernels that are made here and observed from inside."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from lepton_ai import topology, wire
+from lepton_ai.device import Peaks
+from lepton_ai.identity import new_id, new_ids
+from lepton_ai.job import Meta, Options
+from lepton_ai.kernel import Context, Inputs, Kernel, Outputs
+from lepton_ai.settings import Settings
+from queues.broker import Broker
+from queues.connection import Connection
+from queues.event_stream import EventStream
+from tasks.runner import Ending
+from tasks.slots import Slots
+from tasks.warmup import Repertoire
+
+DEVICE = "cpu.test"
+QUEUE = topology.device_queue(DEVICE)
+#: Batches of any predicted length, so that what is taken at once depends on the queue alone.
+SETTINGS = Settings(lease_s=60, heartbeat_s=30, batch_s=1e6)
+
+
+class TinyDriver:
+    """Host memory, nothing else."""
+
+    kind = "cpu"
+    emulated = True
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+
+    def peaks(self) -> Peaks:
+        return Peaks(1.0, 1.0, 1.0, 0.0, 0.0)
+
+    def upload(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def download(self, value: Any) -> np.ndarray:
+        return np.asarray(value)
+
+    def synchronize(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Books:
+    """An Observer that remembers."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self.revoked: set[str] = set()
+        self.shown: set[str] = set()
+        self.endings: dict[str, Ending] = {}
+        self.fractions: list[float] = []
+
+    def taken(self, jobs: Sequence[tuple[str, str]], shown: Collection[str]) -> None:
+        self.seen += [("taken", job) for job, _ in jobs]
+        self.shown |= set(shown)
+
+    def started(self, jobs: Sequence[str]) -> None:
+        self.seen += [("started", job) for job in jobs]
+
+    def ended(self, endings: Sequence[Ending]) -> None:
+        self.seen += [("ended", ending.job) for ending in endings]
+        self.endings |= {ending.job: ending for ending in endings}
+
+    def lost(self, jobs: Sequence[str]) -> None:
+        self.seen += [("lost", job) for job in jobs]
+
+    def progressed(self, jobs: Sequence[str], kernel: str, fraction: float) -> None:
+        self.fractions.append(fraction)
+
+    def revoke(self, jobs: Collection[str]) -> None:
+        self.revoked |= set(jobs)
+
+    def is_revoked(self, job: str) -> bool:
+        return job in self.revoked
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("not even its message can be had")
+
+
+RAISES: dict[int, BaseException] = {
+    -1: ValueError("below zero"),
+    -2: SystemExit(3),
+    -3: FileNotFoundError(2, "not found", b"caf\xe9".decode("utf-8", "surrogateescape")),
+    -4: Unprintable(),
+    -5: RecursionError("deep"),
+}
+RETURNS: dict[int, Any] = {
+    100: {"z": np.zeros(1)},
+    101: {},
+    102: None,
+    103: {"y": np.zeros(1, np.complex128)},
+    104: {"y": np.array([object()])},
+    105: {"y": np.array(["text"])},
+    106: {"y": np.zeros(1), "z": np.zeros(1)},
+}
+
+
+class Shop:
+    """The kernels of these tests: `test.double` doubles, unless a value in RAISES or RETURNS is among its inputs."""
+
+    def __init__(self) -> None:
+        self.launches: Counter[int] = Counter()
+        """How many jobs were in the launches, by how often."""
+        self.entered = threading.Semaphore(0)
+        """Released whenever `test.gated` is entered."""
+        self.gate = threading.Event()
+        """`test.gated` returns once it is set."""
+        self.contexts: list[Context] = []
+        self.repertoire = Repertoire({}, {}, {})
+        self._add("test.double", "concat", self._double)
+        self._add("test.gated", None, self._gated)
+
+    def _add(self, name: str, batch: Any, run: Callable[[Inputs, Context], Outputs]) -> None:
+        kernel = Kernel(
+            name, inputs={"x": "float64[n]"}, outputs={"y": "float64[n]"}, flops="2*n", bytes="8*n", batch=batch
+        )
+        self.repertoire.kernels[name] = kernel
+        self.repertoire.runs[name] = run
+
+    def _double(self, inputs: Inputs, context: Context) -> Outputs:
+        self.launches[len(inputs["x"])] += 1
+        for value in inputs["x"]:
+            if value in RAISES:
+                raise RAISES[value]
+            if value in RETURNS:
+                return RETURNS[value]
+        return {"y": 2 * inputs["x"]}
+
+    def _gated(self, inputs: Inputs, context: Context) -> Outputs:
+        self.contexts.append(context)
+        self.entered.release()
+        assert self.gate.wait(20)
+        return {"y": 2 * inputs["x"]}
+
+
+class Worker:
+    """Slots, a lease kept by the test, and a producer's view of its jobs."""
+
+    def __init__(self, url: str, connection: Connection, slots: int = 1, settings: Settings = SETTINGS) -> None:
+        self.connection = connection
+        self.shop = Shop()
+        self.books = Books()
+        self.incarnation = f"worker-{new_id()}"
+        self.lease = Broker(connection, self.incarnation, settings)
+        self.lease.announce(b"")
+        self.stream = EventStream(connection)
+        self.slots = Slots(settings, url, self.incarnation, DEVICE, TinyDriver(slots), self.shop.repertoire, self.books)
+
+    def send(self, *values: float, kernel: str = "test.double", **options: Any) -> list[str]:
+        """One job a value, in one push, so that a slot which is idle takes them at once."""
+        ids = new_ids(len(values))
+        self.push(*(message(job_id, value, kernel, **options) for job_id, value in zip(ids, values, strict=True)))
+        return ids
+
+    def push(self, *messages: bytes) -> None:
+        self.connection.call("LPUSH", QUEUE, *messages)
+
+    def warm_up(self) -> None:
+        """A first job, after which a slot knows how long jobs take and takes more than one."""
+        self.double(self.send(1.0)[0])
+
+    def meta(self, job_id: str, timeout_s: float = 5.0) -> Meta:
+        """The job's record, as soon as there is one."""
+        deadline = time.monotonic() + timeout_s
+        while (raw := self.connection.call("GET", topology.result(job_id))) is None:
+            assert time.monotonic() < deadline, f"job {job_id} has no result after {timeout_s} s"
+            self.stream.read(50)  # a commit emits an event
+        return wire.read_meta(raw)
+
+    def double(self, job_id: str) -> list[float]:
+        found = self.meta(job_id)
+        assert found.status == "SUCCESS", found
+        return found.result["y"]
+
+    def failure(self, job_id: str) -> tuple[str, str, str]:
+        """Status, Celery's name of the exception, and its message."""
+        found = self.meta(job_id)
+        return found.status, found.result["exc_type"], found.result["exc_message"][0]
+
+    def counters(self) -> dict[str, int]:
+        found = self.connection.call("HGETALL", topology.COUNTERS)
+        return {name.decode(): int(count) for name, count in found.items()}
+
+
+def message(job_id: str, value: float, kernel: str = "test.double", **options: Any) -> bytes:
+    return wire.envelope(job_id, kernel, {"x": [value]}, Options(**options))
+
+
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 5.0) -> None:
+    """For what no event tells of."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+MakeWorker = Callable[..., Worker]
