@@ -11,7 +11,9 @@ from lepton_ai.async_events import AsyncEvents
 from lepton_ai.async_flight import Rows
 from lepton_ai.async_handle import AsyncJobHandle, AsyncJobReader
 from lepton_ai.client import asked, connect
+from lepton_ai.dead import DeadLetter, Settled, those
 from lepton_ai.device import Announcement
+from lepton_ai.errors import InvalidArguments
 from lepton_ai.event import Cursor
 from lepton_ai.identity import new_id
 from lepton_ai.kernel import KernelSpec
@@ -33,6 +35,9 @@ class _Connection(AsyncJobReader, Protocol):
     def map(self, kernel: str, rows: Rows, terms: Terms, window: int) -> AsyncGenerator[AsyncJobHandle, None]: ...
     def events(self, since: Cursor | None, job: str | None, timeout_s: float | None) -> AsyncEvents: ...
     async def announcements(self) -> list[Announcement]: ...
+    async def dead(self, limit: int, job: str | None) -> list[DeadLetter]: ...
+    async def replay(self, ids: Iterable[str] | None) -> Settled: ...
+    async def purge(self, ids: Iterable[str] | None) -> Settled: ...
     async def close(self) -> None: ...
 
 
@@ -132,6 +137,20 @@ class AsyncClient:
         """Every kernel that a live worker announces, by name."""
         specs = {spec.name: spec for each in await self._connection.announcements() for spec in each.kernels}
         return dict(sorted(specs.items()))
+
+    async def dead(self, *, limit: int = 100, job: str | None = None) -> list[DeadLetter]:
+        """See `Client.dead`."""
+        if limit < 1:
+            raise InvalidArguments(f"limit is 1 or more, not {limit}", "limit")
+        return await self._connection.dead(limit, job)
+
+    async def replay(self, ids: Iterable[str] = (), *, all: bool = False) -> Settled:  # noqa: A002 - as the command line
+        """See `Client.replay`."""
+        return await self._connection.replay(those(ids, all))
+
+    async def purge(self, ids: Iterable[str] = (), *, all: bool = False) -> Settled:  # noqa: A002
+        """See `Client.purge`."""
+        return await self._connection.purge(those(ids, all))
 
     async def close(self) -> None:
         await self._connection.close()

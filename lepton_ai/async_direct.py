@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
@@ -19,6 +19,7 @@ from lepton_ai import cancellation, topology, wire
 from lepton_ai.async_events import AsyncEvents, EventWays
 from lepton_ai.async_flight import AsyncFlight, Part, Rows, cancelled
 from lepton_ai.async_handle import AsyncJobHandle
+from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.direct_protocol import (
     CONNECTION,
@@ -50,7 +51,9 @@ from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import Patience
 from lepton_ai.terms import Terms
 
-__all__ = ["AsyncDirect"]
+__all__ = ["AsyncDirect", "settled"]
+
+T = TypeVar("T")
 
 #: Commands at once; further ones wait for a connection.
 _CONNECTIONS: Final = 16
@@ -197,6 +200,18 @@ class AsyncDirect:
             )
         return read_leases(leases)
 
+    async def dead(self, limit: int, job: str | None) -> list[DeadLetter]:
+        with self._asking():
+            return await settled(self._redis, listed(limit=limit, job=job))
+
+    async def replay(self, ids: Iterable[str] | None) -> Settled:
+        with self._asking():
+            return await settled(self._redis, replay(ids))
+
+    async def purge(self, ids: Iterable[str] | None) -> Settled:
+        with self._asking():
+            return await settled(self._redis, purge(ids))
+
     async def close(self) -> None:
         if self._pumping is not None:
             await cancelled([self._pumping])
@@ -316,6 +331,29 @@ class AsyncDirect:
 
     def _following(self, follower: Follower) -> AsyncEvents:
         return AsyncEvents(follower, _Way(self._url), self._ways)
+
+
+async def settled(client: Any, steps: Steps[T]) -> T:
+    """The outcome of steps over the dead letters. Raises redis-py's errors."""
+    async with client.pipeline(transaction=True) as pipeline:
+        answer: Any = None
+        try:
+            while True:
+                step = steps.send(answer)
+                if not pipeline.watching:
+                    await pipeline.watch(topology.DEAD)
+                if step.transaction:
+                    pipeline.multi()
+                    for each in step.commands:
+                        pipeline.execute_command(*each)
+                    try:
+                        answer = await pipeline.execute()
+                    except redis.WatchError:
+                        answer = None
+                else:
+                    answer = [await pipeline.execute_command(*each) for each in step.commands]
+        except StopIteration as ended:
+            return ended.value  # type: ignore[no-any-return]
 
 
 class _Way:

@@ -13,6 +13,7 @@ from lepton_ai import idempotency, wire
 from lepton_ai.async_events import AsyncEvents, EventWays
 from lepton_ai.async_flight import AsyncFlight, Part, Rows
 from lepton_ai.async_handle import AsyncJobHandle
+from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.device import Announcement
 from lepton_ai.errors import BrokerUnavailable, InvalidRequest, Unavailable, UnknownJob
 from lepton_ai.event import Cursor
@@ -21,6 +22,7 @@ from lepton_ai.identity import new_id
 from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import REFUSALS, Patience
 from lepton_ai.remote_protocol import (
+    DEAD_AT_ONCE,
     MAP_REQUESTS,
     MAP_WAIT_S,
     REQUEST_BYTES,
@@ -31,8 +33,10 @@ from lepton_ai.remote_protocol import (
     Read,
     Stragglers,
     body_of,
+    chosen,
     chunk_of,
     concerns_every_row,
+    dead_path_of,
     error_of,
     final_meta,
     follow,
@@ -41,6 +45,8 @@ from lepton_ai.remote_protocol import (
     path_of,
     place_of,
     read_announcements,
+    read_dead,
+    read_settled,
     read_view,
     read_views,
     request,
@@ -197,6 +203,34 @@ class AsyncRemote:
         """Every worker that is alive, in the order of their devices' names."""
         async with self._asking:
             return read_announcements(await self._call("GET", "/v1/devices"))
+
+    async def dead(self, limit: int, job: str | None) -> list[DeadLetter]:
+        """The newest dead letters, newest first, in requests of a few."""
+        found: list[DeadLetter] = []
+        while len(found) < limit:
+            params: dict[str, Any] = {"limit": min(DEAD_AT_ONCE, limit - len(found))}
+            params |= {"job": job} if job is not None else {}
+            params |= {"after": found[-1].entry} if found else {}
+            page = read_dead(await self._call("GET", "/v1/dead", params=params))
+            found += page
+            if len(page) < params["limit"]:
+                break
+        return found
+
+    async def replay(self, ids: Iterable[str] | None) -> Settled:
+        of = {"content-type": wire.MSGPACK}
+        return read_settled(await self._call("POST", "/v1/dead/replay", content=chosen(ids), headers=of))
+
+    async def purge(self, ids: Iterable[str] | None) -> Settled:
+        if ids is None:
+            return read_settled(await self._call("DELETE", "/v1/dead"))
+        count, left = 0, {}
+        for each in ids:
+            try:
+                count += read_settled(await self._call("DELETE", dead_path_of(each))).count
+            except UnknownJob as error:
+                left[each] = error.message
+        return Settled(count, left)
 
     async def close(self) -> None:
         await self._ways.close_all()

@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+from lepton_ai.dead import DeadLetter, Settled, those
 from lepton_ai.device import Announcement
-from lepton_ai.errors import InvalidSettings, NoBroker
+from lepton_ai.errors import InvalidArguments, InvalidSettings, NoBroker
 from lepton_ai.event import CloudEvent, Cursor
 from lepton_ai.handle import JobHandle, JobReader
 from lepton_ai.identity import new_id
@@ -43,6 +44,9 @@ class _Connection(JobReader, Protocol):
         self, since: Cursor | None, job: str | None, timeout_s: float | None
     ) -> Generator[CloudEvent, None, None]: ...
     def announcements(self) -> list[Announcement]: ...
+    def dead(self, limit: int, job: str | None) -> list[DeadLetter]: ...
+    def replay(self, ids: Iterable[str] | None) -> Settled: ...
+    def purge(self, ids: Iterable[str] | None) -> Settled: ...
     def close(self) -> None: ...
 
 
@@ -183,6 +187,27 @@ class Client:
         """Every kernel that a live worker announces, by name."""
         specs = {spec.name: spec for each in self._connection.announcements() for spec in each.kernels}
         return dict(sorted(specs.items()))
+
+    def dead(self, *, limit: int = 100, job: str | None = None) -> list[DeadLetter]:
+        """The newest jobs that were given up, newest first: they killed their workers, or their retries are used up.
+
+        `job` leaves only one: a job's id, or the entry of a dead letter.
+        """
+        if limit < 1:
+            raise InvalidArguments(f"limit is 1 or more, not {limit}", "limit")
+        return self._connection.dead(limit, job)
+
+    def replay(self, ids: Iterable[str] = (), *, all: bool = False) -> Settled:  # noqa: A002 - as the command line
+        """Runs dead letters once more: these, by entry or job id, or `all`. Returns how many, and why others were not.
+
+        Each goes back to its lane as if it had just been submitted, however many ask for it at once; its old error is
+        forgotten. One that nobody can read cannot be replayed.
+        """
+        return self._connection.replay(those(ids, all))
+
+    def purge(self, ids: Iterable[str] = (), *, all: bool = False) -> Settled:  # noqa: A002
+        """Throws dead letters away: these, by entry or job id, or `all`. Their jobs keep their error."""
+        return self._connection.purge(those(ids, all))
 
     def close(self) -> None:
         self._connection.close()

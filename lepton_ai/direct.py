@@ -7,13 +7,14 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from lepton_ai import cancellation, topology, wire
+from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.direct_protocol import (
     CONNECTION,
@@ -48,6 +49,8 @@ from lepton_ai.patience import Patience, Pause
 from lepton_ai.terms import Terms
 
 __all__ = ["Direct"]
+
+T = TypeVar("T")
 
 
 class Direct:
@@ -208,8 +211,37 @@ class Direct:
             )
         return read_leases(leases)
 
+    def dead(self, limit: int, job: str | None) -> list[DeadLetter]:
+        return self._settled(listed(limit=limit, job=job))
+
+    def replay(self, ids: Iterable[str] | None) -> Settled:
+        return self._settled(replay(ids))
+
+    def purge(self, ids: Iterable[str] | None) -> Settled:
+        return self._settled(purge(ids))
+
     def close(self) -> None:
         self._redis.close()
+
+    def _settled(self, steps: Steps[T]) -> T:
+        """The outcome of steps over the dead letters."""
+        with self._asking(), self._redis.pipeline(transaction=True) as pipeline:
+            answer: Any = None
+            try:
+                while True:
+                    step = steps.send(answer)
+                    if not pipeline.watching:
+                        pipeline.watch(topology.DEAD)  # type: ignore[no-untyped-call]
+                    if step.transaction:
+                        pipeline.multi()
+                    answer = [pipeline.execute_command(*each) for each in step.commands]  # type: ignore[no-untyped-call]
+                    if step.transaction:
+                        try:
+                            answer = pipeline.execute()
+                        except redis.WatchError:
+                            answer = None
+            except StopIteration as ended:
+                return ended.value  # type: ignore[no-any-return]
 
     def _push(self, terms: Terms, messages: list[bytes]) -> None:
         self._all(push_commands(messages, terms, self._tenant), transaction=self._tenant is not None)

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from lepton_ai import idempotency, wire
+from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.device import Announcement
 from lepton_ai.errors import BrokerUnavailable, InvalidRequest, LeptonError, Unavailable, UnknownJob
 from lepton_ai.event import CloudEvent, Cursor
@@ -21,6 +22,7 @@ from lepton_ai.identity import new_id
 from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import REFUSALS, Patience, Pause
 from lepton_ai.remote_protocol import (
+    DEAD_AT_ONCE,
     MAP_REQUESTS,
     MAP_WAIT_S,
     REQUEST_BYTES,
@@ -32,8 +34,10 @@ from lepton_ai.remote_protocol import (
     Read,
     Stragglers,
     body_of,
+    chosen,
     chunk_of,
     concerns_every_row,
+    dead_path_of,
     error_of,
     final_meta,
     follow,
@@ -42,6 +46,8 @@ from lepton_ai.remote_protocol import (
     path_of,
     place_of,
     read_announcements,
+    read_dead,
+    read_settled,
     read_view,
     read_views,
     request,
@@ -206,6 +212,34 @@ class Remote:
     def announcements(self) -> list[Announcement]:
         """Every worker that is alive, in the order of their devices' names."""
         return read_announcements(self._call("GET", "/v1/devices"))
+
+    def dead(self, limit: int, job: str | None) -> list[DeadLetter]:
+        """The newest dead letters, newest first, in requests of a few."""
+        found: list[DeadLetter] = []
+        while len(found) < limit:
+            params: dict[str, Any] = {"limit": min(DEAD_AT_ONCE, limit - len(found))}
+            params |= {"job": job} if job is not None else {}
+            params |= {"after": found[-1].entry} if found else {}
+            page = read_dead(self._call("GET", "/v1/dead", params=params))
+            found += page
+            if len(page) < params["limit"]:
+                break
+        return found
+
+    def replay(self, ids: Iterable[str] | None) -> Settled:
+        of = {"content-type": wire.MSGPACK}
+        return read_settled(self._call("POST", "/v1/dead/replay", content=chosen(ids), headers=of))
+
+    def purge(self, ids: Iterable[str] | None) -> Settled:
+        if ids is None:
+            return read_settled(self._call("DELETE", "/v1/dead"))
+        count, left = 0, {}
+        for each in ids:
+            try:
+                count += read_settled(self._call("DELETE", dead_path_of(each))).count
+            except UnknownJob as error:
+                left[each] = error.message
+        return Settled(count, left)
 
     def close(self) -> None:
         self._http.close()

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import msgspec
 
 from lepton_ai import sse, wire
+from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.device import Announcement
 from lepton_ai.errors import (
     BrokerUnavailable,
@@ -30,11 +31,13 @@ from lepton_ai.patience import Clock, Patience, Pause
 from lepton_ai.terms import Terms
 
 __all__ = [
+    "DEAD_AT_ONCE",
     "MAP_REQUESTS",
     "MAP_WAIT_S",
     "REQUEST_BYTES",
     "TENANT",
     "WAIT_S",
+    "Chosen",
     "Follower",
     "HasEnded",
     "JobRequest",
@@ -43,8 +46,10 @@ __all__ = [
     "Read",
     "Stragglers",
     "body_of",
+    "chosen",
     "chunk_of",
     "concerns_every_row",
+    "dead_path_of",
     "error_of",
     "final_meta",
     "follow",
@@ -53,6 +58,8 @@ __all__ = [
     "path_of",
     "place_of",
     "read_announcements",
+    "read_dead",
+    "read_settled",
     "read_view",
     "read_views",
     "request",
@@ -74,6 +81,8 @@ MAP_WAIT_S: Final = 1.0
 _SWEEP_AT_ONCE: Final = 64
 #: The header that says for whom a request is.
 TENANT: Final = "lepton-tenant"
+#: The most dead letters that one answer holds.
+DEAD_AT_ONCE: Final = 100
 _SERVER_ERROR: Final = 500
 #: An event stream that has been silent for so long, without even a comment, is opened anew.
 _SILENCE_S: Final = 45.0
@@ -93,6 +102,13 @@ class JobRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True)
     limit_s: float | None = None
 
 
+class Chosen(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """The dead letters that `POST /v1/dead/replay` means: these, by entry or job id, or all."""
+
+    entries: list[str] | None = None
+    all: bool = False
+
+
 class JobView(msgspec.Struct, omit_defaults=True):
     """One job as `/v1/jobs` answers it. `result` and `error` are there once it has ended."""
 
@@ -106,6 +122,8 @@ class JobView(msgspec.Struct, omit_defaults=True):
 
 read_view: Final = msgspec.msgpack.Decoder(JobView).decode
 read_views: Final = msgspec.msgpack.Decoder(list[JobView]).decode
+read_dead: Final = msgspec.msgpack.Decoder(list[DeadLetter]).decode
+read_settled: Final = msgspec.msgpack.Decoder(Settled).decode
 read_announcements: Final = msgspec.msgpack.Decoder(list[Announcement]).decode
 _EVENT = msgspec.json.Decoder(CloudEvent)
 _STATUS: Final = {ours: celerys for celerys, ours in FINAL_STATES.items()} | {"expired": "REVOKED"}
@@ -166,6 +184,11 @@ def path_of(job_id: str) -> str:
     return f"/v1/jobs/{quote(job_id, safe='')}"
 
 
+def dead_path_of(entry: str) -> str:
+    """Where a dead letter is found, by its entry or its job's id."""
+    return f"/v1/dead/{quote(entry, safe='')}"
+
+
 def error_of(status: int, content: bytes, retry_after: str = "") -> LeptonError:
     """The error that an answer tells of, and when to try again, where its header Retry-After names seconds."""
     try:
@@ -178,6 +201,11 @@ def error_of(status: int, content: bytes, retry_after: str = "") -> LeptonError:
     if isinstance(error, Unavailable) and retry_after.isdecimal():
         error.retry_after_s = float(retry_after[:9])
     return error
+
+
+def chosen(ids: Iterable[str] | None) -> bytes:
+    """The body that names dead letters."""
+    return wire.pack(Chosen(all=True) if ids is None else Chosen(list(ids)))
 
 
 # -- map --------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ __all__ = [
     "encode_meta",
     "envelope",
     "failure",
+    "lane_of",
     "pack",
     "read_body",
     "read_embed",
@@ -114,6 +115,18 @@ class Properties(msgspec.Struct):
     priority: int | None = 0
 
 
+class _DeliveryInfo(msgspec.Struct, frozen=True):
+    routing_key: str = LANE
+
+
+class _Sent(msgspec.Struct, frozen=True):
+    delivery_info: _DeliveryInfo = _DeliveryInfo()
+
+
+class _Routed(msgspec.Struct):
+    properties: _Sent
+
+
 class Body(msgspec.Struct, array_like=True):
     """What a message says to its kernel. `args` and `embed` are Celery's, and checked by lepton_ai/succession.py."""
 
@@ -133,6 +146,7 @@ class _AnyBody(msgspec.Struct, array_like=True):
 
 
 _ENVELOPE = msgspec.json.Decoder(Envelope)
+_ROUTED = msgspec.json.Decoder(_Routed)
 _OPTIONS = msgspec.json.Decoder(Options | None)
 _BODY = {MSGPACK: msgspec.msgpack.Decoder(Body), JSON: msgspec.json.Decoder(Body)}
 _ANY_BODY = {MSGPACK: msgspec.msgpack.Decoder(_AnyBody), JSON: msgspec.json.Decoder(_AnyBody)}
@@ -244,6 +258,15 @@ def read_envelope(raw: bytes) -> Envelope:
         return _typed(_ENVELOPE, raw)  # type: ignore[no-any-return]
     except InvalidArguments as error:
         raise Malformed(f"not a Celery protocol 2 message: {error.message}") from None
+
+
+def lane_of(raw: bytes) -> str:
+    """The lane that a message says it was sent to; the default one where it names none of ours."""
+    try:
+        name = _ROUTED.decode(raw).properties.delivery_info.routing_key
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return LANE
+    return name if name.startswith(f"{LANE}.") else LANE
 
 
 def read_options(headers: Headers) -> Options:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NoReturn
 from cyclopts import App, Group, Parameter, validators
 
 from lepton_ai import services
-from lepton_ai.commands import fleet, jobs
+from lepton_ai.commands import dead, fleet, jobs
 
 __all__ = ["app"]
 
@@ -51,6 +51,16 @@ _COMMANDS: dict[Group, tuple[Callable[..., int], ...]] = {
 for _group, _commands in _COMMANDS.items():
     for _command in _commands:
         app.command(_command, group=_group)
+_dead = App(
+    name="dead",
+    help="Look at the jobs that were given up, run them once more, or throw them away.",
+    help_format="plaintext",
+    group=Group.create_ordered("Dead letters"),
+)
+_dead.command(dead.listed, name="list")
+for _command in (dead.show, dead.replay, dead.purge):
+    _dead.command(_command)
+app.command(_dead)
 app.register_install_completion_command(
     help="Write the completion script for bash, zsh, fish or PowerShell, and say how it is loaded.",
     add_to_startup=False,  # a shell's start file is its owner's

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from lepton_ai.dead import DeadLetter
 from lepton_ai.device import Announcement
 from lepton_ai.event import CloudEvent
 from lepton_ai.job import Record
@@ -28,6 +29,8 @@ __all__ = [
     "as_json",
     "cancelled",
     "console",
+    "dead",
+    "dead_letter",
     "devices",
     "event_line",
     "findings",
@@ -41,6 +44,8 @@ __all__ = [
 
 #: An output of at most so many values is printed whole.
 _PRINTED = 64
+#: And a reason in a list is cut behind so many characters.
+_TOLD = 200
 #: No table is cut where a program or a file reads it.
 _UNLIMITED = 400
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "absent": "dim"}
@@ -115,9 +120,8 @@ def why(record: Record) -> list[Table | Text | str]:
         if placement.device is not None:
             head = f"{placement.kernel} {placement.job} was placed on {placement.device}"
         found.append(f"{head}: {placement.reason}")
-        placed_at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(placement.placed_at))
         if placement.policy:
-            found.append(f"policy {placement.policy}, by {placement.router} at {placed_at}")
+            found.append(f"policy {placement.policy}, by {placement.router} at {_when(placement.placed_at)}")
     candidates = placement.candidates if placement is not None else ()
     if candidates or record.cost is not None:
         table = _table("device", "wait ms", "transfer ms", "run ms", "finish ms", "spread", "told", numbers=slice(1, 6))
@@ -163,6 +167,47 @@ def _range(array: Any) -> str:
     if not finite.size:
         return "nothing finite"
     return f"min {finite.min():g}, max {finite.max():g}, mean {finite.mean(dtype=np.float64):g}{odd}"
+
+
+# -- dead letters -----------------------------------------------------------------------------------------------------
+
+
+def dead(found: Sequence[DeadLetter]) -> Table:
+    """A row a dead letter."""
+    table = _table("entry", "died", "job", "kernel", "why", "attempts", "told", numbers=slice(5, 6))
+    for each in found:
+        told = each.reason if len(each.reason) <= _TOLD else f"{each.reason[:_TOLD]}…"
+        table.add_row(each.entry, _when(each.died_at), each.job, each.kernel, each.code, str(each.attempts), told)
+    return table
+
+
+def dead_letter(each: DeadLetter) -> Table:
+    """Everything that is known of one; its traceback is printed below."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    arguments = each.arguments or {}
+    rows = [
+        ("entry", each.entry),
+        ("job", each.job or "unknown"),
+        ("kernel", each.kernel or "unknown"),
+        *(("argument", f"{name}: {_argument(shape)}") for name, shape in arguments.items()),
+        ("message", f"{each.size_bytes:,} bytes" + ("" if each.arguments is not None else ", which nobody can read")),
+        ("died", _when(each.died_at)),
+        ("why", f"{each.code}: {each.reason}"),
+        ("attempts", str(each.attempts)),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _argument(shape: Any) -> str:
+    return f"an array of {' x '.join(map(str, shape)) or 'no size'}" if isinstance(shape, list) else f"{shape}"
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 # -- the fleet --------------------------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from litestar import Request
 from litestar.exceptions import InternalServerException
 
 from lepton_ai import wire
+from lepton_ai.dead import those
 from lepton_ai.errors import InvalidArguments, LeptonError, Malformed, TooLarge, UnsupportedMediaType
 from lepton_ai.remote import JobRequest
+from lepton_ai.remote_protocol import Chosen
 
-__all__ = ["NDJSON", "Body", "decode", "read", "with_key"]
+__all__ = ["NDJSON", "Body", "decode", "decode_chosen", "read", "with_key"]
 
 NDJSON: Final = "application/x-ndjson"
 #: Where msgspec says that a value did not fit (`$[3].kernel`), and which field it misses or does not know.
@@ -54,6 +56,7 @@ class _Format:
         self.body: Any = decoder(_Incoming | list[_Incoming])
         self.job: Any = decoder(_Incoming)
         self.value: Any = decoder(wire.Value)
+        self.chosen: Any = decoder(Chosen)
 
 
 _JSON, _MSGPACK = _Format(msgspec.json.Decoder), _Format(msgspec.msgpack.Decoder)
@@ -97,6 +100,15 @@ def decode(body: bytes, content_type: str) -> Body:
     if isinstance(found, list):
         return Body([_request(each, known) for each in found])
     return Body([_request(found, known)], single=True)
+
+
+def decode_chosen(body: bytes, content_type: str) -> list[str] | None:
+    """The dead letters that a body names; None for all."""
+    media = content_type.split(";", maxsplit=1)[0].strip().lower()
+    if (known := _FORMATS.get(media)) is None or media == NDJSON:
+        raise UnsupportedMediaType(f"content type {media!r} is not understood; use application/json or {wire.MSGPACK}")
+    found = _decoded(known.chosen, body, f"the body is not valid {media}")
+    return those(found.entries or (), found.all)
 
 
 def with_key(sent: Body, header: str | None) -> Body:
@@ -160,4 +172,4 @@ def _invalid(error: msgspec.ValidationError) -> InvalidArguments:
     named = _FIELD.search(text)
     path = _PATH.search(text)
     field = named[1] if named else path["field"] if path else None
-    return InvalidArguments(f"not a valid job: {text}", field or None)
+    return InvalidArguments(f"not a valid request: {text}", field or None)

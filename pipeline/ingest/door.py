@@ -7,13 +7,15 @@ import contextlib
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import redis.asyncio as redis
 import structlog
 
 from lepton_ai import cancellation, idempotency, topology, wire
+from lepton_ai.async_direct import settled
+from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import BrokerUnavailable, LeptonError, TooLarge, UnknownJob, UnknownKernel
 from lepton_ai.event import FINAL_EVENTS, Cursor
@@ -31,6 +33,8 @@ from pipeline.ingest.replies import Replies
 from pipeline.ingest.view import Known, find, view
 
 __all__ = ["Door"]
+
+T = TypeVar("T")
 
 _REFRESH_S = 1.0
 _LOOK_EVERY_S = (0.05, 1.0)
@@ -192,6 +196,28 @@ class Door:
         if placement is None and meta is not None and meta.lepton is not None:
             placement = meta.lepton.placement
         return view(job_id, placement.kernel if placement else "", meta, placement)
+
+    async def dead(self, limit: int, after: str | None, job: str | None) -> list[DeadLetter]:
+        """The newest dead letters: see `lepton_ai.dead`."""
+        return await self._settled(listed(limit=limit, after=after, job=job))
+
+    async def dead_letter(self, entry: str) -> DeadLetter:
+        """One of them, by its entry or its job's id; UnknownJob where there is none."""
+        for each in await self.dead(1, None, entry):
+            return each
+        raise UnknownJob(f"no dead letter is {entry!r}", "entry")
+
+    async def replay(self, ids: list[str] | None) -> Settled:
+        """Runs dead letters once more, all of them for None."""
+        return await self._settled(replay(ids))
+
+    async def purge(self, ids: list[str] | None) -> Settled:
+        """Throws dead letters away, all of them for None."""
+        return await self._settled(purge(ids))
+
+    async def _settled(self, steps: Steps[T]) -> T:
+        async with broker_errors():
+            return await settled(self._redis, steps)
 
     async def announcements(self) -> list[Announcement]:
         """Every worker that is alive."""

@@ -10,12 +10,25 @@ import msgspec
 from litestar.openapi.spec import OpenAPIMediaType, OpenAPIResponse, Operation, RequestBody, Schema
 
 from lepton_ai import wire
+from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.event import CloudEvent
 from lepton_ai.remote import JobRequest, JobView
+from lepton_ai.remote_protocol import Chosen
 from pipeline.ingest.body import NDJSON
 from pipeline.ingest.problem import MEDIA_TYPE, Problem
 
-__all__ = ["EVENTS", "JOB_EVENTS", "ONE_JOB", "ONE_JOB_CANCELLED", "SUBMITTED", "JobLine"]
+__all__ = [
+    "DEAD",
+    "DEAD_LETTER",
+    "EVENTS",
+    "JOB_EVENTS",
+    "ONE_JOB",
+    "ONE_JOB_CANCELLED",
+    "PURGED",
+    "REPLAYED",
+    "SUBMITTED",
+    "JobLine",
+]
 
 SSE: Final = "text/event-stream"
 
@@ -37,7 +50,9 @@ class _RawSchema(Schema):
         return self._written
 
 
-def _operation(answers: Mapping[int, tuple[str, Mapping[str, Any]]], body: Mapping[str, Any] | None = None) -> Any:
+def _operation(
+    answers: Mapping[int, tuple[str, Mapping[str, Any]]], body: Mapping[str, Any] | None = None, told: str = ""
+) -> Any:
     """An Operation with these answers (a description, and the type of each content), and problems besides."""
 
     @dataclass
@@ -49,7 +64,7 @@ def _operation(answers: Mapping[int, tuple[str, Mapping[str, Any]]], body: Mappi
             }
             self.responses["default"] = OpenAPIResponse("What went wrong.", content=_content({MEDIA_TYPE: Problem}))
             if body is not None:
-                self.request_body = RequestBody(_content(body), description="One job or many.", required=True)
+                self.request_body = RequestBody(_content(body), description=told, required=True)
 
     return Described
 
@@ -88,11 +103,18 @@ SUBMITTED = _operation(
         202: ("All are accepted.", _VIEWS),
     },
     {"application/json": _ANY_JOBS, wire.MSGPACK: _ANY_JOBS, NDJSON: JobRequest},
+    "One job or many.",
 )
 ONE_JOB = _operation({200: ("The job as it stands.", _VIEW)})
 ONE_JOB_CANCELLED = _operation(
     {200: ("The job has ended.", _VIEW), 202: ("Whoever holds the job has been asked to end it.", _VIEW)}
 )
+_LETTERS: Any = list[DeadLetter]
+_SETTLED = {200: ("How many, and why others were not.", {"application/json": Settled, wire.MSGPACK: Settled})}
+DEAD = _operation({200: ("The newest first.", {"application/json": _LETTERS, wire.MSGPACK: _LETTERS})})
+DEAD_LETTER = _operation({200: ("The dead letter.", {"application/json": DeadLetter, wire.MSGPACK: DeadLetter})})
+REPLAYED = _operation(_SETTLED, {"application/json": Chosen, wire.MSGPACK: Chosen}, "Which ones.")
+PURGED = _operation(_SETTLED)
 _MESSAGES = "Server-sent events; the data of each is a CloudEvent, and its id is where to go on (`Last-Event-ID`)."
 EVENTS = _operation({200: (_MESSAGES, {SSE: CloudEvent})})
 JOB_EVENTS = _operation(

@@ -13,11 +13,11 @@ from litestar.openapi.plugins import JsonRenderPlugin, YamlRenderPlugin
 from litestar.params import Parameter
 
 from lepton_ai import wire
-from lepton_ai.errors import LeptonError
+from lepton_ai.errors import LeptonError, UnknownJob
 from lepton_ai.event import TYPES, Cursor
 from lepton_ai.job import ENDED
 from lepton_ai.remote import JobView
-from lepton_ai.remote_protocol import TENANT
+from lepton_ai.remote_protocol import DEAD_AT_ONCE, TENANT
 from lepton_ai.settings import Settings
 from pipeline.ingest import body, openapi
 from pipeline.ingest.body import NDJSON
@@ -155,6 +155,47 @@ async def job_events(door: Door, job_id: str, last_event_id: LastEventId = None)
     return Streamed(told, SSE)
 
 
+@get("/v1/dead", tags=["dead letters"], operation_class=openapi.DEAD)
+async def dead(
+    request: Request[Any, Any, Any],
+    door: Door,
+    limit: Annotated[int, Parameter(ge=1, le=DEAD_AT_ONCE)] = DEAD_AT_ONCE,
+    after: Annotated[str | None, Parameter(description="Go on behind this entry, with older ones.")] = None,
+    job: Annotated[str | None, Parameter(description="Only this one, by its job's id or its entry.")] = None,
+) -> Response[bytes]:
+    """Jobs that were given up, newest first: they killed their workers, or their retries are used up."""
+    return _respond(request, await door.dead(limit, after, job), 200)
+
+
+@get("/v1/dead/{entry:str}", tags=["dead letters"], operation_class=openapi.DEAD_LETTER)
+async def dead_letter(request: Request[Any, Any, Any], door: Door, entry: str) -> Response[bytes]:
+    """One dead letter, by its entry or its job's id."""
+    return _respond(request, await door.dead_letter(entry), 200)
+
+
+@post("/v1/dead/replay", status_code=200, tags=["dead letters"], operation_class=openapi.REPLAYED)
+async def replay(request: Request[Any, Any, Any], door: Door, settings: Settings) -> Response[bytes]:
+    """Runs dead letters once more: these `entries` (or jobs), or `all`. Each once, however many ask for it."""
+    data = await body.read(request, settings.body_limit_bytes)
+    chosen = body.decode_chosen(data, request.headers.get("content-type", "application/json"))
+    return _respond(request, await door.replay(chosen), 200)
+
+
+@delete("/v1/dead/{entry:str}", status_code=200, tags=["dead letters"], operation_class=openapi.PURGED)
+async def purge(request: Request[Any, Any, Any], door: Door, entry: str) -> Response[bytes]:
+    """Throws one dead letter away, by its entry or its job's id."""
+    settled = await door.purge([entry])
+    if settled.left:
+        raise UnknownJob(settled.left[entry], "entry")
+    return _respond(request, settled, 200)
+
+
+@delete("/v1/dead", status_code=200, tags=["dead letters"], operation_class=openapi.PURGED)
+async def purge_all(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
+    """Throws all dead letters away."""
+    return _respond(request, await door.purge(None), 200)
+
+
 @get("/v1/devices", tags=["fleet"])
 async def devices(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
     """Every worker that is alive: its device, slots, measured peaks and kernels."""
@@ -170,7 +211,10 @@ async def kernels(request: Request[Any, Any, Any], door: Door) -> Response[bytes
 def make_asgi(settings: Settings, door: Door) -> Litestar:
     """The ASGI application over one broker."""
     return Litestar(
-        [healthz, readyz, submit, job, cancel, events, job_events, devices, kernels],
+        [
+            *(healthz, readyz, submit, job, cancel, events, job_events, devices, kernels),
+            *(dead, dead_letter, replay, purge, purge_all),
+        ],
         lifespan=[door.open],
         dependencies={"door": _provide(door), "settings": _provide(settings)},
         exception_handlers=HANDLERS,

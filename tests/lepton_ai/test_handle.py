@@ -216,5 +216,5 @@ def test_a_job_that_is_due_later_says_when() -> None:
 
     job = JobHandle("job", "a.b", Scheduled(None, placement))
     assert (job.state, job.done) == ("scheduled", False)
-    with pytest.raises(ResultTimeout, match="is scheduled .* due at noon"):
+    with pytest.raises(ResultTimeout, match=r"is scheduled .* due at noon"):
         job.result(timeout=0)
