@@ -38,6 +38,7 @@ def router_kill(play: Play, size: Size) -> None:
         trap = router.proxy.trap = _trap(router, connections, begins, after)
         fleet.restart(router)
         incarnation = fleet.incarnation(router)
+        play.until("it waits for jobs", lambda incarnation=incarnation: play.waits(f"{incarnation}-wake"))
         load.submit([0] * size.jobs)
         load.submit([0] * size.jobs)
         play.until(f"the router is killed at {begins} + {after}", trap.sprung.is_set)
