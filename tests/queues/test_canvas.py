@@ -22,10 +22,10 @@ from lepton_ai.errors import BrokerUnavailable, InvalidArguments, JobCancelled, 
 from lepton_ai.kernel import Kernel
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps, Sequel, sequel_of
+from queues import canvas as canvas_module
 from queues.app import celery_addresses
 from queues.canvas import Canvas
 from queues.connection import Connection
-from queues import canvas as canvas_module
 from tasks.batching import TakenJob, read
 
 KERNELS = {"t.first", "t.kernel"}
