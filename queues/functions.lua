@@ -407,6 +407,7 @@ end
 -- transact: as MULTI behind WATCH, for a broker that is full and refuses writes. KEYS the lists that must have the
 -- lengths that ARGV names first; then the commands, each as the number of its words and the words.
 -- Returns how many commands were done, or -1 where a list is not as long as it must be.
+local INSIDE = {} -- those of these functions that stand in a transaction, by their names: a function may not FCALL
 local function transact(keys, args)
   for at, key in ipairs(keys) do
     if redis.call('LLEN', key) ~= tonumber(args[at]) then return -1 end
@@ -414,7 +415,12 @@ local function transact(keys, args)
   local at, done = #keys + 1, 0
   while at <= #args do
     local words = tonumber(args[at])
-    redis.pcall(unpack(args, at + 1, at + words))
+    local own = args[at + 1] == 'FCALL' and INSIDE[args[at + 2]]
+    if own then
+      pcall(own, nil, { unpack(args, at + 4, at + words) })
+    else
+      redis.pcall(unpack(args, at + 1, at + words))
+    end
     at, done = at + words + 1, done + 1
   end
   return done
@@ -526,6 +532,9 @@ local function sizes(_, args)
   end
   return flat
 end
+
+INSIDE['lepton_finish_VERSION'], INSIDE['lepton_bury_VERSION'] = finish, bury_one
+INSIDE['lepton_schedule_VERSION'] = schedule
 
 local function register(name, callback, flags)
   redis.register_function{ function_name = 'lepton_' .. name .. '_VERSION', callback = callback, flags = flags }
