@@ -276,8 +276,6 @@ def test_a_request_of_too_many_jobs_is_refused(broker_url: str, monkeypatch: pyt
 
 
 def test_a_broker_without_the_functions_is_given_them(broker_url: str, connection: Connection) -> None:
-    if "lepton_accept" not in admission.functions.library()[1]:
-        pytest.skip("the functions come with another branch")
     connection.call("FUNCTION", "FLUSH")
     assert through(broker_url, lambda door: door.accept([request()], 0))
     assert len(waiting(connection)) == 1
