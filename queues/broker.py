@@ -185,9 +185,10 @@ class Broker:
         is_full = self._refused([remembered, brought, length, *depths])
         self.back = dict(zip(_BACK, depths, strict=False))
         room = max(0, limit - sum(self.back.values()))
+        messages: list[bytes] = [brought] if isinstance(brought, bytes) else []
         if is_full:
-            return self._move([], claim, [self._wake_claim, *lists], max(1, room))
-        messages: list[bytes] = [] if brought is None else [brought]
+            moved, length = self._move([], claim, [self._wake_claim, *lists], max(1, room) - len(messages))
+            return messages + moved, length
         moves: list[Command] = []
         given = dict.fromkeys(lanes, 0)
         for at in range(0, len(lists), len(lanes)):  # one priority of every lane
@@ -253,8 +254,10 @@ class Broker:
                 self.connection.send([("LMOVE", source, target, "RIGHT", "LEFT")] * count)
             )
             found = sum(isinstance(each, bytes) for each in replies)
+            if self._refused(replies):
+                found += len(self._call("move", (target, source), (count - found, self.incarnation)))
             moved += found
-            if self._refused(replies) or found < count:
+            if found < count:
                 break
         return moved
 
@@ -302,13 +305,13 @@ class Broker:
                 self.connection.call("UNWATCH")
                 raise each
         commands = list(self._dispatch_commands(step))
-        replies = self.connection.receive(self.connection.send([("MULTI",), *commands, ("EXEC",)]))
-        if self._refused(each for each in replies if not _is_aborted(each)):
+        *queued, answer = self.connection.receive(self.connection.send([("MULTI",), *commands, ("EXEC",)]))
+        if self._refused([*queued, None if _is_aborted(answer) else answer]) or _is_aborted(answer):
             words = [part for command in commands for part in (len(command), *command)]
-            done = self._call("transact", claims, (*lengths, *words))
+            is_done = self._call("transact", claims, (*lengths, *words)) >= 0
         else:
-            done = -1 if replies[-1] is None else len(commands)
-        if done < 0:
+            is_done = answer is not None
+        if not is_done:
             raise Fenced(f"claims {claims} changed under our hands")
         self._known_devices |= step.queued.keys() | step.alone.keys()
 
@@ -450,7 +453,7 @@ class Broker:
 
     def count_fenced(self) -> None:
         """A commit of ours was refused."""
-        self.connection.call("HINCRBY", topology.COUNTERS, "fenced", 1)
+        self._call("transact", (), (4, "HINCRBY", topology.COUNTERS, "fenced", 1))  # a full broker does that too
 
     def release(self, slot: int, flags: str) -> None:
         """Gives a batch back unrun; Fenced where it is no longer ours.
@@ -528,7 +531,10 @@ def _shares(depths: Sequence[int], room: int) -> list[int]:
 
 
 def _is_aborted(reply: Any) -> bool:
-    """Whether this is a transaction's answer to a command that was refused before it."""
+    """Whether this is the answer of a transaction that did nothing: for want of memory, as every other error is raised.
+
+    Memory may run out before one of its commands or, when all of those have been taken, before the transaction itself.
+    """
     return isinstance(reply, CommandError) and reply.message.startswith("EXECABORT")
 
 

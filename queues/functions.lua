@@ -452,7 +452,7 @@ local function follow_one(_, args) return follow(unpack(args, 1, 4)) end
 -- transact: as MULTI behind WATCH, for a broker that is full and refuses writes. KEYS the lists that must have the
 -- lengths that ARGV names first; then the commands, each as the number of its words and the words.
 -- Returns how many commands were done, or -1 where a list is not as long as it must be.
-local OWN = {
+local INSIDE = { -- those of these functions that stand in a transaction, by their names: a function may not FCALL
   lepton_schedule_VERSION = schedule,
   lepton_follow_VERSION = follow_one,
   lepton_finish_VERSION = finish,
@@ -465,7 +465,7 @@ local function transact(keys, args)
   local at, done = #keys + 1, 0
   while at <= #args do
     local words = tonumber(args[at])
-    local own = args[at + 1] == 'FCALL' and OWN[args[at + 2]] -- a function may not call another by FCALL
+    local own = args[at + 1] == 'FCALL' and INSIDE[args[at + 2]]
     if own then
       pcall(own, {}, { unpack(args, at + 4, at + words) })
     else
@@ -586,6 +586,7 @@ local function sizes(_, args)
   end
   return flat
 end
+
 
 local function register(name, callback, flags)
   redis.register_function{ function_name = 'lepton_' .. name .. '_VERSION', callback = callback, flags = flags }

@@ -251,13 +251,13 @@ class _Slot:
         list is gone, or it happens now. One that comes while our lease has lapsed waits until the heartbeat has taken
         it again, for as long as nobody has recovered the batch.
         """
-        held: list[bytes] = []
         while True:
             try:
                 broker.commit(step)
                 self._slots.observer.ended(endings)
                 if step.chord_parts:
                     self._slots.chord_parts.committed(job for job, _ in step.chord_parts)
+                held: list[bytes] = []
                 break
             except Fenced as error:
                 held = broker.held(self.number)

@@ -35,7 +35,7 @@ case "$*" in
         for last; do :; done
         echo "${{last##*/}}" >>"$INSTALLED"
         ;;
-    *"-m pytest"*) echo "at=$PWD pytest=$*" ;;
+    *"-m pytest"* | *"-m bench"*) echo "at=$PWD python=$*" ;;
 esac
 """
 
@@ -143,7 +143,9 @@ def test_help_needs_no_python(checkout: Checkout) -> None:
 
 def test_the_usage_has_every_command_of_the_launcher(checkout: Checkout) -> None:
     usage = checkout.run().stdout
-    assert all(f"\n  {command}" in usage for command in ("demo ", "serve SERVICE ", "test ", "check ", "help "))
+    assert all(
+        f"\n  {command}" in usage for command in ("demo ", "serve SERVICE ", "test ", "check ", "bench NAME ", "help ")
+    )
 
 
 @pytest.mark.parametrize("command", [[], ["serve"]])
@@ -212,10 +214,17 @@ def test_a_symbolic_link_to_a_symbolic_link_will_do(checkout: Checkout, tmp_path
 def test_tests_run_in_the_checkout_with_the_other_lock(checkout: Checkout, tmp_path: Path) -> None:
     checkout.add_python()
     run = checkout.run("test", "-k", "a or b", cwd=tmp_path)
-    assert run.stdout.strip() == f"at={checkout.root} pytest=-m pytest -k a or b"
+    assert run.stdout.strip() == f"at={checkout.root} python=-m pytest -k a or b"
     assert checkout.installed() == ["venv", "requirements-dev.lock", "a checkout"]
     checkout.run("demo")
     assert checkout.installed() == []
+
+
+def test_benches_run_in_the_checkout_with_the_other_lock(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.add_python()
+    run = checkout.run("bench", "faults", "--only", "poison", cwd=tmp_path)
+    assert run.stdout.strip() == f"at={checkout.root} python=-m bench faults --only poison"
+    assert checkout.installed() == ["venv", "requirements-dev.lock", "a checkout"]
 
 
 def test_the_second_set_is_added_to_the_first(checkout: Checkout) -> None:

@@ -110,6 +110,17 @@ class Auditor:
             found += [job for job, start in zip(some, starts, strict=True) if not _is_final(start)]
         return found
 
+    def unsuccessful(self, connection: Connection) -> dict[str, str]:
+        """The acknowledged jobs that have ended otherwise than well, each with what its waiter is told."""
+        found: dict[str, str] = {}
+        jobs = list(self.acknowledged)
+        for at in range(0, len(jobs), _AT_ONCE):
+            some = jobs[at : at + _AT_ONCE]
+            for job, raw in zip(some, connection.many([("GET", topology.result(job)) for job in some]), strict=True):
+                if raw is not None and b"SUCCESS" not in raw[:200]:
+                    found[job] = str(wire.read_meta(raw).result)
+        return found
+
     def audit(self, connection: Connection, events: Mapping[str, int] | None = None) -> Audit:
         """Reads everything back. `events` are the final events of each job where they are not in the stream."""
         executed = self.executed()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lepton_ai import topology, wire
 from lepton_ai.errors import BrokerUnavailable, LeptonError
 from queues.connection import CommandError, Connection
 from tests.faults.actors import Actor, Stage
@@ -42,6 +42,12 @@ class Play:
         self.auditor = Auditor(folder / "runs")
         self.complaints: list[str] = []
         """What was not as promised, beside what the auditor finds."""
+        self.doomed: set[str] = set()
+        """Jobs that are to fail; every other is to succeed."""
+        self.endless: set[str] = set()
+        """Jobs that never end, but whose messages are still there: of plain Celery."""
+        self.told: Counter[str] | None = None
+        """How often each job's waiter was told an end, where that is not in Lepton's events: of plain Celery."""
         self.notes: dict[str, Any] = {}
         """Figures of this scenario alone."""
         self.loads: list[Load] = []
@@ -165,10 +171,10 @@ class Play:
         lines = self.ask("INFO", "memory").decode().splitlines()
         return int(next(line for line in lines if line.startswith("used_memory:")).partition(":")[2])
 
-    def state(self, job: str) -> str:
-        """Celery's word for how a job stands."""
-        raw = self.ask("GET", topology.result(job))
-        return wire.read_meta(raw).status if raw else ""
+    def waits(self, name: str) -> bool:
+        """Whether the connection of that name waits for a message now."""
+        connections = self.ask("CLIENT", "LIST").decode().splitlines()
+        return any(f"name={name} " in each and "cmd=blmove" in each for each in connections)
 
     def held(self, incarnation: str) -> int:
         """How many messages lie in the lists of an incarnation."""

@@ -280,9 +280,10 @@ class _Connection:
         if not self._commands:  # from before it was watched
             return True
         command = self._commands.pop()
-        sprung = self._trap.answered(self, command, decode(frame))
+        if self._trap.answered(self, command, decode(frame)) and self._trap.withhold:
+            return False  # and the next command is not sent on either
         self._free.set()
-        return not (sprung and self._trap.withhold)
+        return True
 
     async def _slowly(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         if delay_s := self._proxy.latency_s + len(data) / self._proxy.bytes_per_s:

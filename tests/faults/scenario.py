@@ -61,6 +61,8 @@ class Row(msgspec.Struct, omit_defaults=False):
     refused: int = 0
     unknown: int = 0
     lost: int = 0
+    endless: int = 0
+    """Never ended, but their messages are still there: of plain Celery, which runs them again for ever."""
     duplicate_effects: int = 0
     phantom: int = 0
     re_executions: int = 0
@@ -108,7 +110,9 @@ def _play(scenario: Scenario, size: Size, play: Play, row: Row) -> None:
         play.complaints.append("".join(traceback.format_exception_only(error)).strip())
     try:
         with contextlib.closing(play.connect()) as connection:
-            _fill(row, play, play.auditor.audit(connection))
+            audit = play.auditor.audit(connection, play.told)
+            _fill(row, play, audit)
+            _judge(play, audit, play.auditor.unsuccessful(connection))
     except LeptonError as error:
         play.complaints.append(f"nothing can be audited: {error}")
     row.reasons = play.complaints
@@ -119,15 +123,26 @@ def _fill(row: Row, play: Play, audit: Audit) -> None:
     auditor, spans_s = play.auditor, play.recovery.spans_s
     row.submitted, row.acknowledged = auditor.submitted, len(auditor.acknowledged)
     row.refused, row.unknown = len(auditor.refused), len(auditor.unknown)
-    row.lost, row.duplicate_effects = len(audit.lost), audit.duplicate_effects
+    lost = [job for job in audit.lost if job not in play.endless]
+    row.endless = len(audit.lost) - len(lost)
+    row.lost, row.duplicate_effects = len(lost), audit.duplicate_effects
     row.phantom, row.re_executions = len(audit.phantom), audit.re_executions
     row.conservation = audit.conservation
     row.recoveries = len(spans_s)
     if spans_s:
         row.recovery_p50_s, row.recovery_max_s = round(float(np.median(spans_s)), 2), round(max(spans_s), 2)
-    row.notes = {**play.notes, "runs": audit.runs, "counters": audit.counters, "left": audit.left}
-    play.expect(not audit.lost, f"lost: {audit.lost[:_EXAMPLES]}")
+    row.notes |= {**play.notes, "runs": audit.runs, "counters": audit.counters, "left": audit.left}
+    play.expect(not lost, f"lost: {lost[:_EXAMPLES]}")
+    play.expect(not row.endless, f"{row.endless} jobs never end")
     play.expect(not audit.repeated_events, f"more than one final event: {audit.repeated_events[:_EXAMPLES]}")
     play.expect(not audit.repeated_replies, f"answered twice: {audit.repeated_replies[:_EXAMPLES]}")
     play.expect(not audit.phantom, f"refused, and ran all the same: {audit.phantom[:_EXAMPLES]}")
     play.expect(not audit.conservation, f"accepted and what became of it differ by {audit.conservation}")
+
+
+def _judge(play: Play, audit: Audit, unsuccessful: dict[str, str]) -> None:
+    """Every job is to succeed, but for those that are doomed, and they are not to."""
+    failed = [told for job, told in unsuccessful.items() if job not in play.doomed]
+    play.expect(not failed, f"{len(failed)} jobs did not succeed: {failed[:1]}")
+    spared = play.doomed - unsuccessful.keys() - set(audit.lost)
+    play.expect(not spared, f"{len(spared)} jobs succeeded that should not have")

@@ -22,8 +22,8 @@ ROUTER_POINTS = (
     *((_MAIN, "MULTI", after) for after in (0, 1, 3, 5)),
     (_MAIN, "EXEC", 0),
 )
-#: Where the ingest is killed: its transaction has begun, has a message in it, is about to be executed, is executed.
-INGEST_POINTS = (("MULTI", False), ("LPUSH", False), ("EXEC", True), ("EXEC", False))
+#: Where the ingest is killed: `accept` is about to be called, and has been called.
+INGEST_POINTS = (("FCALL", True), ("FCALL", False))
 
 
 def router_kill(play: Play, size: Size) -> None:
@@ -38,6 +38,7 @@ def router_kill(play: Play, size: Size) -> None:
         trap = router.proxy.trap = _trap(router, connections, begins, after)
         fleet.restart(router)
         incarnation = fleet.incarnation(router)
+        play.until("it waits for jobs", lambda incarnation=incarnation: play.waits(f"{incarnation}-wake"))
         load.submit([0] * size.jobs)
         load.submit([0] * size.jobs)
         play.until(f"the router is killed at {begins} + {after}", trap.sprung.is_set)

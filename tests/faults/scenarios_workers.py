@@ -137,14 +137,8 @@ def _set(play: Play, fleet: Fleet, member: Member, begins: str, after: int) -> t
         asked=asked,
         fruitful=not asked,
     )
+    incarnation = fleet.incarnation(member)
     member.proxy.trap = trap
     member.proxy.reset()
-    incarnation = fleet.incarnation(member)
-    play.until(f"{member.actor.name} is back", lambda: _listens(play, incarnation))
+    play.until(f"{member.actor.name} is back", lambda: play.waits(f"{incarnation}-0"))
     return trap, incarnation
-
-
-def _listens(play: Play, incarnation: str) -> bool:
-    """Whether the slot of an incarnation waits for jobs."""
-    names = play.ask("CLIENT", "LIST").decode().splitlines()
-    return any(f"name={incarnation}-0 " in line and "cmd=blmove" in line for line in names)

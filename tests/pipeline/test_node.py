@@ -15,6 +15,7 @@ from lepton_ai.settings import Settings
 from pipeline.node import RemoteControl
 from pipeline.window import Window
 from queues.addresses import celery_addresses
+from queues.broker import Kind
 from queues.connection import Connection
 from queues.event_stream import EventStream
 
@@ -54,7 +55,7 @@ def test_the_lane_is_the_queue_that_it_reads(app: Celery) -> None:
 
 
 def test_what_waits_in_the_window_is_reserved(app: Celery, window: Window) -> None:
-    claim, _ = window.open_claim()
+    claim, _ = window.open_claim(Kind.NEW)
     window.hold(claim, [b"message"])
     window.add("one", "a.b", Options(), b"message", claim)
     assert [(each["id"], each["name"]) for each in ask(app, "reserved")] == [("one", "a.b")]

@@ -16,6 +16,7 @@ from pipeline import pricing
 from pipeline.cluster import Cluster
 from pipeline.pricing import Pricing, price
 from pipeline.window import ClaimedJob, Window
+from queues.broker import Kind
 
 MATMUL = KernelSpec(
     "linalg.matmul",
@@ -45,7 +46,7 @@ def cluster() -> Cluster:
 
 
 def claimed(kernel: str, options: Options, message: bytes = b"") -> ClaimedJob:
-    return ClaimedJob("job", kernel, options, message, Window("router", 1, 2**20).open_claim()[0], 0)
+    return ClaimedJob("job", kernel, options, message, Window("router", 1, 2**20).open_claim(Kind.NEW)[0], 0)
 
 
 def job(kernel: str = "linalg.matmul", **options: Any) -> ClaimedJob:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import re
 import threading
@@ -21,10 +22,10 @@ from lepton_ai.errors import BrokerUnavailable, InvalidArguments, JobCancelled, 
 from lepton_ai.kernel import Kernel
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps, Sequel, sequel_of
+from queues import canvas as canvas_module
 from queues.app import celery_addresses
 from queues.canvas import Canvas
 from queues.connection import Connection
-from queues import canvas as canvas_module
 from tasks.batching import TakenJob, read
 
 KERNELS = {"t.first", "t.kernel"}
@@ -43,6 +44,7 @@ def app(broker_url: str) -> Iterator[Celery]:
     before = _state._tls.current_app
     app.set_current()
     yield app
+    gc.collect()  # a result that is forgotten later would unsubscribe, broker or no broker
     _state._set_current_app(before)
     app.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def app(fleet: Fleet, plain: None) -> Iterator[Celery]:
     app = Celery("producer", broker=broker, backend=backend, set_as_current=False)
     app.conf.update(accept_content=["json", "msgpack"])
     yield app
+    gc.collect()  # a result that is forgotten later would unsubscribe, broker or no broker
     app.close()
 
 

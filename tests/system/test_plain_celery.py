@@ -98,13 +98,6 @@ def test_what_celery_may_ask_and_this_release_does_not_do_fails_at_once(
         result.get(timeout=10)
 
 
-def test_callbacks_are_refused_and_never_dropped(app: Celery) -> None:
-    followed = app.signature("linalg.matmul", kwargs={"a": A, "b": B}, queue="lepton.ingest")
-    result = app.send_task("linalg.matmul", kwargs={"a": A, "b": B}, queue="lepton.ingest", link=followed)
-    with pytest.raises(Exception, match="link"):
-        result.get(timeout=10)
-
-
 def test_an_unknown_option_in_our_header_is_refused(app: Celery) -> None:
     header = {"lepton": {"colour": "red"}}
     result = app.send_task("linalg.matmul", kwargs={"a": A, "b": B}, queue="lepton.ingest", headers=header)

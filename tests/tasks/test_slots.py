@@ -218,6 +218,7 @@ def test_a_commit_whose_lease_has_lapsed_waits_for_the_heartbeat_and_runs_nothin
         assert refused.acquire(timeout=5)
     worker.lease.announce(b"")
     assert worker.double(job) == [2.0]
+    worker.slots.drain()
     assert worker.counters() == {"succeeded": 1}
     assert len(worker.shop.contexts) == 1
 

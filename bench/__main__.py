@@ -1,0 +1,27 @@
+"""`python -m bench NAME [ARGUMENT...]`, from the repository's root: runs one of the benches."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+_BENCHES = {
+    "faults": "kills, freezes and cuts what Lepton runs on, and counts what is lost",
+    "round-trip": "from submit to result in hand, beside plain Celery",
+}
+
+
+def main() -> int:
+    name = next(iter(sys.argv[1:]), "--help")
+    if name in _BENCHES:
+        sys.argv = [f"lepton bench {name}", *sys.argv[2:]]
+        return int(importlib.import_module(f"bench.{name.replace('-', '_')}").main() or 0)
+    asked = name in ("-h", "--help")
+    print("usage: lepton bench NAME [ARGUMENT...]\n", file=sys.stdout if asked else sys.stderr)
+    for each, what in _BENCHES.items():
+        print(f"  {each:12} {what}", file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
