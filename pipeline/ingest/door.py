@@ -247,9 +247,10 @@ class Door:
         return [self._kernels[name][0] for name in sorted(self._kernels)]
 
     async def ping(self) -> None:
-        """Returns where the broker answers."""
+        """Returns where the broker answers, and is as durable as it should be."""
         async with broker_errors():
             await self._redis.ping()
+            await self._admission.ready()
 
     # -- accept -------------------------------------------------------------------------------------------------
 
