@@ -4,10 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lepton_ai.accounts import Accounts
     from lepton_ai.async_client import AsyncClient
     from lepton_ai.async_events import AsyncEvents
     from lepton_ai.async_handle import AsyncJobHandle
     from lepton_ai.client import Client
+    from lepton_ai.dead import DeadLetter
     from lepton_ai.device import Announcement, Peaks
     from lepton_ai.errors import LeptonError
     from lepton_ai.event import CloudEvent
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from lepton_ai.kernel import Kernel, KernelSpec
 
 __all__ = [
+    "Accounts",
     "Announcement",
     "AsyncClient",
     "AsyncEvents",
@@ -24,6 +27,7 @@ __all__ = [
     "Client",
     "CloudEvent",
     "Cost",
+    "DeadLetter",
     "Estimate",
     "JobHandle",
     "Kernel",
@@ -37,6 +41,7 @@ __all__ = [
 #: Where each is. They are loaded when they are asked for: NumPy and asyncio take a third of a second, and not everybody
 #: who imports something of ours needs them.
 _MODULES = {
+    "Accounts": "accounts",
     "Announcement": "device",
     "AsyncClient": "async_client",
     "AsyncEvents": "async_events",
@@ -44,6 +49,7 @@ _MODULES = {
     "Client": "client",
     "CloudEvent": "event",
     "Cost": "job",
+    "DeadLetter": "dead",
     "Estimate": "job",
     "JobHandle": "handle",
     "Kernel": "kernel",

@@ -7,6 +7,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
+from lepton_ai.accounts import Accounts
 from lepton_ai.async_events import AsyncEvents
 from lepton_ai.async_flight import Rows
 from lepton_ai.async_handle import AsyncJobHandle, AsyncJobReader
@@ -38,6 +39,7 @@ class _Connection(AsyncJobReader, Protocol):
     async def dead(self, limit: int, job: str | None) -> list[DeadLetter]: ...
     async def replay(self, ids: Iterable[str] | None) -> Settled: ...
     async def purge(self, ids: Iterable[str] | None) -> Settled: ...
+    async def accounts(self) -> Accounts: ...
     async def close(self) -> None: ...
 
 
@@ -151,6 +153,10 @@ class AsyncClient:
     async def purge(self, ids: Iterable[str] = (), *, all: bool = False) -> Settled:  # noqa: A002
         """See `Client.purge`."""
         return await self._connection.purge(those(ids, all))
+
+    async def accounts(self) -> Accounts:
+        """Where every accepted job is, or how it ended: see `Client.accounts`."""
+        return await self._connection.accounts()
 
     async def close(self) -> None:
         await self._connection.close()

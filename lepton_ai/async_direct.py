@@ -16,6 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from lepton_ai import cancellation, topology, wire
+from lepton_ai.accounts import ASK, Accounts, accounts_of, sizes_command
 from lepton_ai.async_events import AsyncEvents, EventWays
 from lepton_ai.async_flight import AsyncFlight, Part, Rows, cancelled
 from lepton_ai.async_handle import AsyncJobHandle
@@ -211,6 +212,12 @@ class AsyncDirect:
     async def purge(self, ids: Iterable[str] | None) -> Settled:
         with self._asking():
             return await settled(self._redis, purge(ids))
+
+    async def accounts(self) -> Accounts:
+        """Where every accepted job is, or how it ended."""
+        (listed_functions,) = await self._all([ASK], transaction=False)
+        (flat,) = await self._all([sizes_command(listed_functions)], transaction=False)
+        return accounts_of(flat)
 
     async def close(self) -> None:
         if self._pumping is not None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import httpx
 
 from lepton_ai import idempotency, wire
+from lepton_ai.accounts import Accounts
 from lepton_ai.async_events import AsyncEvents, EventWays
 from lepton_ai.async_flight import AsyncFlight, Part, Rows
 from lepton_ai.async_handle import AsyncJobHandle
@@ -44,6 +45,7 @@ from lepton_ai.remote_protocol import (
     headers,
     path_of,
     place_of,
+    read_accounts,
     read_announcements,
     read_dead,
     read_settled,
@@ -231,6 +233,9 @@ class AsyncRemote:
             except UnknownJob as error:
                 left[each] = error.message
         return Settled(count, left)
+
+    async def accounts(self) -> Accounts:
+        return read_accounts(await self._call("GET", "/v1/accounts"))
 
     async def close(self) -> None:
         await self._ways.close_all()

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+from lepton_ai.accounts import Accounts
 from lepton_ai.dead import DeadLetter, Settled, those
 from lepton_ai.device import Announcement
 from lepton_ai.errors import InvalidArguments, InvalidSettings, NoBroker
@@ -47,6 +48,7 @@ class _Connection(JobReader, Protocol):
     def dead(self, limit: int, job: str | None) -> list[DeadLetter]: ...
     def replay(self, ids: Iterable[str] | None) -> Settled: ...
     def purge(self, ids: Iterable[str] | None) -> Settled: ...
+    def accounts(self) -> Accounts: ...
     def close(self) -> None: ...
 
 
@@ -208,6 +210,10 @@ class Client:
     def purge(self, ids: Iterable[str] = (), *, all: bool = False) -> Settled:  # noqa: A002
         """Throws dead letters away: these, by entry or job id, or `all`. Their jobs keep their error."""
         return self._connection.purge(those(ids, all))
+
+    def accounts(self) -> Accounts:
+        """Where every accepted job is, or how it ended, at one moment: a `difference` other than 0 is a defect."""
+        return self._connection.accounts()
 
     def close(self) -> None:
         self._connection.close()

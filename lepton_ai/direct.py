@@ -14,6 +14,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from lepton_ai import cancellation, topology, wire
+from lepton_ai.accounts import ASK, Accounts, accounts_of, sizes_command
 from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.direct_protocol import (
@@ -219,6 +220,12 @@ class Direct:
 
     def purge(self, ids: Iterable[str] | None) -> Settled:
         return self._settled(purge(ids))
+
+    def accounts(self) -> Accounts:
+        """Where every accepted job is, or how it ended."""
+        (listed_functions,) = self._all([ASK], transaction=False)
+        (flat,) = self._all([sizes_command(listed_functions)], transaction=False)
+        return accounts_of(flat)
 
     def close(self) -> None:
         self._redis.close()

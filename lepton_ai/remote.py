@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from lepton_ai import idempotency, wire
+from lepton_ai.accounts import Accounts
 from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.device import Announcement
 from lepton_ai.errors import BrokerUnavailable, InvalidRequest, LeptonError, Unavailable, UnknownJob
@@ -45,6 +46,7 @@ from lepton_ai.remote_protocol import (
     headers,
     path_of,
     place_of,
+    read_accounts,
     read_announcements,
     read_dead,
     read_settled,
@@ -240,6 +242,9 @@ class Remote:
             except UnknownJob as error:
                 left[each] = error.message
         return Settled(count, left)
+
+    def accounts(self) -> Accounts:
+        return read_accounts(self._call("GET", "/v1/accounts"))
 
     def close(self) -> None:
         self._http.close()

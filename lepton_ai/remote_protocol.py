@@ -11,6 +11,7 @@ from urllib.parse import quote
 import msgspec
 
 from lepton_ai import sse, wire
+from lepton_ai.accounts import Accounts
 from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.device import Announcement
 from lepton_ai.errors import (
@@ -57,6 +58,7 @@ __all__ = [
     "headers",
     "path_of",
     "place_of",
+    "read_accounts",
     "read_announcements",
     "read_dead",
     "read_settled",
@@ -122,6 +124,7 @@ class JobView(msgspec.Struct, omit_defaults=True):
 
 read_view: Final = msgspec.msgpack.Decoder(JobView).decode
 read_views: Final = msgspec.msgpack.Decoder(list[JobView]).decode
+read_accounts: Final = msgspec.msgpack.Decoder(Accounts).decode
 read_dead: Final = msgspec.msgpack.Decoder(list[DeadLetter]).decode
 read_settled: Final = msgspec.msgpack.Decoder(Settled).decode
 read_announcements: Final = msgspec.msgpack.Decoder(list[Announcement]).decode

@@ -284,7 +284,21 @@ def _queues(facts: Facts) -> Iterator[Finding]:
         fix = "start a worker that announces the kernel, or cancel them; `lepton why ID` says what each waits for"
         yield Finding("parked", "warning", f"jobs that no live device can run: {text}", fix)
     if fleet.dead:
-        yield Finding("dead", "warning", f"{fleet.dead} messages that nobody could read", "XRANGE lepton:dead - +")
+        text = f"{_counted(fleet.dead, 'job')} that were given up"
+        yield Finding("dead", "warning", text, "`lepton dead list`; `lepton dead replay` runs them once more")
+
+
+def _conservation(facts: Facts) -> Iterator[Finding]:
+    accounts = facts.accounts
+    if accounts is None:
+        return
+    terms = ", ".join(f"{name} {count:,}" for name, count in accounts.terms.items())
+    text = f"{accounts.equation()} ({terms})"
+    if accounts.difference:
+        fix = "keep the logs and the broker's data: something but Lepton changes its keys, or Lepton has a defect"
+        yield Finding("conservation", "problem", text, fix)
+    else:
+        yield Finding("conservation", "ok", text)
 
 
 def _ingest(facts: Facts) -> Iterator[Finding]:
@@ -316,6 +330,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     _memory,
     _alive,
     _queues,
+    _conservation,
     _ingest,
 )
 

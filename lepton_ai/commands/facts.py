@@ -24,6 +24,7 @@ from typing import Any, Final
 import msgspec
 
 from lepton_ai import services, topology
+from lepton_ai.accounts import ASK, Accounts, accounts_of, sizes_command
 from lepton_ai.commands.address import address, http_address, masked
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import InvalidSettings, LeptonError
@@ -134,6 +135,8 @@ class Facts(msgspec.Struct, frozen=True):
     server: Server | None = None
     server_error: str | None = None
     fleet: Fleet | None = None
+    accounts: Accounts | None = None
+    """Where every job is; None where nobody could be asked, or the broker has no functions of ours yet."""
     http_url: str | None = None
     http_named: bool = False
     """True where the ingest was named, so that its silence is no mere absence."""
@@ -162,9 +165,9 @@ def gather(url: str | None = None, environ: Mapping[str, str] = os.environ) -> F
     if left and found.get("server") is None:  # that `lepton up` has ended, and nobody named its broker
         left_at, asked = None, None
         found.pop("server_error", None)
-    if found.get("fleet") is None and found.get("remote_fleet") is not None:
-        found["fleet"] = found["remote_fleet"]
-    found.pop("remote_fleet", None)
+    told = {name: found.pop(f"remote_{name}", None) for name in ("fleet", "accounts")}
+    if found.get("fleet") is None:  # the broker's own word comes first
+        found |= told
     return Facts(
         python=tuple(sys.version_info[:3]),
         platform=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -332,7 +335,8 @@ def _broker(url: str) -> dict[str, Any]:
             url, socket_timeout=_ANSWER_S, socket_connect_timeout=_ANSWER_S, retry=Retry(NoBackoff(), 0)
         )
         with client:
-            return {"server": _server(client), "server_error": None, "fleet": _fleet(client)}
+            looked = {"server": _server(client), "server_error": None, "fleet": _fleet(client)}
+            return looked | {"accounts": _accounts(client)}
     except (redis.RedisError, ValueError, OSError) as error:
         return {"server_error": str(error) or type(error).__name__}
 
@@ -378,6 +382,15 @@ def _libraries(listed: Any) -> list[str]:
     return names
 
 
+def _accounts(client: Any) -> Accounts | None:
+    import redis
+
+    try:
+        return accounts_of(client.execute_command(*sizes_command(client.execute_command(*ASK))))
+    except (redis.ResponseError, LeptonError):  # an ACL may forbid it, or nobody has loaded the functions yet
+        return None
+
+
 def _fleet(client: Any) -> Fleet | None:
     import redis
 
@@ -388,7 +401,9 @@ def _fleet(client: Any) -> Fleet | None:
         leases = client.mget([topology.lease(name) for name in holders]) if holders else []
         workers = read_leases(leases)
         queues = sorted(devices | {each.device for each in workers})
-        lists = [*topology.lane_lists(), topology.AGAIN]
+        tenants = [name.decode(errors="replace") for name in client.smembers(topology.LANES)]
+        lanes = [each for lane in (topology.LANE, *tenants) for each in topology.lane_lists(lane)]
+        lists = [*lanes, topology.AGAIN, topology.ALONE]
         lists += [topology.parked(kernel) for kernel in parked] + [topology.device_queue(name) for name in queues]
         with client.pipeline(transaction=False) as pipeline:
             for each in lists:
@@ -397,15 +412,14 @@ def _fleet(client: Any) -> Fleet | None:
             *lengths, dead = pipeline.execute()
     except redis.ResponseError:
         return None
-    lanes = len(topology.lane_lists())
-    behind = lengths[lanes + 1 :]
+    first, behind = len(lanes), lengths[len(lanes) + 2 :]
     return Fleet(
         workers=tuple(workers),
         routers=sum(
             lease is not None and name.startswith("router-") for name, lease in zip(holders, leases, strict=True)
         ),
-        waiting=sum(lengths[:lanes]),
-        again=lengths[lanes],
+        waiting=sum(lengths[:first]),
+        again=sum(lengths[first : first + 2]),
         parked={kernel: count for kernel, count in zip(parked, behind, strict=False) if count},
         queued=dict(zip(queues, behind[len(parked) :], strict=True)),
         dead=dead,
@@ -426,6 +440,7 @@ def _ingest(url: str) -> dict[str, Any]:
         if response.is_success:
             with suppress(LeptonError, msgspec.MsgspecError), Client(url) as client:
                 found["remote_fleet"] = Fleet(workers=tuple(client.devices()))
+                found["remote_accounts"] = client.accounts()
         elif "json" in response.headers.get("content-type", ""):
             with suppress(ValueError):
                 found["http_error"] = json.loads(response.content).get("detail")

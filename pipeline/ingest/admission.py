@@ -13,6 +13,8 @@ import redis.asyncio as redis
 import structlog
 
 from lepton_ai import event, idempotency, topology
+from lepton_ai.durability import Barrier
+from lepton_ai.durability import barrier as barrier_of
 from lepton_ai.errors import LeptonError, Overloaded, QuotaExceeded, TooLarge, Unavailable
 from lepton_ai.event import Event
 from lepton_ai.job import Placement
@@ -54,13 +56,15 @@ class Admission:
         self._ttl_s = max(1, round(settings.result_ttl_s))
         self._events_kept = settings.events_kept
         self._limits = (settings.waiting_jobs, settings.waiting_bytes, settings.tenant_jobs, settings.tenant_bytes)
+        self._durability = settings.durability
+        self._barrier: Barrier | None = None
         self.drain = Drain()
 
     async def accept(self, jobs: Sequence[Arrival], tenant: str | None) -> list[bool]:
         """For each job whether it is new; the others are there already, with the same key and the same meaning.
 
         Raises KeyConflict, with the `index` of the job whose key stands for another one, QuotaExceeded or Overloaded,
-        and then nothing has been accepted.
+        and then nothing has been accepted. After BrokerUnavailable they may have been.
         """
         if len(jobs) > _MOST_JOBS:
             raise TooLarge(f"a request has at most {_MOST_JOBS} jobs, this one {len(jobs)}")
@@ -81,7 +85,13 @@ class Admission:
             )
         async with broker_errors():
             try:
-                found = await functions.call(self._redis, "accept", (topology.EVENTS, topology.LANES), arguments)
+                keys = (topology.EVENTS, topology.LANES)
+                barrier = await self.ready()
+                found = await functions.call(self._redis, "accept", keys, arguments, barrier=barrier)
+                if 0 in found and barrier.commands():
+                    # An earlier try, whose answer was lost, may not be on the disk yet: a write behind it will show.
+                    job = once[found.index(0)]
+                    await functions.written(self._redis, _touch(job), barrier)
             except redis.OutOfMemoryError:
                 raise self._overloaded("the broker's memory is full", "memory", 0, 0) from None
             except redis.ResponseError as error:
@@ -90,6 +100,15 @@ class Admission:
                     raise
                 raise refusal from None
         return [found[place] == 1 for place in places]
+
+    async def ready(self) -> Barrier:
+        """What an acceptance waits for. Raises redis-py's errors.
+
+        InvalidSettings where the broker cannot be as durable as LEPTON_DURABILITY asks.
+        """
+        if self._barrier is None:
+            self._barrier = await barrier_of(self._redis, self._durability)
+        return self._barrier
 
     async def measure(self) -> None:
         """Looks how fast jobs end, by which is reckoned when there will be room."""
@@ -192,6 +211,10 @@ def _at(error: LeptonError, index: int) -> LeptonError:
 def _note(job: Arrival) -> bytes:
     """What is known of a job until a router has seen it."""
     return msgspec.msgpack.encode(Placement(job.id, job.kernel, "waiting", "waits in its lane for a router", 0.0, ""))
+
+
+def _touch(job: Arrival) -> tuple[str | bytes, ...]:
+    return ("SET", topology.key(job.id), job.fingerprint, "XX", "KEEPTTL")
 
 
 def _amount(what: str, count: str) -> str:

@@ -14,6 +14,7 @@ import redis.asyncio as redis
 import structlog
 
 from lepton_ai import cancellation, idempotency, topology, wire
+from lepton_ai.accounts import Accounts, accounts_of
 from lepton_ai.async_direct import settled
 from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
 from lepton_ai.device import Announcement, read_leases
@@ -26,6 +27,7 @@ from lepton_ai.remote import JobRequest, JobView
 from lepton_ai.settings import Settings
 from lepton_ai.signature import Signature, shapes_of
 from lepton_ai.terms import Terms, check_tenant
+from pipeline.ingest import functions, metrics
 from pipeline.ingest.admission import Admission, Arrival
 from pipeline.ingest.feed import Feed, Wanted
 from pipeline.ingest.redispy import broker_errors, end
@@ -219,6 +221,15 @@ class Door:
         async with broker_errors():
             return await settled(self._redis, steps)
 
+    async def accounts(self) -> Accounts:
+        """Where every accepted job is, or how it ended, at one moment."""
+        async with broker_errors():
+            return accounts_of(await functions.call(self._redis, "sizes", read=True))
+
+    async def metrics(self) -> bytes:
+        """The accounts and the lanes, for Prometheus."""
+        return metrics.text(await self.accounts(), await metrics.lanes(self._redis))
+
     async def announcements(self) -> list[Announcement]:
         """Every worker that is alive."""
         async with broker_errors():
@@ -236,9 +247,10 @@ class Door:
         return [self._kernels[name][0] for name in sorted(self._kernels)]
 
     async def ping(self) -> None:
-        """Returns where the broker answers."""
+        """Returns where the broker answers, and is as durable as it should be."""
         async with broker_errors():
             await self._redis.ping()
+            await self._admission.ready()
 
     # -- accept -------------------------------------------------------------------------------------------------
 

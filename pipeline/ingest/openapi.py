@@ -10,6 +10,7 @@ import msgspec
 from litestar.openapi.spec import OpenAPIMediaType, OpenAPIResponse, Operation, RequestBody, Schema
 
 from lepton_ai import wire
+from lepton_ai.accounts import Accounts
 from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.event import CloudEvent
 from lepton_ai.remote import JobRequest, JobView
@@ -18,6 +19,7 @@ from pipeline.ingest.body import NDJSON
 from pipeline.ingest.problem import MEDIA_TYPE, Problem
 
 __all__ = [
+    "ACCOUNTS",
     "DEAD",
     "DEAD_LETTER",
     "EVENTS",
@@ -109,6 +111,7 @@ ONE_JOB = _operation({200: ("The job as it stands.", _VIEW)})
 ONE_JOB_CANCELLED = _operation(
     {200: ("The job has ended.", _VIEW), 202: ("Whoever holds the job has been asked to end it.", _VIEW)}
 )
+ACCOUNTS = _operation({200: ("All terms, at one moment.", {"application/json": Accounts, wire.MSGPACK: Accounts})})
 _LETTERS: Any = list[DeadLetter]
 _SETTLED = {200: ("How many, and why others were not.", {"application/json": Settled, wire.MSGPACK: Settled})}
 DEAD = _operation({200: ("The newest first.", {"application/json": _LETTERS, wire.MSGPACK: _LETTERS})})

@@ -23,6 +23,7 @@ from pipeline.ingest import body, openapi
 from pipeline.ingest.body import NDJSON
 from pipeline.ingest.door import Door
 from pipeline.ingest.feed import Wanted
+from pipeline.ingest.metrics import CONTENT_TYPE
 from pipeline.ingest.openapi import SSE, JobLine
 from pipeline.ingest.problem import HANDLERS
 from pipeline.ingest.stream import Streamed
@@ -71,6 +72,12 @@ async def readyz(door: Door) -> dict[str, str]:
     """The broker answers, so jobs can be accepted; 503 where it does not."""
     await door.ping()
     return {"status": "ready"}
+
+
+@get("/metrics", media_type=CONTENT_TYPE, tags=["service"])
+async def metrics(door: Door) -> Response[bytes]:
+    """For Prometheus: the jobs by outcome, what waits and is in flight, the difference, dead letters, lanes."""
+    return Response(await door.metrics(), media_type=CONTENT_TYPE)
 
 
 @post("/v1/jobs", status_code=202, tags=["jobs"], operation_class=openapi.SUBMITTED)
@@ -196,6 +203,12 @@ async def purge_all(request: Request[Any, Any, Any], door: Door) -> Response[byt
     return _respond(request, await door.purge(None), 200)
 
 
+@get("/v1/accounts", tags=["service"], operation_class=openapi.ACCOUNTS)
+async def accounts(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
+    """Where every accepted job is, or how it ended. A `difference` other than 0 is a defect."""
+    return _respond(request, await door.accounts(), 200)
+
+
 @get("/v1/devices", tags=["fleet"])
 async def devices(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
     """Every worker that is alive: its device, slots, measured peaks and kernels."""
@@ -213,7 +226,7 @@ def make_asgi(settings: Settings, door: Door) -> Litestar:
     return Litestar(
         [
             *(healthz, readyz, submit, job, cancel, events, job_events, devices, kernels),
-            *(dead, dead_letter, replay, purge, purge_all),
+            *(dead, dead_letter, replay, purge, purge_all, accounts, metrics),
         ],
         lifespan=[door.open],
         dependencies={"door": _provide(door), "settings": _provide(settings)},

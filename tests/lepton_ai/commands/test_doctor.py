@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from lepton_ai import Announcement, Peaks, cli, services
+from lepton_ai.accounts import Accounts
 from lepton_ai.commands import facts
 from lepton_ai.commands.doctor import Finding, examine
 from lepton_ai.commands.facts import Accelerator, Facts, Fleet, Requirement, Server, gather
@@ -200,6 +201,18 @@ def test_a_broker_that_does_not_answer_is_a_problem_and_an_unnamed_one_is_absent
 )
 def test_who_is_alive_and_what_waits_is_judged(fleet: Fleet, expected: dict[str, str]) -> None:
     assert {each.check: each.status for each in bad(fleet=fleet)} == expected
+
+
+def test_the_accounts_are_told_term_by_term_and_a_difference_is_a_problem() -> None:
+    terms = {"accepted": 12, "succeeded": 9, "waiting": 3, "difference": 0, "lanes": 3}
+    told = examine(msgspec.structs.replace(WELL, accounts=Accounts(12, 3, 0, 0, terms)))
+    even = the([each for each in told if each.check == "conservation"])
+    assert even.status == "ok"
+    assert even.text.startswith("12 accepted = 9 succeeded + 3 waiting + 0 in flight (accepted 12, ")
+    assert "lanes 3" in even.text
+    odd = the(bad(accounts=Accounts(13, 3, 0, 1, terms)))
+    assert (odd.check, odd.status) == ("conservation", "problem")
+    assert "1 unaccounted for" in odd.text
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ import pytest
 
 from lepton_ai import AsyncClient, Client, event, topology, wire
 from lepton_ai.device import Announcement, Peaks
+from lepton_ai.durability import Barrier
 from lepton_ai.errors import (
     BrokerUnavailable,
     InvalidArguments,
+    InvalidSettings,
     KeyConflict,
     LeptonError,
     OptionNotSupported,
@@ -286,6 +288,52 @@ def test_a_lane_that_is_no_list_is_said_to_be_wrong(broker_url: str, connection:
     error = refused(broker_url)
     assert isinstance(error, BrokerUnavailable)
     assert topology.LANE in error.message
+
+
+def test_an_acceptance_is_on_the_disk_where_that_is_asked_for(broker_url: str, connection: Connection) -> None:
+    def waits() -> int:
+        stats = connection.call("INFO", "commandstats").decode()
+        return int(stats.partition("cmdstat_waitaof:calls=")[2].partition(",")[0] or 0)
+
+    async def work(door: Door) -> list[int]:
+        await door.ping()
+        counts = [waits()]
+        for requests in ([request()], [request(key="k")], [request(key="k")]):
+            await door.accept(requests, 0)
+            counts.append(waits())
+        return counts
+
+    connection.call("CONFIG", "RESETSTAT")
+    first, *counts = through(broker_url, work, durability="fsync")
+    assert [count - first for count in counts] == [1, 2, 4]  # of one that was there already, it is asked once more
+    assert len(waiting(connection)) == 2
+
+
+def test_what_is_not_known_to_be_on_the_disk_is_no_acceptance(broker_url: str, connection: Connection) -> None:
+    async def work(door: Door) -> Any:
+        door._admission._barrier = Barrier(0.1)
+        await door.accept([request(key="k")], 0)
+
+    connection.call("CONFIG", "SET", "appendfsync", "no")
+    try:
+        with pytest.raises(BrokerUnavailable, match="disk"):
+            through(broker_url, work)
+    finally:
+        connection.call("CONFIG", "SET", "appendfsync", "everysec")
+    assert through(broker_url, lambda door: door.accept([request(key="k")], 0), durability="fsync")
+
+
+def test_a_broker_that_cannot_be_so_durable_is_said_before_anything_is_accepted(
+    broker_url: str, connection: Connection
+) -> None:
+    connection.call("CONFIG", "SET", "appendonly", "no")
+    try:
+        for work in (lambda door: door.ping(), lambda door: door.accept([request()], 0)):
+            with pytest.raises(InvalidSettings, match="append-only"):
+                through(broker_url, work, durability="fsync")
+    finally:
+        connection.call("CONFIG", "SET", "appendonly", "yes")
+    assert waiting(connection) == []
 
 
 def test_whoever_is_refused_is_told_when_there_will_be_room() -> None:
