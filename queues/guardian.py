@@ -42,12 +42,12 @@ __all__ = ["STOP_S", "Status", "command"]
 STOP_S = 10.0
 _START_S = 20.0
 _PR_SET_PDEATHSIG = 1
-#: Starts in a row that may fail before the guardian gives up, and how long a server must run to count as started.
+#: Ends in a row without an answer between them, at which the guardian gives up.
 _STARTS = 5
+#: Pauses before a start grow where the server has run for less than so long, and while its disk is full.
 _STEADY_S = 10.0
-_PAUSE_S = 0.2
-#: How often a disk that was full is tried, and with how much.
-_LONGEST_PAUSE_S = 5.0
+_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+#: What a disk that was full must take.
 _PROBE_BYTES = 1 << 20
 #: What a server writes into its log before it ends because the disk takes no more (or nothing: the log is there too).
 _DISK_REFUSES = re.compile("AOF write error|AOF for fsync error|No space left on device|Disk quota exceeded")
@@ -109,37 +109,40 @@ class _Guardian:
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def serve(self) -> None:
-        """Keeps a server running; raises BrokerUnavailable where it cannot be started, at first or several times."""
+        """Keeps a server running; raises BrokerUnavailable where it does not start, at first or several times in a row.
+
+        One that answers and is killed, however often, is started again, after longer and longer pauses.
+        """
         self._take_lock()
         url = address(self._home)
         config = configure(self._home, url, self._durability)
-        failures = refusals = 0
+        ends = 0
         self._start(config, url)
         while True:
             began = time.monotonic()
             code = self._await_end()
-            if time.monotonic() - began >= _STEADY_S:
-                failures = refusals = 0
-            failures += 1
+            ends = 1 if time.monotonic() - began >= _STEADY_S else ends + 1
+            failures = 1
             while True:
                 reason = f"{_ending(code)}: {self._last_line()}"
-                if refused := self._disk_refuses(code):
-                    failures = 1
-                elif failures >= _STARTS:
+                refused = self._disk_refuses(code)
+                if not refused and failures >= _STARTS:
                     raise BrokerUnavailable(f"{self._server} ended {failures} times in a row; {reason}")
                 self._say(Status("ended", code=code, reason=reason))
+                pause_s = min(_LONGEST_PAUSE_S, _PAUSE_S * 2.0 ** min(ends - 2, 16)) if ends > 1 else 0.0
                 if refused:
                     self._say(Status("waiting", reason=refused))
-                    self._await_room(refusals)
-                    refusals += 1
+                    self._await_room(max(_PAUSE_S, pause_s))
+                    failures = 0
                 else:
-                    self._rest(_PAUSE_S * 2 ** (failures - 2) if failures > 1 else 0.0)
+                    self._rest(pause_s)
                 try:
                     self._start(config, url)
                     break
                 except BrokerUnavailable:
                     code = self._stop()
                     failures += 1
+                    ends += 1
 
     def close(self) -> None:
         """Ends the server, giving it the time to write what it has."""
@@ -197,9 +200,8 @@ class _Guardian:
         free = shutil.disk_usage(self._home).free >> 20
         return f"the disk of {self._home} takes no more ({refused or self._last_line()}; {free} MiB are free)"
 
-    def _await_room(self, tries: int) -> None:
-        """Returns once the disk takes something. Pauses longer at each call: what was refused may be larger."""
-        pause_s = min(_LONGEST_PAUSE_S, _PAUSE_S * 2.0 ** min(tries, 16))
+    def _await_room(self, pause_s: float) -> None:
+        """Returns once the disk takes something, after `pause_s` at least: what was refused may be larger."""
         while True:
             self._rest(pause_s)
             if not self._probe():

@@ -1,4 +1,4 @@
-"""How a Celery worker serves a device: two bootsteps.
+"""How a Celery worker serves a device: two bootsteps and a patient consumer.
 
 `DeviceStep` (worker) opens the device, warms its kernels, takes the lease and runs the slots; it starts before
 Celery's consumer and stops after it. `DeviceQueueStep` (consumer) takes the device queue over from Celery's
@@ -8,21 +8,24 @@ events and shutdown stay Celery's.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from typing import Any
 
 import structlog
 from celery import bootsteps
+from celery.worker import state
+from celery.worker.consumer import Consumer
 
 from lepton_ai.device import Announcement
-from lepton_ai.errors import InvalidSettings
+from lepton_ai.errors import BrokerUnavailable, InvalidSettings, LeptonError
 from lepton_ai.event import Event, encode
 from lepton_ai.settings import Settings
 from lepton_ai.topology import device_of_queue, device_queue
-from queues.broker import LISTS_EACH, Broker
+from queues.broker import LISTS_EACH, event_command
 from queues.canvas import Canvas
-from queues.connection import Connection
+from queues.connection import CommandError, Connection
 from tasks.books import Books, install_commands
 from tasks.catalogue import load
 from tasks.driver import open_device
@@ -32,9 +35,54 @@ from tasks.teller import Teller
 from tasks.warmup import warm
 from tasks.watchdog import Watchdog
 
-__all__ = ["DeviceQueueStep", "DeviceStep"]
+__all__ = ["DeviceQueueStep", "DeviceStep", "PatientConsumer"]
+
+_RETRY_S = (0.1, 2.0)
 
 log = structlog.get_logger()
+
+
+class _Pause:
+    """Pauses that grow. Raises what ends a worker where it is told to stop meanwhile."""
+
+    def __init__(self) -> None:
+        self._seconds = _RETRY_S[0]
+
+    def take(self) -> None:
+        time.sleep(self._seconds)
+        self._seconds = min(2 * self._seconds, _RETRY_S[1])
+        state.maybe_shutdown()
+
+
+class PatientConsumer(Consumer):
+    """Celery's consumer, which begins anew where the broker refuses a command; it would do so at once and for ever.
+
+    What Celery itself keeps on a broker (its bindings, replies to remote control) is refused by a full one.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._pause = _Pause()
+
+    def on_ready(self) -> None:
+        self._pause = _Pause()
+        super().on_ready()
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        if not self._refused(exc):
+            super().on_connection_error_before_connected(exc)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        super().on_connection_error_after_connected(exc)
+        self._refused(exc)
+
+    def _refused(self, error: Exception) -> bool:
+        """Whether the broker is there and refuses; takes a pause then."""
+        if not isinstance(error, self.channel_errors) or isinstance(error, self.connection_errors):
+            return False
+        log.warning("celery_refused", reason=str(error))
+        self._pause.take()
+        return True
 
 
 class DeviceStep(bootsteps.StartStopStep):
@@ -78,10 +126,10 @@ class DeviceStep(bootsteps.StartStopStep):
             tuple(kernel.spec for kernel in repertoire.kernels.values()),
             time.time(),
         )
-        self._tell_refused(url, incarnation, device, repertoire.refused)
         install_commands(self.settings, url, announcement)
         self._heartbeat = Heartbeat(self.settings, url, announcement, self._slots)
-        self._heartbeat.start()
+        self._take_lease(self._heartbeat)
+        self._tell_refused(url, incarnation, device, repertoire.refused)
         self._slots.start()
         self._watchdog = Watchdog(self.settings, self._slots)
         self._watchdog.start()
@@ -113,16 +161,31 @@ class DeviceStep(bootsteps.StartStopStep):
         if self._teller is not None:
             self._teller.close()
 
+    @staticmethod
+    def _take_lease(heartbeat: Heartbeat) -> None:
+        """Returns once the broker has given a lease: one that is away, or full, is waited for."""
+        pause = _Pause()
+        while True:
+            try:
+                heartbeat.start()
+                return
+            except (BrokerUnavailable, CommandError) as error:
+                log.warning("lease_not_given", reason=error.message)
+                pause.take()
+
     def _tell_refused(self, url: str, incarnation: str, device: str, refused: dict[str, str]) -> None:
+        """Tells the fleet which kernels this device cannot run, if the broker lets us: the log has it too."""
         if not refused:
             return
-        broker = Broker(Connection(url, incarnation), incarnation, self.settings)
         events = [
             Event("kernel.refused", incarnation, kernel=kernel, device=device, data={"reason": reason})
             for kernel, reason in refused.items()
         ]
-        broker.emit(encode(*events))
-        broker.connection.close()
+        try:
+            with contextlib.closing(Connection(url, incarnation)) as connection:
+                connection.call(*event_command(encode(*events), self.settings.events_kept))
+        except LeptonError as error:
+            log.warning("refused_kernels_not_told", reason=error.message)
 
 
 class DeviceQueueStep(bootsteps.StartStopStep):

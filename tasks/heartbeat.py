@@ -16,7 +16,7 @@ from lepton_ai.errors import LeptonError
 from lepton_ai.event import Event
 from lepton_ai.settings import Settings
 from queues.broker import Broker
-from queues.connection import Connection
+from queues.connection import CommandError, Connection
 from tasks.slots import Slots
 
 __all__ = ["Heartbeat"]
@@ -36,12 +36,13 @@ class Heartbeat:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._broker: Broker | None = None
+        self._announced = False
         self._seen = (time.monotonic(), 0.0, 0)
 
     def start(self) -> None:
         """Takes the lease and tells the fleet; the worker can be given jobs once this returns.
 
-        Raises BrokerUnavailable where the broker is not there.
+        Call it again where it raises: BrokerUnavailable (the broker is away) or CommandError (it refuses a lease).
         """
         psutil.cpu_percent(None)
         self._beat()
@@ -53,7 +54,7 @@ class Heartbeat:
         try:
             broker = self._connected()
             broker.resign()
-            self._emit(broker, "device.offline")
+            self._emit(broker, "device.offline", {"worker": self._announcement.worker})
         except LeptonError as error:
             log.warning("lease_left", reason=error.message)
         self._disconnect()
@@ -64,7 +65,7 @@ class Heartbeat:
         try:
             broker = self._connected()
             log.warning("batches_given_back", messages=broker.resign())
-            self._emit(broker, "device.offline")
+            self._emit(broker, "device.offline", {"worker": self._announcement.worker})
         except LeptonError as error:
             log.warning("lease_left", reason=error.message)
         self._disconnect()
@@ -78,6 +79,8 @@ class Heartbeat:
         while not self._stopping.wait(self._settings.heartbeat_s):
             try:
                 self._beat()
+            except CommandError as error:  # a full broker: it renews a lease, and takes no new one
+                log.warning("heartbeat_refused", reason=error.message)
             except LeptonError as error:
                 self._disconnect()
                 log.warning("heartbeat_missed", reason=error.message)
@@ -85,17 +88,16 @@ class Heartbeat:
                 log.exception("heartbeat_failed")
 
     def _beat(self) -> None:
-        fresh = self._broker is None
         broker = self._connected()
-        if not fresh and broker.renew():
-            data = {"state": msgspec.to_builtins(self._state())}
-            broker.emit(event.encode(self._event("device.heartbeat", data)))
+        if broker.renew():
+            self._emit(broker, "device.heartbeat", {"state": msgspec.to_builtins(self._state())})
             self._slots.heed(broker)
             return
-        if not fresh:
+        if self._announced:
             log.warning("lease_lapsed", worker=self._announcement.worker)
         broker.announce(self._value)
-        self._emit(broker, "device.online")
+        self._announced = True
+        self._emit(broker, "device.online", {"worker": self._announcement.worker})
 
     def _connected(self) -> Broker:
         if self._broker is None:
@@ -108,11 +110,13 @@ class Heartbeat:
             self._broker.connection.close()
             self._broker = None
 
-    def _emit(self, broker: Broker, kind: str) -> None:
-        broker.emit(event.encode(self._event(kind, {"worker": self._announcement.worker})))
-
-    def _event(self, kind: str, data: dict[str, object]) -> Event:
-        return Event(kind, self._announcement.incarnation, device=self._announcement.device, data=data)
+    def _emit(self, broker: Broker, kind: str, data: dict[str, object]) -> None:
+        """Tells the fleet; a lease does not depend on it."""
+        told = Event(kind, self._announcement.incarnation, device=self._announcement.device, data=data)
+        try:
+            broker.emit(event.encode(told))
+        except CommandError as error:
+            log.warning("event_not_told", type=kind, reason=error.message)
 
     def _state(self) -> ResourceState:
         now, busy_s = time.monotonic(), self._slots.busy_s

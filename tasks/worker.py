@@ -10,7 +10,7 @@ from celery.signals import setup_logging
 from lepton_ai.settings import Settings
 from queues import logs
 from queues.app import make_app
-from tasks.consumer import DeviceQueueStep, DeviceStep
+from tasks.consumer import DeviceQueueStep, DeviceStep, PatientConsumer
 
 __all__ = ["app"]
 
@@ -18,6 +18,7 @@ _settings = Settings.read()
 
 app = make_app(_settings)
 app.lepton_settings = _settings  # not in its conf, which remote control shows to anybody
+app.conf.worker_consumer = f"{PatientConsumer.__module__}:{PatientConsumer.__name__}"
 app.steps["worker"].add(DeviceStep)
 app.steps["consumer"].add(DeviceQueueStep)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Iterable
 
 import redis.asyncio as redis
@@ -12,6 +13,8 @@ from lepton_ai.errors import BrokerUnavailable
 
 __all__ = ["broker_errors", "end"]
 
+_QUOTED = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: ", re.DOTALL)
+
 
 @contextlib.asynccontextmanager
 async def broker_errors() -> AsyncIterator[None]:
@@ -19,7 +22,9 @@ async def broker_errors() -> AsyncIterator[None]:
     try:
         yield
     except redis.RedisError as error:
-        raise BrokerUnavailable(f"the broker cannot be reached or refuses: {error}") from error
+        # redis-py quotes the command, which holds a caller's arguments.
+        reason = _QUOTED.sub("", str(error))
+        raise BrokerUnavailable(f"the broker cannot be reached or refuses: {reason}") from error
 
 
 async def end(tasks: Iterable[asyncio.Task[None]]) -> None:

@@ -67,9 +67,19 @@ def test_a_server_that_was_killed_is_started_again_with_its_data_at_the_same_add
         assert call(broker.url, "GET", "key") == b"kept"
 
 
-def test_a_server_that_was_killed_again_and_again_is_started_as_often() -> None:
+#: A guardian that waits for little and gives up soon, as `python -c`.
+HASTY = """
+import sys
+from queues import guardian
+guardian._STARTS, guardian._PAUSE_S = 2, 0.02
+raise SystemExit(guardian._guard(*sys.argv[1:3], sys.argv[3] or None))
+"""
+
+
+def test_a_server_that_was_killed_again_and_again_is_started_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guardian, "command", lambda server, durability, _: ("-c", HASTY, str(server), durability, ""))
     with EmbeddedBroker(Settings()) as broker:
-        for _ in range(2):
+        for _ in range(6):
             os.kill(server_pid(broker.url), signal.SIGKILL)
             assert [status(broker).event, status(broker).event] == ["ended", "started"]
 
@@ -190,8 +200,7 @@ from queues.embedded import EmbeddedBroker
 
 disk = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "lepton", disk], check=True)
-patient = "import sys; from queues import guardian as g; g._STARTS = 2; raise SystemExit(g._guard(*sys.argv[1:]))"
-guardian.command = lambda server, durability, home: ("-c", patient, str(server), durability, str(home))
+guardian.command = lambda server, durability, home: ("-c", sys.argv[2], str(server), durability, str(home))
 acknowledged, found, said = 0, [], []
 with EmbeddedBroker(Settings(durability="fsync"), disk / "broker") as broker:
     for _ in range(3):
@@ -235,7 +244,7 @@ def test_a_server_on_a_full_disk_is_back_with_all_that_was_acknowledged_once_the
     tmp_path: Path, in_a_namespace: list[str]
 ) -> None:
     ran = subprocess.run(
-        [*in_a_namespace, sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        [*in_a_namespace, sys.executable, "-c", FULL_DISK, str(tmp_path), HASTY],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -135,6 +135,40 @@ def test_a_broken_connection_is_made_again(beat: Any, connection: Connection) ->
         time.sleep(0.01)
 
 
+@pytest.fixture
+def full(connection: Connection) -> Iterator[Callable[[bool], None]]:
+    """Fills the broker, or makes room."""
+
+    def fill(is_full: bool) -> None:
+        connection.call("CONFIG", "SET", "maxmemory", int(is_full))
+
+    yield fill
+    fill(False)
+
+
+def test_a_full_broker_costs_no_lease(beat: Any, connection: Connection, full: Callable[[bool], None]) -> None:
+    beat()
+    full(True)
+    deadline = time.monotonic() + 2 * QUICK.lease_s
+    while time.monotonic() < deadline:
+        assert connection.call("EXISTS", LEASE) == 1
+        time.sleep(0.01)
+
+
+def test_a_lease_that_lapsed_while_the_broker_was_full_is_taken_again_once_there_is_room(
+    beat: Any, connection: Connection, stream: EventStream, full: Callable[[bool], None]
+) -> None:
+    heartbeat = beat()
+    next_event(stream, "device.online")
+    before = heartbeat._broker.connection
+    full(True)
+    connection.call("DEL", LEASE)
+    time.sleep(3 * QUICK.heartbeat_s)  # nothing tells of a refusal but the log
+    full(False)
+    next_event(stream, "device.online")
+    assert heartbeat._broker.connection is before
+
+
 def test_a_kernel_that_computes_does_not_hold_the_heartbeat_up(
     beat: Any, connection: Connection, stream: EventStream
 ) -> None:

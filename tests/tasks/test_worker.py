@@ -20,7 +20,9 @@ from lepton_ai.handle import JobHandle
 from lepton_ai.settings import Settings
 from pipeline.router import Router
 from queues.connection import Connection
+from queues.embedded import EmbeddedBroker
 from queues.event_stream import EventStream
+from queues.server import address
 
 QUEUE = "lepton.cpu.test"
 HASTY = {"LEPTON_LEASE_S": "1", "LEPTON_HEARTBEAT_S": "0.25"}
@@ -268,3 +270,29 @@ def test_a_users_kernel_is_announced_beside_ours(start_worker: Any, client: Clie
     names = {spec.name for spec in device.kernels}
     assert {"test.gated", "linalg.matmul"} <= names
     assert msgspec.to_builtins(device)["device"] == "cpu.test"
+
+
+# -- a broker that is not there yet -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def early(processes: Processes, tmp_path: Path) -> subprocess.Popen[bytes]:
+    """A worker that waits for its broker."""
+    url = address(tmp_path / "broker")
+    process = processes.start("-Q", QUEUE, "-P", "threads", "-c", "1", LEPTON_REDIS_URL=url)
+    until(lambda: "lease_not_given" in processes.log(process), "it waits", 30)
+    return process
+
+
+def test_a_worker_waits_for_a_broker_that_comes_later(
+    early: subprocess.Popen[bytes], processes: Processes, tmp_path: Path
+) -> None:
+    with EmbeddedBroker(Settings(), tmp_path / "broker"):
+        until(lambda: "worker_online" in processes.log(early), "it is online")
+
+
+def test_a_worker_that_waits_for_its_broker_can_be_told_to_stop(
+    early: subprocess.Popen[bytes], processes: Processes
+) -> None:
+    early.terminate()
+    assert early.wait(10) == 0, processes.log(early)
