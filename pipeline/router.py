@@ -20,14 +20,14 @@ import structlog
 from lepton_ai import event, topology, wire
 from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError
 from lepton_ai.event import Event
-from lepton_ai.identity import minute_of
-from lepton_ai.job import Candidate, Options, Placement
+from lepton_ai.job import Candidate, Placement
 from lepton_ai.placement import policies
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.problem import UNPLACED, Policy
 from lepton_ai.settings import Settings
 from pipeline import intake
 from pipeline.cluster import Cluster, ServedDevice
+from pipeline.endings import Endings, leave, noted_in
 from pipeline.intake import Dead, Incoming, Refused
 from pipeline.node import Narrator, RemoteControl
 from pipeline.pricing import price
@@ -38,14 +38,12 @@ from queues import functions, recovery
 from queues.broker import Broker, Kind, announcements
 from queues.connection import Connection
 from queues.event_stream import EventStream
-from queues.steps import DeadLetter, Dispatch, Outcome
+from queues.steps import Dispatch
 
 __all__ = ["Router"]
 
 #: Jobs that are priced and placed in one step; the rest of a deep window waits for the next.
 _STEP = 512
-#: How a job ends that never reaches a device, and the event that tells of it.
-_ENDINGS = {"failed": "job.rejected", "cancelled": "job.cancelled", "expired": "job.expired"}
 _RETRY_S = (0.05, 2.0)
 #: How often a broker whose memory is full is asked, which tells nobody of anything.
 _FULL_S = 0.1
@@ -116,6 +114,7 @@ class _Session:
         self._window = Window(self._incarnation, settings.window, settings.window_bytes)
         self._sequels = Sequels(settings, lambda: self._cluster.kernels)
         self._narrator = Narrator(url, settings, self._main)
+        self._endings = Endings(self._broker, self._window, self._cluster, self._narrator, self._sequels, settings)
         self._waking = False
         self._due_at = 0.0
         """When the next scheduled job may be due, in monotonic seconds."""
@@ -229,109 +228,33 @@ class _Session:
         found = [(message, intake.read(message, now)) for message in messages]
         ids = [each.headers.id for _, each in found if isinstance(each, Incoming)]
         marked = self._broker.marked(ids) if self._broker.marks else set()
-        leaving: list[tuple[Claim, bytes]] = []
-        refused: list[tuple[bytes, Refused]] = []
+        refused: list[tuple[bytes, Refused | Dead]] = []
         added: list[tuple[ClaimedJob, wire.Headers]] = []
         early: list[tuple[bytes, Incoming, float]] = []
-        step = Dispatch({}, {}, leaving={}, dead=[])
         for message, each in found:
-            if isinstance(each, Incoming):
-                until = each.waits_until(now)
-                if until is not None and each.headers.id not in marked:
-                    early.append((message, each, until))
-                    continue
-                job = self._window.add(
-                    each.headers.id, each.headers.task, each.options, message, claim, each.deadline_at
-                )
-                added.append((job, each.headers))
-                continue
-            leaving.append((claim, message))
-            if isinstance(each, Dead):
-                step.dead.append(DeadLetter("", "", "unreadable", each.reason, 0, message))
-            else:
+            if not isinstance(each, Incoming):
                 refused.append((message, each))
+                continue
+            headers, until = each.headers, each.waits_until(now)
+            if until is not None and headers.id not in marked:
+                early.append((message, each, until))
+                continue
+            job = self._window.add(headers.id, headers.task, each.options, message, claim, each.deadline_at)
+            added.append((job, headers))
         self._narrator.sent(added)
-        if leaving:
-            step.rejected = [each.outcome for _, each in refused]
-            step.told = self._narrator.ended([(each.headers, each.error) for _, each in refused], [])
-            self._end(step, leaving, [message for message, _ in refused])
-            self._window.forget(leaving)
+        if refused:
+            self._endings.refuse(claim, refused)
         if early:
-            self._schedule(claim, early)
-        self._cancel([job for job, _ in added if job.id in marked])
-        self._expire([job for job, _ in added if job.deadline_at is not None and job.deadline_at <= now])
-
-    def _schedule(self, claim: Claim, early: Sequence[tuple[bytes, Incoming, float]]) -> None:
-        """Puts jobs aside until they are due."""
-        step = Dispatch({}, {}, leaving={}, placements={}, scheduled=[])
-        leaving = [(claim, message) for message, _, _ in early]
-        _leave(step, leaving)
-        events = []
-        for message, each, due_at in early:
-            job, kernel = each.headers.id, each.headers.task
-            step.scheduled.append((job, due_at, message))
-            reason = f"waits until it is due, {each.headers.eta}"
-            placement = Placement(job, kernel, "scheduled", reason, self._broker.now(), self._incarnation)
-            step.placements.setdefault(self._minute(job), {})[job] = _MESSAGE.encode(placement)
-            data = {"due_at": due_at}
-            events.append(Event("job.scheduled", self._incarnation, kernel, jobs=(job,), data=data))
-        step.event = event.encode(*events)
-        self._broker.dispatch(step)
-        self._window.forget(leaving)
-        self._due_at = 0.0
+            self._endings.schedule(claim, early)
+            self._due_at = 0.0
+        self._endings.cancel([job for job, _ in added if job.id in marked])
+        self._endings.expire([job for job, _ in added if job.deadline_at is not None and job.deadline_at <= now])
 
     def _look_at_due(self) -> None:
         """Takes jobs whose time has come out of the schedule."""
         moved, next_s = self._broker.due()
         self._more |= moved > 0
         self._due_at = time.monotonic() + min(next_s, self._settings.heartbeat_s)
-
-    def _minute(self, job: str) -> int:
-        """The minute in whose hash a job's placement stands."""
-        return minute_of(job) or int(self._broker.now()) // 60
-
-    def _cancel(self, jobs: Sequence[ClaimedJob]) -> None:
-        """Ends jobs of the window that were cancelled."""
-        self._give_up(jobs, intake.cancelled)
-
-    def _expire(self, jobs: Sequence[ClaimedJob]) -> None:
-        """Ends jobs of the window whose deadline has passed, unless they have been cancelled a moment ago."""
-        waiting = set(self._window.jobs())
-        self._give_up([job for job in jobs if job in waiting], intake.expired)
-
-    def _give_up(self, jobs: Sequence[ClaimedJob], how: Callable[[str, Options, str], Outcome]) -> None:
-        if not jobs:
-            return
-        serializer = self._settings.result_serializer
-        step = Dispatch({}, {}, leaving={}, rejected=[how(job.id, job.options, serializer) for job in jobs])
-        step.told = self._narrator.ended([], jobs, expired=how is intake.expired)
-        self._end(step, [(job.claim, job.message) for job in jobs], [job.message for job in jobs])
-        self._window.left(jobs)
-        for job in jobs:
-            self._cluster.finished(job.id)  # it may have come back from a device that died
-
-    def _end(self, step: Dispatch, leaving: Sequence[tuple[Claim, bytes]], messages: Sequence[bytes]) -> None:
-        """Takes messages out of their claims for good, with the outcomes that are in the step, each of its message.
-
-        A job that has its result already (its message came twice) keeps that, and nobody is told of a second.
-        """
-        _leave(step, leaving)
-        before = self._broker.ended([outcome.job for outcome in step.rejected])
-        for outcome, message in zip(step.rejected, messages, strict=True):
-            if outcome.job not in before:
-                follow_ups = self._sequels.after(message, wire.read_meta(outcome.record))
-                step.pushes += [(outcome.job, queue, sent) for queue, sent in follow_ups.pushes]
-                if follow_ups.chord_part is not None:
-                    step.chord_parts.append((outcome.job, follow_ups.chord_part))
-        events = []
-        for status, kind in _ENDINGS.items():
-            jobs = tuple(each.job for each in step.rejected if each.status == status and each.job not in before)
-            data = {"dead": len(step.dead)} if status == "failed" else {}
-            if jobs or data.get("dead"):
-                events.append(Event(kind, self._incarnation, jobs=jobs, data=data))
-                log.info("jobs_ended", how=status, jobs=len(jobs), **data)
-        step.event = event.encode(*events)
-        self._broker.dispatch(step)
 
     # -- place and dispatch -------------------------------------------------------------------------------------
 
@@ -388,7 +311,7 @@ class _Session:
                 devices[job.id] = device.name
                 seconds[job.id] = float(pricing.problem.seconds[at, chosen])
                 self._cluster.dispatched(job.id, device.name, seconds[job.id])
-            step.placements.setdefault(self._minute(job.id), {})[job.id] = _MESSAGE.encode(placement)
+            step.placements.setdefault(noted_in(job.id, now), {})[job.id] = _MESSAGE.encode(placement)
             left.append(job)
         if left:
             self._send(step, left, devices, seconds)
@@ -397,7 +320,7 @@ class _Session:
     def _send(
         self, step: Dispatch, left: Sequence[ClaimedJob], devices: Mapping[str, str], seconds: Mapping[str, float]
     ) -> None:
-        _leave(step, [(job.claim, job.message) for job in left])
+        leave(step, [(job.claim, job.message) for job in left])
         placed = [job for job in left if job.id in devices]
         parked = [job for job in left if job.id not in devices]
         step.queued = {device: _by_kernel(messages, placed) for device, messages in step.queued.items()}
@@ -471,12 +394,14 @@ class _Session:
     def _cancel_asked(self, asked: set[str]) -> None:
         """Ends those jobs that we hold; those that are parked are claimed again, which finds their marks."""
         ours = [job for job in self._window.jobs() if job.id in asked]
-        self._cancel(ours)
+        self._endings.cancel(ours)
         others = sorted(asked.difference(job.id for job in ours))
         for at in range(0, len(others), _ASKED_AT_ONCE):
             moved, _ = self._broker.due(others[at : at + _ASKED_AT_ONCE])
             self._more |= moved > 0
-        known, _ = self._broker.known(others, set(map(self._minute, others))) if others else ({}, set())
+        known, _ = (
+            self._broker.known(others, {noted_in(job, self._broker.now()) for job in others}) if others else ({}, set())
+        )
         placements = {placement.job: placement for placement in _placements(known.values())}
         kernels = {each.kernel for each in placements.values() if each.state == "parked"}
         if len(placements) < len(others):  # parked long ago, perhaps: its placement is looked for in vain
@@ -493,7 +418,7 @@ class _Session:
             log.warning("messages_recovered", count=recovered.messages, dead=recovered.dead)
         for kernel in self._broker.overdue():
             self._broker.unpark(kernel)
-        self._expire(self._window.expired(self._broker.now()))
+        self._endings.expire(self._window.expired(self._broker.now()))
         self._refresh()
         names = [device.name for device in self._cluster.devices]
         if moved := self._broker.take_back(names):
@@ -512,18 +437,6 @@ class _Session:
             if self._cluster.spec(kernel) is not None:
                 log.info("jobs_unparked", kernel=kernel, jobs=self._broker.unpark(kernel))
                 self._more = True
-
-
-def _leave(step: Dispatch, leaving: Sequence[tuple[Claim, bytes]]) -> None:
-    """Notes in a step which claims these messages leave, and what stays in each."""
-    gone = {id(message) for _, message in leaving}
-    for claim, message in leaving:
-        if claim.kind is Kind.NEW:  # from here on it is counted
-            step.counts["accepted"] = step.counts.get("accepted", 0) + 1
-        step.claims[claim.key] = len(claim.messages)
-        step.leaving.setdefault(claim.key, []).append(message)
-        if claim.key not in step.rests:
-            step.rests[claim.key] = [each for each in claim.messages if id(each) not in gone]
 
 
 def _placements(known: Iterable[bytes]) -> Iterator[Placement]:

@@ -9,14 +9,9 @@ from pathlib import Path
 
 from lepton_ai import Client
 
-__all__ = ["admission", "all_of", "dead_letters", "limits", "submit_option"]
+__all__ = ["admission", "dead_letters", "limits", "submit_option"]
 
 _ROOT = Path(__file__).parents[2]
-
-
-def all_of(*needs: Callable[[], str]) -> Callable[[], str]:
-    """The first that is missing."""
-    return lambda: next(filter(None, (need() for need in needs)), "")
 
 
 def submit_option(name: str) -> Callable[[], str]:
@@ -27,7 +22,7 @@ def submit_option(name: str) -> Callable[[], str]:
 
 def dead_letters() -> str:
     """Who kills its workers becomes a dead letter after `LEPTON_ATTEMPTS`."""
-    return _used("ATTEMPTS", "queues/broker.py", "a job that kills its workers is run again for ever")
+    return _used("ATTEMPTS", "queues", "a job that kills its workers is run again for ever")
 
 
 def admission() -> str:
@@ -43,5 +38,5 @@ def limits() -> str:
 @cache
 def _used(word: str, where: str, otherwise: str) -> str:
     place = _ROOT / where
-    files = [place] if place.is_file() else sorted(place.rglob("*.py"))
+    files = [file for file in place.rglob("*") if file.suffix in (".py", ".lua")]
     return "" if any(word in file.read_text("utf-8") for file in files) else otherwise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +22,8 @@ __all__ = ["duplicates", "eta_storm", "malformed", "overflow"]
 _MIB = 1024 * 1024
 #: How much sooner than it was asked for a job may seem to run: the broker's clock and ours are read apart.
 _CLOCKS_APART_S = 0.02
+#: What a job of the flood takes, in milliseconds.
+_COST_MS = 10
 
 
 def duplicates(play: Play, size: Size) -> None:
@@ -89,32 +91,44 @@ def eta_storm(play: Play, size: Size) -> None:
 
 
 def overflow(play: Play, size: Size) -> None:
-    """Ten times more than can be done comes over HTTP: the rest is refused with a time to come again."""
+    """Ten times more than there is room for comes over HTTP: the rest is refused with a time to come again.
+
+    First one tenant floods, and another, who asks for little, is served; then three flood, and all lanes are full.
+    """
     room = size.jobs // 20
-    fleet = play.fleet(("cpu",), ingest=True, **{"waiting_jobs": room, "tenant_jobs": room, **size.settings})
-    answers: Counter[int] = Counter()
-    impolite = 0
-    peak_bytes, peak_waiting = 0, 0
+    limits = {"tenant_jobs": room, "waiting_jobs": 2 * room, "window": room}
+    fleet = play.fleet(("cpu",), ingest=True, **{**limits, **size.settings})
+    posts = size.jobs // 20
+    order = ["greedy", "greedy", "greedy", "modest"] * (posts // 8) + ["greedy", "grasping", "grabbing"] * (posts // 6)
+    answers: dict[str, Counter[int]] = defaultdict(Counter)
+    impolite, peak_bytes, peak_waiting = 0, 0, 0
     with httpx.Client(base_url=fleet.http_url, timeout=30) as http:
-        for _ in range(size.jobs // 20):
-            numbers = play.auditor.numbers(20)
-            body = [{"kernel": "fault.run", "arguments": {"n": number, "ms": 20, "how": 0}} for number in numbers]
-            answer = http.post("/v1/jobs", json=body)
-            answers[answer.status_code] += 1
-            if answer.status_code == httpx.codes.ACCEPTED:
-                play.auditor.acknowledge(zip([each["id"] for each in answer.json()], numbers, strict=True))
-            else:
-                play.auditor.refuse(numbers)
-                impolite += "retry-after" not in answer.headers
+        for tenant in order:
+            answer = _post(play, http, tenant, 1 if tenant == "modest" else 20)
+            answers[tenant][answer.status_code] += 1
+            impolite += answer.is_error and "retry-after" not in answer.headers
             peak_bytes = max(peak_bytes, play.server_bytes())
-            peak_waiting = max(peak_waiting, play.ask("LLEN", topology.LANE))
-    play.notes |= {"answers": dict(answers), "peak_mib": round(peak_bytes / _MIB, 1), "peak_waiting": peak_waiting}
-    play.expect(answers.keys() <= {202, 429, 503}, f"the ingest answered {dict(answers)}")
-    play.expect(bool(play.auditor.refused), "nothing was refused")
+            peak_waiting = max(peak_waiting, sum(play.ask("LLEN", topology.lane(each)) for each in set(order)))
+    play.notes |= {"answers": {tenant: dict(found) for tenant, found in answers.items()}}
+    play.notes |= {"peak_mib": round(peak_bytes / _MIB, 1), "peak_waiting": peak_waiting}
+    statuses = set().union(*answers.values())
+    play.expect(statuses == {202, 429, 503}, f"the ingest answered {sorted(statuses)}")
+    play.expect(answers["modest"].keys() == {202}, f"who asks for little is told {dict(answers['modest'])}")
     play.expect(not impolite, f"{impolite} refusals named no time to come again")
-    play.expect(peak_waiting <= room + 20, f"{peak_waiting} jobs waited, {room} may")
+    play.expect(peak_waiting <= 2 * room, f"{peak_waiting} jobs waited, {2 * room} may")
     finish(play, fleet)
     play.nobody_exits()
+
+
+def _post(play: Play, http: httpx.Client, tenant: str, jobs: int) -> httpx.Response:
+    numbers = play.auditor.numbers(jobs)
+    body = [{"kernel": "fault.run", "arguments": {"n": number, "ms": _COST_MS, "how": 0}} for number in numbers]
+    answer = http.post("/v1/jobs", json=body, headers={"lepton-tenant": tenant})
+    if answer.status_code == httpx.codes.ACCEPTED:
+        play.auditor.acknowledge(zip([each["id"] for each in answer.json()], numbers, strict=True))
+    else:
+        play.auditor.refuse(numbers)
+    return answer
 
 
 def malformed(play: Play, size: Size) -> None:

@@ -11,7 +11,7 @@ from tests.faults import (
     scenarios_services,
     scenarios_workers,
 )
-from tests.faults.features import admission, all_of, dead_letters, limits, submit_option
+from tests.faults.features import admission, dead_letters, limits, submit_option
 from tests.faults.scenario import Scenario, Size
 
 __all__ = ["SCENARIOS", "TESTED"]
@@ -143,9 +143,9 @@ SCENARIOS = (
     Scenario(
         "overflow",
         scenarios_doors.overflow,
-        full=Size(jobs=20_000),
-        quick=Size(jobs=6_000),
-        needs=all_of(admission),
+        full=Size(jobs=40_000),
+        quick=Size(jobs=8_000),
+        needs=admission,
     ),
     Scenario("malformed", scenarios_doors.malformed, full=Size(jobs=2_000, rounds=5), quick=Size(jobs=300, rounds=1)),
 )
