@@ -86,7 +86,7 @@ class Client:
         middle. `device` pins the job to a device (`gpu.h100`) or a kind of device (`cpu`).
 
         `delay_s`: it is not run before (at most 30 days from now). `deadline_s`: where it has not begun to run by then,
-        it expires, and `result()` raises JobExpired. `limit_s`: the longest that it may run, then TimeLimitExceeded.
+        it expires, and `result()` raises JobExpired. `limit_s`: where it runs longer, TimeLimitExceeded.
 
         `key` makes it the only job of that idempotency key (1 to 255 characters): whoever submits the same job with the
         same key, before, now or later, gets the same id and result. So what was perhaps accepted (BrokerUnavailable)
