@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from lepton_ai import Client, cli, job_id, topology
+from lepton_ai.accounts import ENDS
 from lepton_ai.dead import DeadLetter
 from lepton_ai.errors import JobDead, JobExpired, KernelFailed, KeyConflict, LeptonError
+from lepton_ai.event import FINAL_EVENTS
 from lepton_ai.identity import new_id
 from lepton_ai.settings import Settings
 from pipeline.supervisor import Fleet, run_fleet
@@ -35,13 +37,8 @@ def lepton(fleet: Fleet, request: pytest.FixtureRequest) -> Iterator[Client]:
         yield client
 
 
-def succeeded(fleet: Fleet) -> int:
-    with Client(fleet.broker_url) as client:
-        return client.accounts().terms["succeeded"]
-
-
 def test_a_key_has_one_result_through_every_door(fleet: Fleet) -> None:
-    key, before = new_id(), succeeded(fleet)
+    key = new_id()
 
     def submit(number: int) -> Any:
         with door(fleet, DOORS[number % 2]) as client:
@@ -51,7 +48,9 @@ def test_a_key_has_one_result_through_every_door(fleet: Fleet) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(submit, range(16)))
     assert found == [(job_id(key), [[8.0]])] * 16
-    assert succeeded(fleet) == before + 1
+    with Client(fleet.broker_url) as client:
+        ends = [each for each in client.job(job_id(key)).events(timeout=5) if each.type in FINAL_EVENTS]
+    assert len(ends) == 1
     for name in DOORS:  # and long after it has ended
         assert submit(DOORS.index(name)) == found[0]
         with door(fleet, name) as client, pytest.raises(KeyConflict):
@@ -111,12 +110,12 @@ def test_what_nobody_can_read_is_a_dead_letter(fleet: Fleet, lepton: Client) -> 
 
 
 def test_the_accounts_add_up(fleet: Fleet, lepton: Client) -> None:
-    list(lepton.map("linalg.matmul", [ONE] * 200))
+    before = lepton.accounts()
+    assert sum(job.state == "succeeded" for job in lepton.map("linalg.matmul", [ONE] * 200)) == 200
     found = lepton.accounts()
-    assert (found.difference, found.waiting, found.in_flight) == (0, 0, 0)
-    assert found.accepted == sum(found.terms[name] for name in ("succeeded", "failed", "cancelled", "expired")) + sum(
-        found.terms[name] for name in ("dead", "retried", "duplicate")
-    )
+    assert before.difference == found.difference == 0
+    assert found.accepted == sum(found.terms[name] for name in ENDS) + found.waiting + found.in_flight
+    assert found.terms["succeeded"] >= before.terms["succeeded"] + 200
     told = httpx.get(f"{fleet.http_url}/metrics").text
     assert "lepton_conservation_difference 0.0" in told
     assert cli.main(["doctor", "--url", fleet.http_url]) in (0, 1)
