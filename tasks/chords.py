@@ -99,8 +99,11 @@ class ChordParts:
                     connection.call("HDEL", topology.CHORD_PARTS, job)
                     continue
             except BaseException:
-                self.committed(jobs[at:])
+                self._put_back(jobs[at:])
                 raise
-            with self._lock:
-                self._fresh.add(job)
+            self._put_back([job])
         return bool(self._fresh)
+
+    def _put_back(self, jobs: Iterable[str]) -> None:
+        with self._lock:
+            self._fresh.update(jobs)
