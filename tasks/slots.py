@@ -185,6 +185,8 @@ class _Slot:
                 pause_s = min(pause_s * 2, _RETRY_S[1])
             except Exception:  # a defect of ours must not silently cost the worker a slot
                 log.exception("slot_failed", slot=self.number)
+                if self._slots.stopping:  # nor hold up its end: what is held is given back
+                    return
                 time.sleep(_RETRY_S[1])
 
     def _serve(self, broker: Broker) -> None:

@@ -16,9 +16,10 @@ from typing import Final
 import structlog
 
 from lepton_ai import event, wire
-from lepton_ai.errors import Fenced, LeptonError, TimeLimitExceeded
+from lepton_ai.errors import Fenced, TimeLimitExceeded
 from lepton_ai.event import Event
 from lepton_ai.settings import Settings
+from lepton_ai.succession import FollowUps, sequel_of
 from queues.broker import Broker
 from queues.steps import Commit, Outcome
 from tasks.runner import Running
@@ -55,11 +56,14 @@ class Watchdog:
         while not self._stopping.wait(_LOOK_S):
             now = time.monotonic()
             for running in self._slots.running:
-                if now - running.started > running.kill_after_s:
-                    self._bark(running)
+                if now - running.started > running.kill_after_s and self._bark(running):
                     return
 
-    def _bark(self, culprit: Running) -> None:
+    def _bark(self, culprit: Running) -> bool:
+        """Ends the process; False where the culprit has come to an end in this very moment."""
+        messages = self._slots.holding.get(culprit.slot, ())
+        if culprit not in self._slots.running or not messages:
+            return False
         log.error(
             "kernel_over_its_limit",
             jobs=culprit.jobs,
@@ -68,33 +72,61 @@ class Watchdog:
             ending="this process; what else it holds is given back",
         )
         # The broker may be what is slow: nothing of it may keep a hung process alive.
-        threading.Timer(_PATIENCE_S, self._end, (EXIT_CODE,)).start()
-        with suppress(LeptonError):
+        last_resort = threading.Timer(_PATIENCE_S, self._end, (EXIT_CODE,))
+        last_resort.daemon = True
+        last_resort.start()
+        try:
             broker = self._slots.connect("watchdog")
-            for slot, messages in self._slots.holding.items():
-                if slot == culprit.slot:
-                    flags = "".join(_flag(message, culprit) for message in messages)
-                else:
-                    flags = ("!" if slot == self._slots.count else ".") * len(messages)
-                with suppress(Fenced):  # it has committed a moment ago
-                    broker.release(slot, flags)
+            broker.release(culprit.slot, messages, "".join(_flag(message, culprit) for message in messages))
+            self._give_back_others(broker, culprit)
             if len(culprit.jobs) == 1 and culprit.by_own_limit:
                 self._refuse(broker, culprit)
             broker.resign_as_dead()
+        except Fenced:  # its batch has been committed, or given to another: nobody hangs
+            last_resort.cancel()
+            return False
+        except Exception:  # whatever it is, the kernel hangs: what is held is under suspicion then
+            log.exception("given_back_in_part")
         self._end(EXIT_CODE)
+        return True
+
+    def _give_back_others(self, broker: Broker, culprit: Running) -> None:
+        for slot, messages in self._slots.holding.items():
+            if slot != culprit.slot:
+                # What waits for its turn alone stays a suspect.
+                flags = ("!" if slot == self._slots.count else ".") * len(messages)
+                with suppress(Fenced):  # it has committed a moment ago
+                    broker.release(slot, messages, flags)
 
     def _refuse(self, broker: Broker, culprit: Running) -> None:
         """A job that asked for its limit itself has had it, and is not tried again."""
-        (message,) = broker.held(culprit.slot)
-        headers = wire.read_envelope(message).headers
+        held = broker.held(culprit.slot)
+        if not held:
+            return
+        envelope = wire.read_envelope(held[0])
+        headers = envelope.headers
         options = wire.read_options(headers)
         error = TimeLimitExceeded(f"it ran on after its limit; its worker was ended after {culprit.kill_after_s:g} s")
-        record = wire.encode_meta(wire.failure(headers.id, error), options.result or self._settings.result_serializer)
+        meta = wire.failure(headers.id, error)
+        sets_off = FollowUps()
+        embed = wire.read_embed(envelope, limit_bytes=self._settings.body_limit_bytes)
+        if (sequel := sequel_of(headers, embed)) is not None:
+            sets_off = self._slots.canvas.after_failure(sequel, meta)
         told = Event(
             "job.failed", self._slots.incarnation, headers.task, self._slots.device, (headers.id,), data=error.to_wire()
         )
-        outcome = Outcome(headers.id, "failed", b"" if headers.ignore_result else record, options.reply_to or "")
-        broker.commit(Commit(culprit.slot, 1, [outcome], event.encode(told)))
+        encoded = wire.encode_meta(meta, options.result or self._settings.result_serializer)
+        outcome = Outcome(headers.id, "failed", b"" if headers.ignore_result else encoded, options.reply_to or "")
+        broker.commit(
+            Commit(
+                culprit.slot,
+                1,
+                [outcome],
+                event.encode(told),
+                [(headers.id, queue, message) for queue, message in sets_off.pushes],
+                chord_parts=[] if sets_off.chord_part is None else [(headers.id, sets_off.chord_part)],
+            )
+        )
 
 
 def _flag(message: bytes, culprit: Running) -> str:

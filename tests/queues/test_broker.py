@@ -730,7 +730,7 @@ def test_old_events_go(broker_url: str) -> None:
 
 def test_a_released_batch_goes_to_again_in_order(connection: Connection, broker: Broker) -> None:
     held_batch(connection, broker, 3)
-    broker.release(0, "...")
+    broker.release(0, numbered(3), "...")
     assert oldest_first(connection, topology.AGAIN) == numbered(3)
     assert broker.held(0) == []
 
@@ -739,7 +739,7 @@ def test_what_is_released_goes_where_its_flag_says_and_what_stays_keeps_its_orde
     connection: Connection, broker: Broker
 ) -> None:
     held_batch(connection, broker, 6)
-    broker.release(0, "=!.=!.")
+    broker.release(0, numbered(6), "=!.=!.")
     assert broker.held(0) == [b"m0", b"m3"]
     assert oldest_first(connection, topology.ALONE) == [b"m1", b"m4"]
     assert oldest_first(connection, topology.AGAIN) == [b"m2", b"m5"]
@@ -751,7 +751,7 @@ def test_a_release_after_the_lease_has_lapsed_is_fenced_and_nothing_moved(
     held_batch(connection, broker, 3)
     lapse(connection, broker)
     with pytest.raises(Fenced):
-        broker.release(0, "...")
+        broker.release(0, numbered(3), "...")
     assert broker.held(0) == numbered(3)
 
 
@@ -761,7 +761,7 @@ def test_a_release_of_another_number_than_is_held_is_fenced_and_nothing_moved(
 ) -> None:
     held_batch(connection, broker, 3)
     with pytest.raises(Fenced):
-        broker.release(0, "." * known)
+        broker.release(0, numbered(known), "." * known)
     assert broker.held(0) == numbered(3)
 
 
@@ -771,7 +771,7 @@ def test_a_release_onto_a_key_of_another_type_is_refused_and_nothing_moved(
     held_batch(connection, broker, 3)
     connection.call("SET", topology.AGAIN, "something else")
     with pytest.raises(CommandError, match="WRONGTYPE"):
-        broker.release(0, "...")
+        broker.release(0, numbered(3), "...")
     assert broker.held(0) == numbered(3)
 
 
