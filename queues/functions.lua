@@ -270,6 +270,7 @@ end
 -- ARGV ttl_s id status record reply_key. Returns 1, or 0 where it had a final result already.
 local function finish(_, args)
   local ttl, id, status, record = tonumber(args[1]), args[2], args[3], args[4]
+  forget(id, ttl)
   if record ~= '' then
     if not store(id, record, ttl) then
       count('duplicate', 1)
@@ -277,7 +278,6 @@ local function finish(_, args)
     end
     tell(id, record, args[5], ttl)
   end
-  forget(id, ttl)
   count(status, 1)
   return 1
 end
