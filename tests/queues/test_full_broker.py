@@ -53,7 +53,7 @@ def claimed(connection: Connection, broker: Broker, count: int) -> tuple[str, li
 def test_a_full_broker_refuses_to_accept_and_says_that_it_is_full(connection: Connection, broker: Broker, fill) -> None:
     fill()
     job = (topology.LANE, "job", "", "", "", "message")
-    with pytest.raises(CommandError, match="^OOM"):
+    with pytest.raises(CommandError, match="OOM"):
         connection.call(*functions.call("accept", (), (60, 100, 10, 0, 10, 0, topology.LANE, "", 1, *job)))
     assert connection.call("LLEN", topology.LANE) == 0
 
