@@ -312,12 +312,12 @@ end
 -- follow-up. Returns 1, or 0 where it had a final result already.
 local function finish(_, args)
   local ttl, id, status, record = tonumber(args[1]), args[2], args[3], args[4]
+  forget(id, ttl, true)
   if not store(id, record, ttl) then
     count('duplicate', 1)
     return 0
   end
   if record ~= '' then tell(id, record, args[5], ttl) end
-  forget(id, ttl, true)
   count(status, 1)
   if args[7] ~= '' then redis.pcall('HSET', PARTS, id, args[7]) end
   for at = 8, #args, 2 do follow(id, args[at], args[at + 1], args[6]) end
