@@ -64,6 +64,8 @@ P = TypeVar("P", bound=Sized)
 MSGPACK: Final = "application/x-msgpack"
 JSON: Final = "application/json"
 _MOST_PARTS: Final = 500
+#: Characters of a job's id and of a kernel's name: both become names of keys.
+_LONGEST_NAME: Final = 255
 _GZIP: Final = "application/x-gzip"
 _NO_CALLBACKS: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
@@ -255,9 +257,15 @@ def envelope(
 def read_envelope(raw: bytes) -> Envelope:
     """The envelope of a message; Malformed where it is not a Celery protocol 2 message."""
     try:
-        return _typed(_ENVELOPE, raw)  # type: ignore[no-any-return]
+        envelope: Envelope = _typed(_ENVELOPE, raw)
     except InvalidArguments as error:
         raise Malformed(f"not a Celery protocol 2 message: {error.message}") from None
+    for what, name in (("id", envelope.headers.id), ("task", envelope.headers.task)):
+        if not 0 < len(name) <= _LONGEST_NAME:
+            raise Malformed(
+                f"not a Celery protocol 2 message: {what} has {len(name)} characters, not 1 to {_LONGEST_NAME}"
+            )
+    return envelope
 
 
 def lane_of(raw: bytes) -> str:
