@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from tests.faults.actors import Actor
 from tests.faults.fleet import Fleet, Member
 from tests.faults.play import Play
 from tests.faults.proxy import Trap
 from tests.faults.scenario import Size
 
-__all__ = ["COSTS_MS", "POINTS", "finish", "freeze", "rolling_end", "storm", "sync_points"]
+__all__ = ["COSTS_MS", "POINTS", "finish", "freeze", "kill_in_turn", "rolling_end", "storm", "sync_points"]
 
 #: Milliseconds that jobs take: most none, so that batches are large, some a while, so that kills hit kernels.
 COSTS_MS = (0, 0, 0, 25)
@@ -26,22 +27,34 @@ def storm(play: Play, size: Size) -> None:
     """Workers are killed again and again while they work through a deep queue, each soon after it came up."""
     fleet = play.fleet(("cpu.a", "cpu.b"), **size.settings)
     play.load().stream(size.jobs, COSTS_MS, play.seed, at_once=100)
-    workers = list(fleet.workers.values())
-    due = {member: time.monotonic() + play.chance.uniform(0.05, 0.8) for member in workers}
-    kills = 0
-    while kills < size.rounds:
-        play.rest(0.01)
-        for member in workers:
-            if member in due:
-                if time.monotonic() >= due[member]:
-                    del due[member]
-                    fleet.kill(member)
-                    kills += 1
-                    member.actor.start()
-            elif fleet.is_online(member):
-                due[member] = time.monotonic() + play.chance.uniform(0.05, 0.8)
-    play.notes["kills"] = kills
+    members = {member.actor: member for member in fleet.workers.values()}
+    kill_in_turn(
+        play,
+        list(members),
+        size.rounds,
+        is_online=lambda actor: fleet.is_online(members[actor]),
+        kill=lambda actor: fleet.kill(members[actor]),
+    )
     finish(play, fleet)
+
+
+def kill_in_turn(
+    play: Play, actors: list[Actor], kills: int, is_online: Callable[[Actor], bool], kill: Callable[[Actor], object]
+) -> None:
+    """Kills each a random moment after it came up, and starts it again: so often, all together."""
+    play.notes["kills"] = kills
+    due = {actor: time.monotonic() + play.chance.uniform(0.05, 0.8) for actor in actors}
+    while kills:
+        play.rest(0.01)
+        for actor in actors:
+            if actor not in due:
+                if is_online(actor):
+                    due[actor] = time.monotonic() + play.chance.uniform(0.05, 0.8)
+            elif kills and time.monotonic() >= due[actor]:
+                del due[actor]
+                kill(actor)
+                actor.start()
+                kills -= 1
 
 
 def sync_points(play: Play, size: Size) -> None:
