@@ -124,6 +124,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             self.lists: dict[str, list[bytes]] = {}
             self.scheduled: dict[str, tuple[float, bytes]] = {}
             self.results: dict[str, bytes] = {}
+            self.ended: set[str] = set()  # those whose result is ignored too
             self.retrying: dict[str, bytes] = {}
             self.replies: Counter[str] = Counter()
             self.attempts: Counter[str] = Counter()
@@ -188,9 +189,10 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
         def finish(self, job: str, status: str, told: bytes) -> bool:
             """What `finish` in functions.lua does; False for a duplicate."""
             self.attempts.pop(job, None)
-            if job in self.results:
+            if job in self.ended:
                 self.counts["duplicate"] += 1
                 return False
+            self.ended.add(job)
             self.results[job] = told
             self.retrying.pop(job, None)
             self.counts[status] += 1
@@ -391,7 +393,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                 told = b"" if how == "ignored" else record(job, how)
                 status = "succeeded" if how == "ignored" else how
                 outcomes.append(Outcome(job, status, told, "lepton:reply:me"))
-                if told and job in self.results:
+                if job in self.ended:
                     duplicates.append(job)
                     self.counts["duplicate"] += 1
                     self.attempts.pop(job, None)
@@ -401,6 +403,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                 else:
                     self.counts[status] += 1
                     self.attempts.pop(job, None)
+                    self.ended.add(job)
                     if told:
                         self.results[job] = told
                         self.retrying.pop(job, None)
@@ -432,7 +435,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             broker = self.holders[role].broker
             held = self.pull(topology.held(broker.incarnation, slot))
             flags = (flags * 100)[: len(held)]
-            broker.release(slot, flags)
+            broker.release(slot, held, flags)
             targets = {".": topology.AGAIN, "!": topology.ALONE, "=": topology.held(broker.incarnation, slot)}
             for message, flag in zip(held, flags, strict=True):
                 self.at(targets[flag]).append(message)
@@ -528,7 +531,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             with pytest.raises(Fenced):
                 broker.commit(Commit(0, len(held), outcomes, b"event"))
             with pytest.raises(Fenced):
-                broker.release(0, "." * len(held))
+                broker.release(0, held, "." * len(held))
             assert not broker.renew()
 
         @possible(data=None)
