@@ -40,6 +40,8 @@ _DUE_AT_ONCE: Final = 256
 #: Where in a result its state is looked for.
 _STATE: Final = re.compile(rb"status[^A-Z]*([A-Z]+)")
 _STATE_WITHIN: Final = 200
+#: Our field in a result. A revoked one without it is a Celery worker's, which ends nothing: see functions.lua.
+_OURS: Final = re.compile(rb'^\{.*"lepton":|^[^{].*\xa6lepton[\x80-\x8f]', re.DOTALL)
 #: How long a full broker is left alone before it is asked again.
 _FULL_S: Final = 0.1
 
@@ -421,11 +423,15 @@ class Broker:
         return placements, _scored(jobs, scores)
 
     def ended(self, jobs: Sequence[str]) -> set[str]:
-        """Which of these jobs have a final result. Reads no more of it than its state."""
+        """Which of these jobs have a final result. Reads no more of it than its state, but for revoked ones."""
         asked = [("GETRANGE", topology.result(job), 0, _STATE_WITHIN) for job in jobs]
         starts = self.connection.receive(self.connection.send(asked)) if asked else []
         # What is no result at all, a key of another type, is none that stands.
-        return {job for job, start in zip(jobs, starts, strict=True) if isinstance(start, bytes) and _is_final(start)}
+        states = {job: _state(start) for job, start in zip(jobs, starts, strict=True) if isinstance(start, bytes)}
+        revoked = [job for job, state in states.items() if state == "REVOKED"]
+        wholes = self.connection.many([("GET", topology.result(job)) for job in revoked]) if revoked else []
+        foreign = {job for job, whole in zip(revoked, wholes, strict=True) if not _OURS.search(whole or b"")}
+        return {job for job, state in states.items() if state in FINAL_STATES} - foreign
 
     def commit(self, step: Commit) -> list[str]:
         """Ends a batch: results, acknowledgement, counters and event in one step; returns the duplicates' ids.
@@ -547,10 +553,10 @@ def _scored(jobs: Sequence[str], scores: Any) -> set[str]:
     return {job for job, score in zip(jobs, scores, strict=True) if score is not None}
 
 
-def _is_final(start: bytes) -> bool:
+def _state(start: bytes) -> str:
     """As `is_final` in functions.lua: the state stands first in a result, in capitals."""
     found = _STATE.search(start)
-    return found is not None and found[1].decode() in FINAL_STATES
+    return "" if found is None else found[1].decode()
 
 
 def _checked(replies: list[Any]) -> list[Any]:

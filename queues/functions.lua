@@ -39,10 +39,15 @@ end
 
 local function count(name, by) redis.pcall('HINCRBY', COUNTERS, name, by) end
 
--- Celery's JSON and msgpack records both have the word `status` first and its value in capitals.
+-- Celery's JSON and msgpack records both have the word `status` first and its value in capitals. A REVOKED without our
+-- field is what a Celery worker wrote that heard of the revoke too, as each does of a job that it does not know: it ends
+-- nothing, and whoever holds the job still ends it, with all that follows.
 local function is_final(record)
   if type(record) ~= 'string' then return false end
   local status = string.match(string.sub(record, 1, 200), 'status[^%u]*(%u+)')
+  if status == 'REVOKED' then -- our field as a key, in JSON or before a map of msgpack
+    return string.find(record, string.sub(record, 1, 1) == '{' and '"lepton":' or '\166lepton[\128-\143]') ~= nil
+  end
   return status ~= nil and FINAL[status] == true
 end
 

@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 from celery import Celery
+from celery.exceptions import TaskRevokedError
 
 from lepton_ai import topology, wire
-from lepton_ai.errors import Fenced, InvalidArguments
+from lepton_ai.errors import Fenced, InvalidArguments, JobCancelled, JobExpired, LeptonError
 from lepton_ai.settings import Settings
 from queues import functions
 from queues.app import celery_addresses
@@ -635,9 +636,7 @@ def test_a_state_that_is_not_final_is_overwritten(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("encoding", ["json", "msgpack"])
-@pytest.mark.parametrize(
-    ("state", "value"), [("SUCCESS", {"status": "STARTED"}), ("FAILURE", ValueError("no")), ("REVOKED", None)]
-)
+@pytest.mark.parametrize(("state", "value"), [("SUCCESS", {"status": "STARTED"}), ("FAILURE", ValueError("no"))])
 def test_a_final_state_that_celery_stored_is_kept(
     connection: Connection, broker: Broker, broker_url: str, encoding: str, state: str, value: Any
 ) -> None:
@@ -646,6 +645,33 @@ def test_a_final_state_that_celery_stored_is_kept(
     held_batch(connection, broker)
     assert commit(broker, succeeded("one")) == ["one"]
     assert connection.call("GET", topology.result("one")) == before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+@pytest.mark.parametrize("reason", ["revoked", "lepton", '"lepton":'])
+def test_a_revoke_that_a_celery_worker_noted_ends_nothing_and_what_follows_is_not_lost(
+    connection: Connection, broker: Broker, broker_url: str, encoding: str, reason: str
+) -> None:
+    """Every Celery worker that hears of it writes that into the result of a job that it does not know."""
+    celerys_record(broker_url, encoding, "REVOKED", TaskRevokedError(reason))
+    assert broker.ended(["one"]) == set()
+    held_batch(connection, broker)
+    ours = wire.encode_meta(wire.failure("one", JobCancelled("cancelled while it ran")), encoding)
+    assert broker.commit(Commit(0, 1, [Outcome("one", "cancelled", ours)], b"", chord_parts=[("one", b"part")])) == []
+    assert connection.call("GET", topology.result("one")) == ours
+    assert connection.call("HGET", topology.CHORD_PARTS, "one") == b"part"
+    assert counters(connection) == {"cancelled": 1}
+
+
+@pytest.mark.parametrize("error", [JobCancelled("cancelled"), JobExpired("its deadline passed")])
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+def test_a_revoke_of_ours_is_final(connection: Connection, broker: Broker, encoding: str, error: LeptonError) -> None:
+    held_batch(connection, broker)
+    commit(broker, Outcome("one", "cancelled", wire.encode_meta(wire.failure("one", error), encoding)))
+    assert broker.ended(["one", "two"]) == {"one"}
+    held_batch(connection, broker)
+    assert commit(broker, succeeded("one")) == ["one"]
 
 
 @pytest.mark.parametrize("error", [InvalidArguments("argument 'b' is missing")])
