@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from lepton_ai.succession import FollowUps
 from queues.broker import Broker
 from queues.steps import Commit
 from tasks.watchdog import EXIT_CODE, Watchdog
-from tests.tasks.workshop import DEVICE, SETTINGS, MakeWorker, NoCanvas, Worker, message, until
+from tests.tasks.workshop import DEVICE, SETTINGS, MakeWorker, NoCanvas, Worker, followed, message, until
 
 #: A job's own limit may end a worker at once, its kernel's never within a test.
 OWN = msgspec.structs.replace(SETTINGS, least_limit_s=0.01)
@@ -186,14 +185,6 @@ def test_of_two_copies_of_the_culprit_one_stays_held(worker: Worker, watch: Any,
 # -- a job's own limit ----------------------------------------------------------------------------------------------
 
 
-def followed(job: str, **options: Any) -> bytes:
-    """A job of `test.gated` with an errback."""
-    found = json.loads(message(job, 1.0, "test.gated", **options))
-    body = wire.pack(([], {"x": [1.0]}, {"errbacks": [{"task": "theirs.alarm"}], "chord": {"task": "theirs.body"}}))
-    found["body"] = base64.b64encode(body).decode()
-    return json.dumps(found).encode()
-
-
 class Following(NoCanvas):
     """A Canvas that lets one message follow a failure."""
 
@@ -226,7 +217,8 @@ def test_a_jobs_own_limit_refuses_it_at_once_with_its_follow_ups_in_the_same_com
     worker = make_worker(settings=OWN)
     worker.slots.canvas = Following()
     (job,) = new_ids(1)
-    worker.push(followed(job, limit_s=0.01, reply_to="lepton:reply:me"))
+    embed = {"errbacks": [{"task": "theirs.alarm"}], "chord": {"task": "theirs.body"}}
+    worker.push(followed(job, embed, "test.gated", limit_s=0.01, reply_to="lepton:reply:me"))
     watch(worker)
     assert end.wait() == EXIT_CODE
     (step,) = commits
