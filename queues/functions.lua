@@ -412,8 +412,9 @@ local function recover(_, args)
     local attempts = redis.pcall('HINCRBY', ATTEMPTS, id, 1)
     if type(attempts) == 'number' and attempts >= tonumber(args[6]) then
       redis.call('DEL', suspect)
-      moved, died = moved + 1, 1
+      moved = moved + 1
       if finish(_, { args[7], id, 'dead', args[13], args[14], args[9], unpack(args, 16) }) == 1 then
+        died = 1
         bury(args[9], id, args[11], 'poison', args[12], attempts, '', args[5])
         emit(args[15], args[8])
       end

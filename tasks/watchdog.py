@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from typing import Final
 
 import structlog
@@ -77,17 +77,26 @@ class Watchdog:
         last_resort.start()
         try:
             broker = self._slots.connect("watchdog")
-            broker.release(culprit.slot, messages, "".join(_flag(message, culprit) for message in messages))
-            self._give_back_others(broker, culprit)
-            if len(culprit.jobs) == 1 and culprit.by_own_limit:
-                self._refuse(broker, culprit)
-            broker.resign_as_dead()
-        except Fenced:  # its batch has been committed, or given to another: nobody hangs
-            last_resort.cancel()
-            return False
+            with closing(broker.connection):
+                if not self._leave_alone(broker, culprit, messages):
+                    last_resort.cancel()
+                    return False
+                self._give_back_others(broker, culprit)
+                if len(culprit.jobs) == 1 and culprit.by_own_limit:
+                    with suppress(Fenced):  # it has been committed a moment ago
+                        self._refuse(broker, culprit)
+                broker.resign_as_dead()
         except Exception:  # whatever it is, the kernel hangs: what is held is under suspicion then
             log.exception("given_back_in_part")
         self._end(EXIT_CODE)
+        return True
+
+    def _leave_alone(self, broker: Broker, culprit: Running, messages: Sequence[bytes]) -> bool:
+        """Gives back the rest of the culprit's batch; False where that has been committed: nobody hangs."""
+        try:
+            broker.release(culprit.slot, messages, _flags(messages, culprit))
+        except Fenced:  # given to another while our lease had lapsed, it hangs here all the same
+            return culprit in self._slots.running
         return True
 
     def _give_back_others(self, broker: Broker, culprit: Running) -> None:
@@ -129,8 +138,10 @@ class Watchdog:
         )
 
 
-def _flag(message: bytes, culprit: Running) -> str:
-    """What becomes of a message of the culprit's batch: see Broker.release."""
-    if wire.read_envelope(message).headers.id not in culprit.jobs:
-        return "."
-    return "=" if len(culprit.jobs) == 1 else "!"
+def _flags(messages: Sequence[bytes], culprit: Running) -> str:
+    """What becomes of each message of the culprit's batch: see Broker.release."""
+    jobs = [wire.read_envelope(message).headers.id for message in messages]
+    if len(culprit.jobs) > 1:
+        return "".join("!" if job in culprit.jobs else "." for job in jobs)
+    only = jobs.index(culprit.jobs[0])  # a second copy of its message would keep it from being found alone
+    return "".join("=" if at == only else "." for at in range(len(jobs)))

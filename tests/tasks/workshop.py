@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import threading
 import time
 from collections import Counter
@@ -215,6 +217,13 @@ class Worker:
 
 def message(job_id: str, value: float, kernel: str = "test.double", **options: Any) -> bytes:
     return wire.envelope(job_id, kernel, {"x": [value]}, Options(**options))
+
+
+def followed(job_id: str, embed: dict[str, Any], kernel: str = "test.double", **options: Any) -> bytes:
+    """A job that something is to follow, as Celery writes it into the body."""
+    found = json.loads(message(job_id, 1.0, kernel, **options))
+    found["body"] = base64.b64encode(wire.pack(([], {"x": [1.0]}, embed))).decode()
+    return json.dumps(found).encode()
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = 5.0) -> None:
