@@ -344,7 +344,7 @@ end
 -- an attempt: with the last, it is a dead letter and its waiter is told. A holder is forgotten once it has been found
 -- empty for a while: a blocking move that it had asked for may still have been served after its connection broke.
 -- ARGV incarnation lists_each how (died or left) list, and where the list of a suspect is given:
---   attempts_limit ttl_s events_kept dead_bytes id kernel reason record reply_key event
+--   attempts_limit ttl_s events_kept dead_bytes id kernel reason record reply_key event message
 -- Returns how many messages moved, and 1 where the suspect died for good.
 local REMEMBER_MS = 30000
 local function recover(_, args)
@@ -368,11 +368,12 @@ local function recover(_, args)
   if claimed > 0 then count('accepted', claimed) end
   drain('lepton:reclaim:', AGAIN)
   drain('lepton:suspects:', ALONE)
-  if how == 'died' and suspect ~= '' and is_list(suspect) and redis.call('LLEN', suspect) == 1 then
-    local id = args[9]
+  local id, message = args[9], args[15]
+  -- Another may have recovered it since it was looked at, and its holder may have taken the next.
+  if how == 'died' and suspect ~= '' and is_list(suspect) and redis.call('LLEN', suspect) == 1
+    and redis.call('LINDEX', suspect, 0) == message then
     if redis.call('HINCRBY', ATTEMPTS, id, 1) >= tonumber(args[5]) then
       local attempts = redis.call('HGET', ATTEMPTS, id)
-      local message = redis.call('LINDEX', suspect, 0)
       moved, died = moved + 1, 1
       if finish(_, { args[6], id, 'dead', args[12], args[13] }) == 1 then
         bury(args[8], id, args[10], 'poison', args[11], attempts, '', message)

@@ -80,5 +80,5 @@ def _suspect(held: str, message: bytes, incarnation: str, settings: Settings) ->
     return (
         held,
         *(attempts, ttl_s, settings.events_kept, settings.dead_bytes),
-        *(job, kernel, error.message, record, options.reply_to or "", told),
+        *(job, kernel, error.message, record, options.reply_to or "", told, message),
     )
