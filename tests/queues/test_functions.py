@@ -596,9 +596,11 @@ def recover(connection: Connection, how: str, *suspect: Any) -> tuple[int, int]:
     return moved, dead
 
 
-def suspect(list_: str = HELD, *, limit: int = 3, job: str = "a", reply: str = "") -> tuple[Any, ...]:
+def suspect(
+    list_: str = HELD, *, limit: int = 3, job: str = "a", reply: str = "", message: str = "m"
+) -> tuple[Any, ...]:
     told = record(job, "FAILURE")
-    return (list_, limit, TTL_S, KEPT, DEAD_BYTES, job, "a.b", "it killed 3 workers", told, reply, "event")
+    return (list_, limit, TTL_S, KEPT, DEAD_BYTES, job, "a.b", "it killed 3 workers", told, reply, "event", message)
 
 
 def claims(connection: Connection) -> None:
@@ -664,13 +666,15 @@ def test_who_left_counts_no_attempt_even_if_he_held_one(connection: Connection) 
     assert connection.call("EXISTS", topology.ATTEMPTS, topology.DEAD) == 0
 
 
-@pytest.mark.parametrize("change", ["one more", "gone", "a lease"])
+@pytest.mark.parametrize("change", ["one more", "another", "gone", "a lease"])
 def test_what_has_changed_since_the_sweep_counts_no_attempt(connection: Connection, change: str) -> None:
     hold(connection, "m", lease=change == "a lease")
     if change == "one more":
         push(connection, HELD, "n")
-    if change == "gone":
+    if change in ("another", "gone"):
         connection.call("DEL", HELD)
+    if change == "another":
+        push(connection, HELD, "n")
     recover(connection, "died", *suspect(limit=1))
     assert connection.call("EXISTS", topology.ATTEMPTS, topology.DEAD, topology.result("a")) == 0
 
@@ -1008,7 +1012,9 @@ EVERY: dict[str, tuple[list[str], Callable[[Connection], object]]] = {
             topology.EVENTS,
             topology.COUNTERS,
         ],
-        lambda connection: call(connection, "recover", "v", LISTS_EACH, "died", *suspect(topology.held("v", 0))),
+        lambda connection: call(
+            connection, "recover", "v", LISTS_EACH, "died", *suspect(topology.held("v", 0), message="m2")
+        ),
     ),
     "move": (
         ["target", "one", "two", topology.HOLDERS],
