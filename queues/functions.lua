@@ -11,6 +11,7 @@ local SUFFIXES = { '\6\22high', '', '\6\0223', '\6\0226', '\6\0229' }
 local AGAIN, ALONE = 'lepton:again', 'lepton:again.alone'
 local ETA, ETA_MESSAGES = 'lepton:eta', 'lepton:eta.messages'
 local ATTEMPTS, DEAD, PARTS = 'lepton:attempts', 'lepton:dead', 'lepton:chord.parts'
+local DEAD_BYTES = 'lepton:dead.bytes'
 local COUNTERS, EVENTS, HOLDERS = 'lepton:counters', 'lepton:events', 'lepton:holders'
 local SWEPT, HOLD, PARKED = 'lepton:swept', 'lepton:hold', 'lepton:parked'
 local TYPES = {
@@ -98,14 +99,23 @@ local function without(event, late)
   return #kept > 0 and cmsgpack.pack(kept) or ''
 end
 
--- Keeps a dead letter, at the cost of the oldest where they take more than `most` bytes.
+-- Keeps a dead letter, at the cost of the oldest where they take more than `most` bytes. What was added is summed up,
+-- and only where that is too much (some may have been deleted since) is it measured: a full measure looks at every node
+-- of the stream, and one of samples takes large letters behind small ones for small.
 local function bury(most, id, kernel, code, reason, attempts, trace, message)
   local kept = redis.pcall('XADD', DEAD, '*', 'job', id, 'kernel', kernel, 'code', code, 'reason', reason,
     'attempts', attempts, 'trace', trace, 'message', message)
-  local size = redis.pcall('MEMORY', 'USAGE', DEAD)
-  if type(size) == 'number' and size > tonumber(most) then
-    redis.pcall('XTRIM', DEAD, 'MAXLEN', math.max(1, math.floor(redis.call('XLEN', DEAD) * 0.9)))
+  most = tonumber(most)
+  local size = redis.pcall('INCRBY', DEAD_BYTES, #message + #trace + #reason + 200)
+  if type(size) == 'number' and size <= most then return kept end
+  local length = redis.pcall('XLEN', DEAD)
+  size = redis.pcall('MEMORY', 'USAGE', DEAD, 'SAMPLES', 0)
+  while type(size) == 'number' and size > 0.9 * most and length > 1 do
+    length = math.floor(length * 0.9)
+    redis.pcall('XTRIM', DEAD, 'MAXLEN', length)
+    size = redis.pcall('MEMORY', 'USAGE', DEAD, 'SAMPLES', 0)
   end
+  if type(size) == 'number' then redis.pcall('SET', DEAD_BYTES, size) end
   return kept
 end
 
@@ -331,6 +341,8 @@ end
 
 -- bury: a dead letter that has no waiter. ARGV dead_bytes id kernel code reason attempts trace message
 local function bury_one(_, args)
+  local bad = wrong(DEAD)
+  if bad then return bad end
   count('dead', 1)
   return bury(unpack(args, 1, 8))
 end
@@ -456,7 +468,9 @@ local function move(keys, args)
 end
 
 -- schedule: holds a message back until its time. Meant to stand in a transaction. ARGV id due_ms message
-local function schedule(_, args) return hold_back(args[1], tonumber(args[2]), args[3]) end
+local function schedule(_, args)
+  return wrong(ETA, ETA_MESSAGES) or hold_back(args[1], tonumber(args[2]), args[3])
+end
 
 -- transact: as MULTI behind WATCH, for a broker that is full and refuses writes. KEYS the lists that must have the
 -- lengths that ARGV names first; then the commands, each as the number of its words and the words.
