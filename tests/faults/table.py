@@ -27,6 +27,12 @@ SCENARIOS = (
         tested=Size(jobs=800, rounds=4, settings=_BRISK),
     ),
     Scenario(
+        "worker_relay",
+        scenarios_workers.relay,
+        full=Size(jobs=6_000, rounds=6),
+        quick=Size(jobs=1_200, rounds=2, settings=_BRISK),
+    ),
+    Scenario(
         "worker_sync_points",
         scenarios_workers.sync_points,
         full=Size(jobs=6, rounds=len(scenarios_workers.POINTS)),
