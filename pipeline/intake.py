@@ -48,7 +48,10 @@ def read(message: bytes, now: float) -> Incoming | Refused | Dead:
     try:
         envelope = wire.read_envelope(message)
     except LeptonError as error:
-        return Dead(error.message)
+        names = wire.read_names(message)
+        if names is None:
+            return Dead(error.message)
+        return Refused(names, _outcome(names.id, "failed", error, Options(), "json"), error)
     headers, options = envelope.headers, Options()
     try:
         options = wire.read_options(headers)

@@ -207,14 +207,13 @@ class Broker:
         return messages + moved, length
 
     def _claim_back(self, claim: str, source: str, limit: int) -> tuple[list[bytes], int]:
-        self._refused(self.connection.receive(self.connection.send([self._remember])))
         return self._move([("LMOVE", source, claim, "RIGHT", "LEFT")] * limit, claim, [source], limit)
 
     def _move(
         self, moves: Sequence[Command], target: str, sources: Sequence[str], limit: int
     ) -> tuple[list[bytes], int]:
         """What these moves bring, and the length of the target then; by a function where the broker is full."""
-        replies = self.connection.receive(self.connection.send([*moves, ("LLEN", target)]))
+        _, *replies = self.connection.receive(self.connection.send([self._remember, *moves, ("LLEN", target)]))
         found = [each for each in replies[:-1] if each is not None and not isinstance(each, CommandError)]
         length = replies[-1]
         if self._refused(replies) or (self.is_full and not moves):
@@ -392,9 +391,8 @@ class Broker:
         more = min(limit - 1, -(-depth // slots))
         if more <= 0:
             return [first]
-        replies = self.connection.receive(
-            self.connection.send([*[("LMOVE", queue, held, "RIGHT", "LEFT")] * more, ("LLEN", held)])
-        )
+        moves = [("LMOVE", queue, held, "RIGHT", "LEFT")] * more
+        _, *replies = self.connection.receive(self.connection.send([self._remember, *moves, ("LLEN", held)]))
         messages = [first, *(message for message in replies[:-1] if message is not None)]
         return self.held(slot) if self._refused(replies) or replies[-1] != len(messages) else messages
 

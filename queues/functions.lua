@@ -362,7 +362,7 @@ local function release(keys, args)
 end
 
 -- sweep: who is to be recovered. After a time in which nobody swept (the broker was away, or all routers were) every
--- holder first gets a whole lease to come back. ARGV gap_ms lease_ms lists_each own_incarnation
+-- holder first gets a whole lease to come back. Lanes that are empty are forgotten. ARGV gap_ms lease_ms lists_each own_incarnation
 -- Returns for each lapsed holder: incarnation, how many messages it held, and the held list of an only one (or '').
 local function sweep(_, args)
   local bad = wrong(HOLDERS)
@@ -370,6 +370,9 @@ local function sweep(_, args)
   local now, last = now_ms(), tonumber(redis.pcall('GET', SWEPT) or nil)
   redis.pcall('SET', SWEPT, string.format('%d', now))
   if last ~= nil and now - last > tonumber(args[1]) then redis.pcall('SET', HOLD, '', 'PX', args[2]) end
+  for _, lane in ipairs(redis.pcall('SMEMBERS', LANES)) do
+    if backlog(lane, false) == 0 then redis.pcall('SREM', LANES, lane) end
+  end
   if redis.call('EXISTS', HOLD) == 1 then return {} end
   local lapsed = {}
   local holders = redis.call('SMEMBERS', HOLDERS)

@@ -81,6 +81,8 @@ class Watchdog:
                 if not self._leave_alone(broker, culprit, messages):
                     last_resort.cancel()
                     return False
+                self._slots.pause()
+                time.sleep(self._slots.take_s)  # until whoever waits for jobs has none, or holds what came last
                 self._give_back_others(broker, culprit)
                 if len(culprit.jobs) == 1 and culprit.by_own_limit:
                     with suppress(Fenced):  # it has been committed a moment ago
