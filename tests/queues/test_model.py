@@ -487,6 +487,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
 
         @possible(role=st.sampled_from(["router0", "worker1"]), twice=st.booleans())
         def recover(self, role: str, twice: bool) -> None:
+            self.lanes = {lane for lane in self.lanes if any(map(self.at, topology.lane_lists(lane)))}
             before = self.lengths()
             moved = died = 0
             for holder in self.holders.values():
