@@ -6,6 +6,7 @@ import importlib
 import sys
 
 _BENCHES = {
+    "durability": "what it costs that an acceptance is on the disk",
     "faults": "kills, freezes and cuts what Lepton runs on, and counts what is lost",
     "round-trip": "from submit to result in hand, beside plain Celery",
 }

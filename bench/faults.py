@@ -26,7 +26,7 @@ from tests.faults.table import SCENARIOS
 
 _COLUMNS = ("submitted", "acknowledged", "refused", "unknown", "lost", "duplicate_effects", "re_executions")
 _TIMES = ("recovery_p50_s", "recovery_max_s", "seconds")
-_STYLES = {"ok": "green", "failed": "bold red", "not yet": "yellow", "skipped": "yellow"}
+_STYLES = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ The `code` of a class is what crosses the wire; `from_wire` raises the same clas
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 __all__ = [
     "BrokerUnavailable",
@@ -65,6 +65,11 @@ __all__ = [
 ]
 
 
+#: Characters of a message and of a field: what they quote may have millions.
+_LONGEST: Final = 2000
+_LONGEST_FIELD: Final = 200
+
+
 class LeptonError(Exception):
     """Anything that Lepton raises. `field` names the offending argument or option, where there is one."""
 
@@ -73,10 +78,10 @@ class LeptonError(Exception):
 
     def __init__(self, message: str = "", field: str | None = None) -> None:
         # Text that the kernel or the file system made may hold surrogates, which no wire carries.
-        message = str(message).encode("utf-8", "backslashreplace").decode()
+        message = _shortened(str(message), _LONGEST).encode("utf-8", "backslashreplace").decode()
         super().__init__(message)
         self.message = message
-        self.field = field
+        self.field = None if field is None else _shortened(field, _LONGEST_FIELD)
 
     def to_wire(self) -> dict[str, Any]:
         """The error as plain values, as results, events and problem+json carry it."""
@@ -84,6 +89,10 @@ class LeptonError(Exception):
         if self.field is not None:
             wire["field"] = self.field
         return wire
+
+
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
 
 
 class InvalidSettings(LeptonError):

@@ -13,6 +13,7 @@ from lepton_ai.errors import JobExpired, OptionNotSupported
 __all__ = [
     "ENDED",
     "FINAL_STATES",
+    "LATEST_S",
     "Candidate",
     "Cost",
     "Estimate",
@@ -27,6 +28,8 @@ __all__ = [
 _LONGEST_REPLY_TO: Final = 200
 
 FINAL_STATES: Final = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "cancelled"}
+#: The longest that a job may be held back, in seconds.
+LATEST_S: Final = 30 * 86_400.0
 #: Our states that end a job. Celery's REVOKED is either of the last two.
 ENDED: Final = frozenset({*FINAL_STATES.values(), "expired"})
 

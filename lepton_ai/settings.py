@@ -19,6 +19,11 @@ _PREFIX = "LEPTON_"
 _SCHEMES = ("redis", "rediss", "unix")
 
 
+#: Beyond these the broker refuses a number, or one step of it would hold up everybody else.
+_MOST = {"result_ttl_s": 3.2e9, "batch_jobs": 4096, "events_kept": 10**9, "lease_s": 3600.0, "limit_s": 3.2e9}
+_LEAST = {"heartbeat_s": 0.01, "limit_s": 0.1, "least_limit_s": 0.1, "waiting_bytes": 0, "tenant_bytes": 0}
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The settings of one process. `Settings.read()` takes them from the environment; an unknown name is an error."""
 
@@ -126,6 +131,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise InvalidSettings(
                     f"{_PREFIX}{name.upper()} must be above 0 and finite, not {getattr(self, name)}", name
                 )
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise InvalidSettings(f"{_PREFIX}{name.upper()} is at most {most:g}, not {getattr(self, name)}", name)
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise InvalidSettings(f"{_PREFIX}{name.upper()} is at least {least:g}, not {getattr(self, name)}", name)
         if not 0 <= self.celery_events_hz < math.inf:
             raise InvalidSettings(
                 f"{_PREFIX}CELERY_EVENTS_HZ must be 0 or above and finite, not {self.celery_events_hz}",

@@ -23,6 +23,8 @@ __all__ = ["Canvas", "FollowUps", "Sequel", "inherit", "sequel_of"]
 Outputs = Mapping[str, Any]
 #: What may stand in `args`: a value, a kernel's outputs by name, or, for a chord's body, a list of either.
 _FORMS: Final = (Value, dict[str, Value], list[Value], list[dict[str, Value]])
+#: Each costs about a millisecond, and whoever ends the job makes them all at once.
+_MOST_SIGNATURES: Final = 500
 _ASKED: Final = frozenset({"callbacks", "errbacks", "chain", "chord"})
 
 
@@ -88,6 +90,8 @@ def sequel_of(headers: Headers, embed: Any) -> Sequel | None:
         "group_index": headers.group_index,
         "keep": not headers.ignore_result,
     }
+    if any(isinstance(each, list) and len(each) > _MOST_SIGNATURES for each in asked.values()):
+        raise OptionNotSupported(f"a job may set off {_MOST_SIGNATURES} signatures of a kind at most", "callbacks")
     try:
         return msgspec.convert(place | asked, Sequel)
     except msgspec.ValidationError as error:

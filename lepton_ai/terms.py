@@ -9,12 +9,12 @@ from typing import Final
 import msgspec
 
 from lepton_ai.errors import InvalidArguments, OptionNotSupported
-from lepton_ai.job import Options
+from lepton_ai.job import LATEST_S, Options
 
 __all__ = ["Terms", "check_tenant"]
 
 _DAY_S: Final = 86_400
-_LONGEST_DELAY_S: Final = 30 * _DAY_S
+_LONGEST_DELAY_S: Final = round(LATEST_S)
 _LONGEST_DEADLINE_S: Final = 3650 * _DAY_S
 _TENANT: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}", re.ASCII)
 #: Names that lanes of ours have.

@@ -52,6 +52,7 @@ __all__ = [
     "read_embed",
     "read_envelope",
     "read_meta",
+    "read_names",
     "read_options",
     "retried",
     "retrying",
@@ -64,6 +65,8 @@ P = TypeVar("P", bound=Sized)
 MSGPACK: Final = "application/x-msgpack"
 JSON: Final = "application/json"
 _MOST_PARTS: Final = 500
+#: Characters of a job's id and of a kernel's name: both become names of keys.
+_LONGEST_NAME: Final = 255
 _GZIP: Final = "application/x-gzip"
 _NO_CALLBACKS: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
@@ -145,7 +148,17 @@ class _AnyBody(msgspec.Struct, array_like=True):
     embed: Any = None
 
 
+class _IdAndTask(msgspec.Struct):
+    id: str
+    task: str
+
+
+class _Names(msgspec.Struct):
+    headers: _IdAndTask
+
+
 _ENVELOPE = msgspec.json.Decoder(Envelope)
+_NAMES = msgspec.json.Decoder(_Names)
 _ROUTED = msgspec.json.Decoder(_Routed)
 _OPTIONS = msgspec.json.Decoder(Options | None)
 _BODY = {MSGPACK: msgspec.msgpack.Decoder(Body), JSON: msgspec.json.Decoder(Body)}
@@ -255,9 +268,15 @@ def envelope(
 def read_envelope(raw: bytes) -> Envelope:
     """The envelope of a message; Malformed where it is not a Celery protocol 2 message."""
     try:
-        return _typed(_ENVELOPE, raw)  # type: ignore[no-any-return]
+        envelope: Envelope = _typed(_ENVELOPE, raw)
     except InvalidArguments as error:
         raise Malformed(f"not a Celery protocol 2 message: {error.message}") from None
+    for what, name in (("id", envelope.headers.id), ("task", envelope.headers.task)):
+        if not 0 < len(name) <= _LONGEST_NAME:
+            raise Malformed(
+                f"not a Celery protocol 2 message: {what} has {len(name)} characters, not 1 to {_LONGEST_NAME}"
+            )
+    return envelope
 
 
 def lane_of(raw: bytes) -> str:
@@ -267,6 +286,15 @@ def lane_of(raw: bytes) -> str:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return LANE
     return name if name.startswith(f"{LANE}.") else LANE
+
+
+def read_names(raw: bytes) -> Headers | None:
+    """Id and kernel of a message whose other headers cannot be read, so that its waiter is told; None without them."""
+    try:
+        names: _Names = _NAMES.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return Headers(names.headers.id, names.headers.task)
 
 
 def read_options(headers: Headers) -> Options:
@@ -411,7 +439,7 @@ def retried(message: bytes) -> bytes:
     """The message of a job for its next try: the same, with one retry more. Malformed where it cannot be decoded."""
     found: Any = _typed(_ANYTHING, message)
     headers = found["headers"]
-    headers["retries"] = (headers.get("retries") or 0) + 1
+    headers["retries"] = max(0, headers.get("retries") or 0) + 1
     headers["eta"] = None
     found["properties"]["delivery_tag"] = str(uuid.uuid4())
     return _JSON.encode(found)

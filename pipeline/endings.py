@@ -110,10 +110,7 @@ class Endings:
         before = self._broker.ended([outcome.job for outcome in step.rejected])
         for outcome, message in zip(step.rejected, messages, strict=True):
             if outcome.job not in before:
-                follow_ups = self._sequels.after(message, wire.read_meta(outcome.record))
-                step.pushes += [(outcome.job, queue, sent) for queue, sent in follow_ups.pushes]
-                if follow_ups.chord_part is not None:
-                    step.chord_parts.append((outcome.job, follow_ups.chord_part))
+                step.sequels[outcome.job] = self._sequels.after(message, wire.read_meta(outcome.record))
         events = []
         for status, kind in _ENDINGS.items():
             jobs = tuple(each.job for each in step.rejected if each.status == status and each.job not in before)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import msgspec
 
 from lepton_ai import wire
 from lepton_ai.errors import InvalidArguments, JobCancelled, JobExpired, LeptonError
-from lepton_ai.job import Options
+from lepton_ai.job import LATEST_S, Options
 from queues.steps import Outcome
 
 __all__ = ["Dead", "Incoming", "Refused", "cancelled", "expired", "read"]
-
-#: The longest that a job may be held back.
-_LATEST_S: Final = 30 * 86_400.0
 
 
 class Incoming(msgspec.Struct, frozen=True):
@@ -53,12 +48,15 @@ def read(message: bytes, now: float) -> Incoming | Refused | Dead:
     try:
         envelope = wire.read_envelope(message)
     except LeptonError as error:
-        return Dead(error.message)
+        names = wire.read_names(message)
+        if names is None:
+            return Dead(error.message)
+        return Refused(names, _outcome(names.id, "failed", error, Options(), "json"), error)
     headers, options = envelope.headers, Options()
     try:
         options = wire.read_options(headers)
         due_at, deadline_at = wire.due_at(headers), wire.deadline_at(headers)
-        if due_at is not None and due_at > now + _LATEST_S:
+        if due_at is not None and due_at > now + LATEST_S:
             raise InvalidArguments(f"eta {headers.eta} is more than 30 days away", "eta")
     except LeptonError as error:
         return Refused(headers, _outcome(headers.id, "failed", error, options, "json"), error)

@@ -45,6 +45,8 @@ __all__ = ["Router"]
 #: Jobs that are priced and placed in one step; the rest of a deep window waits for the next.
 _STEP = 512
 _RETRY_S = (0.05, 2.0)
+#: So long it claims at a stretch before it places what it has and renews its lease.
+_CLAIM_S = 0.05
 #: How often a broker whose memory is full is asked, which tells nobody of anything.
 _FULL_S = 0.1
 #: Jobs that are asked to be cancelled are looked for among the scheduled ones so many at a time.
@@ -200,6 +202,7 @@ class _Session:
     def _claim(self, *, woken: bool) -> None:
         """Claims what waits, up to the window; what the wake-up brought even beyond it."""
         self._more = self._full = False
+        until = time.monotonic() + _CLAIM_S
         while woken or self._window.room > 0:
             claim, room = self._window.open_claim(Kind.NEW)
             limit = max(1, min(room, self._window.room))
@@ -209,6 +212,9 @@ class _Session:
             waiting = sum(self._broker.back.values())
             came_back = sum(self._claim_back(kind, each) for kind, each in self._broker.back.items() if each)
             if came_back == waiting and len(messages) + came_back < limit:
+                return
+            if time.monotonic() > until:  # what is not due or has expired never fills the window
+                self._more = True
                 return
         self._full = True
 

@@ -207,14 +207,13 @@ class Broker:
         return messages + moved, length
 
     def _claim_back(self, claim: str, source: str, limit: int) -> tuple[list[bytes], int]:
-        self._refused(self.connection.receive(self.connection.send([self._remember])))
         return self._move([("LMOVE", source, claim, "RIGHT", "LEFT")] * limit, claim, [source], limit)
 
     def _move(
         self, moves: Sequence[Command], target: str, sources: Sequence[str], limit: int
     ) -> tuple[list[bytes], int]:
         """What these moves bring, and the length of the target then; by a function where the broker is full."""
-        replies = self.connection.receive(self.connection.send([*moves, ("LLEN", target)]))
+        _, *replies = self.connection.receive(self.connection.send([self._remember, *moves, ("LLEN", target)]))
         found = [each for each in replies[:-1] if each is not None and not isinstance(each, CommandError)]
         length = replies[-1]
         if self._refused(replies) or (self.is_full and not moves):
@@ -350,12 +349,10 @@ class Broker:
         for letter in step.dead:
             yield functions.call("bury", (), (self._settings.dead_bytes, *letter.words))
         for outcome in step.rejected:
-            words = (outcome.job, outcome.status, outcome.record, outcome.reply_to)
-            yield functions.call("finish", (), (self._ttl_s, *words))
-        for job, queue, message in step.pushes:
-            yield functions.call("follow", (), (job, queue, message, self._settings.dead_bytes))
-        for job, part in step.chord_parts:
-            yield ("HSET", topology.CHORD_PARTS, job, part)
+            sets_off = step.sequels.get(outcome.job, FollowUps())
+            words = (outcome.job, outcome.status, outcome.record, outcome.reply_to, self._settings.dead_bytes)
+            followed = [part for push in sets_off.pushes for part in push]
+            yield functions.call("finish", (), (self._ttl_s, *words, sets_off.chord_part or b"", *followed))
         for minute, placements in step.placements.items():
             pairs = [part for pair in placements.items() for part in pair]
             yield ("HSET", topology.jobs(minute), *pairs)
@@ -394,9 +391,8 @@ class Broker:
         more = min(limit - 1, -(-depth // slots))
         if more <= 0:
             return [first]
-        replies = self.connection.receive(
-            self.connection.send([*[("LMOVE", queue, held, "RIGHT", "LEFT")] * more, ("LLEN", held)])
-        )
+        moves = [("LMOVE", queue, held, "RIGHT", "LEFT")] * more
+        _, *replies = self.connection.receive(self.connection.send([self._remember, *moves, ("LLEN", held)]))
         messages = [first, *(message for message in replies[:-1] if message is not None)]
         return self.held(slot) if self._refused(replies) or replies[-1] != len(messages) else messages
 
@@ -461,12 +457,12 @@ class Broker:
         """A commit of ours was refused."""
         self._call("transact", (), (4, "HINCRBY", topology.COUNTERS, "fenced", 1))  # a full broker does that too
 
-    def release(self, slot: int, flags: str) -> None:
+    def release(self, slot: int, messages: Sequence[bytes], flags: str) -> None:
         """Gives a batch back unrun; Fenced where it is no longer ours.
 
         `flags` has a letter for each message, oldest first: `.` for `again`, `!` for a suspect, `=` for one that stays.
         """
-        self._fenced("release", topology.held(self.incarnation, slot), (len(flags), flags))
+        self._fenced("release", topology.held(self.incarnation, slot), (len(messages), flags, *messages[:1]))
 
     def _fenced(self, function: str, held: str, arguments: Iterable[str | bytes | int | float]) -> Any:
         try:

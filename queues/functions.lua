@@ -11,6 +11,7 @@ local SUFFIXES = { '\6\22high', '', '\6\0223', '\6\0226', '\6\0229' }
 local AGAIN, ALONE = 'lepton:again', 'lepton:again.alone'
 local ETA, ETA_MESSAGES = 'lepton:eta', 'lepton:eta.messages'
 local ATTEMPTS, DEAD, PARTS = 'lepton:attempts', 'lepton:dead', 'lepton:chord.parts'
+local DEAD_BYTES = 'lepton:dead.bytes'
 local COUNTERS, EVENTS, HOLDERS = 'lepton:counters', 'lepton:events', 'lepton:holders'
 local SWEPT, HOLD, PARKED = 'lepton:swept', 'lepton:hold', 'lepton:parked'
 local TYPES = {
@@ -51,9 +52,14 @@ local function is_final(record)
   return status ~= nil and FINAL[status] == true
 end
 
--- Stores a job's record; false where it has a final one already, which stands.
+-- Stores a job's record; false where it has a final one already, which stands. Of an ignored result (an empty record)
+-- only that it was there.
 local function store(id, record, ttl)
   local key = 'celery-task-meta-' .. id
+  if record == '' then
+    return not is_final(redis.pcall('GET', key)) and redis.call('SET', 'lepton:ended:' .. id, '', 'NX', 'EX', ttl) ~= false
+  end
+  if redis.call('EXISTS', 'lepton:ended:' .. id) == 1 then return false end
   if redis.call('SET', key, record, 'NX', 'EX', ttl) then return true end
   if is_final(redis.pcall('GET', key)) then return false end
   redis.pcall('SET', key, record, 'EX', ttl)
@@ -93,14 +99,23 @@ local function without(event, late)
   return #kept > 0 and cmsgpack.pack(kept) or ''
 end
 
--- Keeps a dead letter, at the cost of the oldest where they take more than `most` bytes.
+-- Keeps a dead letter, at the cost of the oldest where they take more than `most` bytes. What was added is summed up,
+-- and only where that is too much (some may have been deleted since) is it measured: a full measure looks at every node
+-- of the stream, and one of samples takes large letters behind small ones for small.
 local function bury(most, id, kernel, code, reason, attempts, trace, message)
   local kept = redis.pcall('XADD', DEAD, '*', 'job', id, 'kernel', kernel, 'code', code, 'reason', reason,
     'attempts', attempts, 'trace', trace, 'message', message)
-  local size = redis.pcall('MEMORY', 'USAGE', DEAD)
-  if type(size) == 'number' and size > tonumber(most) then
-    redis.pcall('XTRIM', DEAD, 'MAXLEN', math.max(1, math.floor(redis.call('XLEN', DEAD) * 0.9)))
+  most = tonumber(most)
+  local size = redis.pcall('INCRBY', DEAD_BYTES, #message + #trace + #reason + 200)
+  if type(size) == 'number' and size <= most then return kept end
+  local length = redis.pcall('XLEN', DEAD)
+  size = redis.pcall('MEMORY', 'USAGE', DEAD, 'SAMPLES', 0)
+  while type(size) == 'number' and size > 0.9 * most and length > 1 do
+    length = math.floor(length * 0.9)
+    redis.pcall('XTRIM', DEAD, 'MAXLEN', length)
+    size = redis.pcall('MEMORY', 'USAGE', DEAD, 'SAMPLES', 0)
   end
+  if type(size) == 'number' then redis.pcall('SET', DEAD_BYTES, size) end
   return kept
 end
 
@@ -260,7 +275,7 @@ local function commit(keys, args)
   local counts, replies, order, duplicates, late = {}, {}, {}, {}, {}
   section(4, function(first)
     local id, status, record, reply = args[first], args[first + 1], args[first + 2], args[first + 3]
-    if record ~= '' and not store(id, record, ttl) then
+    if id ~= '' and status ~= 'duplicate' and not (record == '' and status == 'retried') and not store(id, record, ttl) then
       status, late[id] = 'duplicate', true
       duplicates[#duplicates + 1] = id
     elseif record == '' or status == 'retried' then
@@ -307,42 +322,47 @@ local function commit(keys, args)
   return duplicates
 end
 
--- finish: ends one job from outside a batch: its result, its waiter, its counter. Meant to stand in a transaction.
--- ARGV ttl_s id status record reply_key. Returns 1, or 0 where it had a final result already.
+-- finish: ends one job from outside a batch: its result, its waiter, its counter, and what it sets off. Meant to stand in
+-- a transaction. ARGV ttl_s id status record reply_key dead_bytes chord_part, then the list and the message of each
+-- follow-up. Returns 1, or 0 where it had a final result already.
 local function finish(_, args)
   local ttl, id, status, record = tonumber(args[1]), args[2], args[3], args[4]
-  if record ~= '' then
-    if not store(id, record, ttl) then
-      count('duplicate', 1)
-      return 0
-    end
-    tell(id, record, args[5], ttl)
-  end
   forget(id, ttl, true)
+  if not store(id, record, ttl) then
+    count('duplicate', 1)
+    return 0
+  end
+  if record ~= '' then tell(id, record, args[5], ttl) end
   count(status, 1)
+  if args[7] ~= '' then redis.pcall('HSET', PARTS, id, args[7]) end
+  for at = 8, #args, 2 do follow(id, args[at], args[at + 1], args[6]) end
   return 1
 end
 
 -- bury: a dead letter that has no waiter. ARGV dead_bytes id kernel code reason attempts trace message
 local function bury_one(_, args)
+  local bad = wrong(DEAD)
+  if bad then return bad end
   count('dead', 1)
   return bury(unpack(args, 1, 8))
 end
 
 -- release: a batch that its worker gives back, unrun, in its old order. KEYS held lease
--- ARGV n flags: for each message, oldest first: `.` goes to again, `!` is a suspect, `=` stays.
+-- ARGV n flags oldest: of the messages, oldest first, `.` goes to again, `!` is a suspect, `=` stays. Refused, as FENCED,
+-- also where `oldest` is not the oldest: another batch may be as long.
 local function release(keys, args)
   local held, n, flags = keys[1], tonumber(args[1]), args[2]
   if not is_list(held) then return redis.error_reply('WRONGTYPE ' .. held .. ' holds something else') end
   local bad = wrong(AGAIN, ALONE) or fenced(held, keys[2], n)
   if bad then return bad end
+  if redis.call('LINDEX', held, -1) ~= args[3] then return redis.error_reply('FENCED the held list is another') end
   local targets = { ['.'] = AGAIN, ['!'] = ALONE, ['='] = held }
   for at = 1, n do redis.call('LMOVE', held, targets[string.sub(flags, at, at)], 'RIGHT', 'LEFT') end
   return n
 end
 
 -- sweep: who is to be recovered. After a time in which nobody swept (the broker was away, or all routers were) every
--- holder first gets a whole lease to come back. ARGV gap_ms lease_ms lists_each own_incarnation
+-- holder first gets a whole lease to come back. Lanes that are empty are forgotten. ARGV gap_ms lease_ms lists_each own_incarnation
 -- Returns for each lapsed holder: incarnation, how many messages it held, and the held list of an only one (or '').
 local function sweep(_, args)
   local bad = wrong(HOLDERS)
@@ -350,6 +370,9 @@ local function sweep(_, args)
   local now, last = now_ms(), tonumber(redis.pcall('GET', SWEPT) or nil)
   redis.pcall('SET', SWEPT, string.format('%d', now))
   if last ~= nil and now - last > tonumber(args[1]) then redis.pcall('SET', HOLD, '', 'PX', args[2]) end
+  for _, lane in ipairs(redis.pcall('SMEMBERS', LANES)) do
+    if backlog(lane, false) == 0 then redis.pcall('SREM', LANES, lane) end
+  end
   if redis.call('EXISTS', HOLD) == 1 then return {} end
   local lapsed = {}
   local holders = redis.call('SMEMBERS', HOLDERS)
@@ -373,8 +396,8 @@ end
 -- an attempt: with the last, it is a dead letter and its waiter is told. A holder is forgotten once it has been found
 -- empty for a while: a blocking move that it had asked for may still have been served after its connection broke.
 -- ARGV incarnation lists_each how (died or left) list, and where the list of a suspect is given:
---   attempts_limit ttl_s events_kept dead_bytes id kernel reason record reply_key event chord_part,
---   then the list and the message of each follow-up
+--   message attempts_limit ttl_s events_kept dead_bytes id kernel reason record reply_key event chord_part,
+--   then the list and the message of each follow-up. Where the list holds another message by now, nobody is to blame.
 -- Returns how many messages moved, and 1 where the suspect died for good.
 local REMEMBER_MS = 30000
 local function recover(_, args)
@@ -398,19 +421,18 @@ local function recover(_, args)
   if claimed > 0 then count('accepted', claimed) end
   drain('lepton:reclaim:', AGAIN)
   drain('lepton:suspects:', ALONE)
-  if how == 'died' and suspect ~= '' and is_list(suspect) and redis.call('LLEN', suspect) == 1 then
-    local id = args[9]
-    if redis.call('HINCRBY', ATTEMPTS, id, 1) >= tonumber(args[5]) then
-      local attempts = redis.call('HGET', ATTEMPTS, id)
-      local message = redis.call('LINDEX', suspect, 0)
-      moved, died = moved + 1, 1
-      if finish(_, { args[6], id, 'dead', args[12], args[13] }) == 1 then
-        bury(args[8], id, args[10], 'poison', args[11], attempts, '', message)
-        emit(args[14], args[7])
-        if args[15] ~= '' then redis.pcall('HSET', PARTS, id, args[15]) end
-        for at = 16, #args, 2 do follow(id, args[at], args[at + 1], args[8]) end
-      end
+  if how == 'died' and suspect ~= '' and is_list(suspect) and redis.call('LLEN', suspect) == 1
+    and redis.call('LINDEX', suspect, 0) == args[5] then
+    local id = args[10]
+    local attempts = redis.pcall('HINCRBY', ATTEMPTS, id, 1)
+    if type(attempts) == 'number' and attempts >= tonumber(args[6]) then
       redis.call('DEL', suspect)
+      moved = moved + 1
+      if finish(_, { args[7], id, 'dead', args[13], args[14], args[9], unpack(args, 16) }) == 1 then
+        died = 1
+        bury(args[9], id, args[11], 'poison', args[12], attempts, '', args[5])
+        emit(args[15], args[8])
+      end
     end
   end
   drain('lepton:held:', how == 'died' and ALONE or AGAIN)
@@ -449,17 +471,15 @@ local function move(keys, args)
 end
 
 -- schedule: holds a message back until its time. Meant to stand in a transaction. ARGV id due_ms message
-local function schedule(_, args) return hold_back(args[1], tonumber(args[2]), args[3]) end
-
--- follow: what a job sets off that ends outside a batch. ARGV id list message dead_bytes
-local function follow_one(_, args) return follow(unpack(args, 1, 4)) end
+local function schedule(_, args)
+  return wrong(ETA, ETA_MESSAGES) or hold_back(args[1], tonumber(args[2]), args[3])
+end
 
 -- transact: as MULTI behind WATCH, for a broker that is full and refuses writes. KEYS the lists that must have the
 -- lengths that ARGV names first; then the commands, each as the number of its words and the words.
 -- Returns how many commands were done, or -1 where a list is not as long as it must be.
 local INSIDE = { -- those of these functions that stand in a transaction, by their names: a function may not FCALL
   lepton_schedule_VERSION = schedule,
-  lepton_follow_VERSION = follow_one,
   lepton_finish_VERSION = finish,
   lepton_bury_VERSION = bury_one,
 }
@@ -607,7 +627,6 @@ register('recover', recover, { 'allow-oom' })
 register('move', move, { 'allow-oom' })
 register('transact', transact, { 'allow-oom' })
 register('announce', announce, { 'allow-oom' })
-register('follow', follow_one, { 'allow-oom' })
 register('schedule', schedule, { 'allow-oom' })
 register('due', due, { 'allow-oom' })
 register('unpark', unpark, { 'allow-oom' })

@@ -87,6 +87,7 @@ def _suspect(held: str, message: bytes, incarnation: str, settings: Settings, se
     ttl_s = max(1, round(settings.result_ttl_s))
     return (
         held,
+        message,
         *(attempts, ttl_s, settings.events_kept, settings.dead_bytes),
         *(job, kernel, error.message, record, options.reply_to or "", told),
         follow_ups.chord_part or b"",

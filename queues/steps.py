@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from lepton_ai.succession import FollowUps
 from queues.connection import Command
 
 __all__ = ["Commit", "DeadLetter", "Dispatch", "Outcome"]
@@ -79,9 +80,8 @@ class Dispatch(msgspec.Struct):
     dead: list[DeadLetter] = []
     """Messages that nobody waits for."""
     rejected: list[Outcome] = []
-    pushes: list[tuple[str, str, bytes]] = []
-    """What the rejected set off, each with its job and its list."""
-    chord_parts: list[tuple[str, bytes]] = []
+    sequels: dict[str, FollowUps] = {}
+    """What the rejected set off, by job."""
     placements: dict[int, dict[str, bytes]] = {}
     """Placements by the minute whose hash they go into."""
     counts: dict[str, int] = {}

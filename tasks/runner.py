@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import traceback
@@ -26,7 +27,7 @@ from lepton_ai.errors import (
 )
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import minute_of
-from lepton_ai.job import Cost, Placement, Record
+from lepton_ai.job import LATEST_S, Cost, Placement, Record
 from lepton_ai.kernel import Retry
 from lepton_ai.settings import Settings
 from lepton_ai.succession import Canvas, FollowUps
@@ -195,7 +196,13 @@ class Runner:
             {job for job, placement in batch.placements.items() if placement.shown},
         )
         jobs: list[TakenJob] = []
+        seen: set[str] = set()
         for job in found:
+            if not isinstance(job, Unreadable):
+                if job.id in seen:  # its message was pushed twice, and both copies were taken at once
+                    batch.outcomes.append(Outcome(job.id, "duplicate", b""))
+                    continue
+                seen.add(job.id)
             if isinstance(job, Unreadable):
                 log.error("message_unreadable", reason=job.error.message)
                 batch.dead.append(DeadLetter("", "", "unreadable", job.error.message, 0, job.message))
@@ -335,7 +342,9 @@ class Runner:
     def _retry(self, job: TakenJob, error: LeptonError, policy: Retry, batch: _Batch, trace: str | None) -> None:
         """The job goes on after a while, and its record says so until then."""
         asked = error.delay_s if isinstance(error, RetryJob) else None
-        delay_s = policy.wait_s(job.retries, random.random()) if asked is None else max(0.0, asked)
+        if asked is None or not math.isfinite(asked):
+            asked = policy.wait_s(job.retries, random.random())
+        delay_s = min(max(0.0, asked), LATEST_S)
         try:
             message = wire.retried(job.message)
         except LeptonError:  # it can be read, but not written again

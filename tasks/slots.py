@@ -61,6 +61,9 @@ class Slots:
         self.incarnation = incarnation
         self.count = driver.slots
         self.gate = Gate()
+        # Over before our lease can lapse, or a frozen worker that has been forgotten would still be given jobs.
+        self.take_s = min(_TAKE_S, settings.lease_s / 2)
+        """How long a slot waits for jobs at a time."""
         self.canvas = canvas
         self.chord_parts = ChordParts(self.connect, canvas.finish)
         self._url = url
@@ -165,8 +168,7 @@ class _Slot:
         self._pending: tuple[Commit, list[Ending]] | None = None
         self._job_s = 0.0
         self._message_bytes = 0.0
-        # Over before our lease can lapse, or a frozen worker that has been forgotten would still be given jobs.
-        self._take_s = min(_TAKE_S, slots.settings.lease_s / 2)
+        self._take_s = slots.take_s
 
     def run(self) -> None:
         """Serves until the slots stop, connecting again whenever the broker was lost."""
@@ -185,6 +187,8 @@ class _Slot:
                 pause_s = min(pause_s * 2, _RETRY_S[1])
             except Exception:  # a defect of ours must not silently cost the worker a slot
                 log.exception("slot_failed", slot=self.number)
+                if self._slots.stopping:  # nor hold up its end: what is held is given back
+                    return
                 time.sleep(_RETRY_S[1])
 
     def _serve(self, broker: Broker) -> None:

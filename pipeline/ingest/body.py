@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, Final, NamedTuple
 
+import msgpack
 import msgspec
 from litestar import Request
 from litestar.exceptions import InternalServerException
@@ -18,6 +21,14 @@ from lepton_ai.remote_protocol import Chosen
 __all__ = ["NDJSON", "Body", "decode", "decode_chosen", "read", "with_key"]
 
 NDJSON: Final = "application/x-ndjson"
+#: Jobs of one request: checking and publishing them is one step, in which nobody else is served.
+MOST_JOBS: Final = 10_000
+#: Arguments of one job; no kernel has so many.
+_MOST_ARGUMENTS: Final = 1000
+#: Lists in one argument. An empty one is a byte of msgpack and 56 of memory: 8 MiB of them took 3.4 s and 900 MB.
+_MOST_LISTS: Final = 200_000
+#: The bytes with which a list may begin in msgpack; within numbers they are other things.
+_OPENS: Final = bytes(range(0x90, 0xA0)) + b"\xdc\xdd"
 #: Where msgspec says that a value did not fit (`$[3].kernel`), and which field it misses or does not know.
 _PATH = re.compile(r"`\$(?:\[(?:\d+|\.\.\.)\])?\.?(?P<field>[^`]*)`")
 _FIELD = re.compile(r"(?:required|unknown) field `(\w+)`")
@@ -50,16 +61,40 @@ _ASKED = [name for name in _Incoming.__struct_fields__ if name not in ("kernel",
 
 
 class _Format:
-    """Decoders of one media type."""
+    """Decoders of one media type, and whether there are more lists in a value than so many."""
 
-    def __init__(self, decoder: Any) -> None:
-        self.body: Any = decoder(_Incoming | list[_Incoming])
+    def __init__(self, decoder: Any, holds_more_lists: Callable[[bytes, int], bool]) -> None:
+        self.holds_more_lists = holds_more_lists
+        self.body: Any = decoder(_Incoming | Annotated[list[_Incoming], msgspec.Meta(max_length=MOST_JOBS)])
         self.job: Any = decoder(_Incoming)
         self.value: Any = decoder(wire.Value)
         self.chosen: Any = decoder(Chosen)
 
 
-_JSON, _MSGPACK = _Format(msgspec.json.Decoder), _Format(msgspec.msgpack.Decoder)
+def _json_holds_more_lists(value: bytes, most: int) -> bool:
+    return value.count(b"[") > most
+
+
+def _msgpack_holds_more_lists(value: bytes, most: int) -> bool:
+    if value[:1] not in _OPENS or len(value) - len(value.translate(None, _OPENS)) <= most:
+        return False
+    found = itertools.count(1)
+
+    def seen(_: object) -> None:
+        if next(found) > most:
+            raise OverflowError
+
+    try:
+        msgpack.unpackb(value, list_hook=seen, raw=True, strict_map_key=False)
+    except OverflowError:
+        return True
+    except ValueError:  # not msgpack: the decoder says so better
+        return False
+    return False
+
+
+_JSON = _Format(msgspec.json.Decoder, _json_holds_more_lists)
+_MSGPACK = _Format(msgspec.msgpack.Decoder, _msgpack_holds_more_lists)
 _FORMATS = {
     "application/json": _JSON,
     NDJSON: _JSON,
@@ -137,6 +172,8 @@ def _lines(body: bytes) -> list[JobRequest]:
         if not line.strip():
             continue
         try:
+            if len(requests) == MOST_JOBS:
+                raise _too_many()
             requests.append(_request(_decoded(_JSON.job, line, "the line is not valid JSON"), _JSON))
         except LeptonError as error:
             error.index = len(requests)  # type: ignore[attr-defined]
@@ -148,14 +185,17 @@ def _decoded(decoder: Any, data: bytes, otherwise: str) -> Any:
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
-        raise _invalid(error) from None
+        raise _too_many() if "`array` of length" in str(error) else _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"{otherwise}: {str(error) or type(error).__name__}") from None
 
 
 def _request(incoming: _Incoming, known: _Format) -> JobRequest:
+    if len(incoming.arguments) > _MOST_ARGUMENTS:
+        raise InvalidArguments(f"{len(incoming.arguments)} arguments are more than a kernel can have", "arguments")
     arguments = {}
     for name, raw in incoming.arguments.items():
+        _check_lists(name, raw, known)
         try:
             arguments[name] = known.value.decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -164,6 +204,17 @@ def _request(incoming: _Incoming, known: _Format) -> JobRequest:
             ) from None
     asked = {name: getattr(incoming, name) for name in _ASKED}
     return JobRequest(incoming.kernel, arguments, **asked)
+
+
+def _check_lists(name: str, raw: msgspec.Raw, known: _Format) -> None:
+    """Refuses an argument of so many small lists that they alone would fill the memory."""
+    data = bytes(raw)
+    if len(data) > _MOST_LISTS and known.holds_more_lists(data, _MOST_LISTS):
+        raise InvalidArguments(f"argument {name!r} holds more than {_MOST_LISTS} lists: send it as a tensor", name)
+
+
+def _too_many() -> TooLarge:
+    return TooLarge(f"one request takes at most {MOST_JOBS} jobs")
 
 
 def _invalid(error: msgspec.ValidationError) -> InvalidArguments:

@@ -124,26 +124,29 @@ class Play:
                 raise Unfinished(f"in vain for {limit_s:g} s: {what}")
             time.sleep(_LOOK_EVERY_S)
 
-    def drain(self, limit_s: float = 60.0, still_s: float = 20.0) -> None:
+    def drain(self, limit_s: float = 120.0, still_s: float = 45.0) -> float:
         """Waits until every acknowledged job has ended; gives up after `limit_s`, or `still_s` without one that does.
 
-        Whoever has not ended by then is for the auditor to find.
+        Whoever has not ended by then is for the auditor to find. Returns the longest time in which none ended.
         """
         left: list[str] | None = None
+        stillest_s = 0.0
         began = moved = time.monotonic()
         while left is None or left:
             self.stage.supervise()
             with contextlib.suppress(BrokerUnavailable, CommandError), contextlib.closing(self.connect()) as connection:
                 now = self.auditor.unfinished(connection, left)
+                stillest_s = max(stillest_s, time.monotonic() - moved)
                 moved = time.monotonic() if left is None or len(now) < len(left) else moved
                 left = now
             if time.monotonic() - began > limit_s or time.monotonic() - moved > still_s:
                 self.tell(f"  the drain ends with {'?' if left is None else len(left)} jobs unfinished")
-                return
+                return stillest_s
             if left:
                 time.sleep(0.1)
         self.notes.setdefault("drain_s", round(time.monotonic() - began, 2))
         self._settle()
+        return stillest_s
 
     def _settle(self) -> None:
         """A last copy of a job that ran twice may still be on its way: gives it the time of a sweep to end."""

@@ -44,8 +44,6 @@ class Scenario(msgspec.Struct, frozen=True):
     quick: Size
     tested: Size | None = None
     """The size in which `./lepton test` plays it; None where it does not."""
-    needs: Callable[[], str] = str
-    """Says what of Lepton is not there yet; empty where nothing is missing."""
 
 
 class Row(msgspec.Struct, omit_defaults=False):
@@ -54,7 +52,7 @@ class Row(msgspec.Struct, omit_defaults=False):
     name: str
     seed: int
     verdict: str = "ok"
-    """ok, failed (see `reasons`), not yet (Lepton has no such feature) or skipped (this machine cannot)."""
+    """ok, failed (see `reasons`) or skipped (this machine cannot play it)."""
     reasons: list[str] = []
     submitted: int = 0
     acknowledged: int = 0
@@ -85,9 +83,6 @@ def perform(scenario: Scenario, size: Size, seed: int, tell: Callable[[str], Non
     `keep` is a folder for the logs of plays that failed.
     """
     row = Row(scenario.name, seed)
-    if missing := scenario.needs():
-        row.verdict, row.reasons = "not yet", [missing]
-        return row
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lepton-faults-") as folder:
         with Play(Path(folder), seed, tell) as play:

@@ -14,7 +14,7 @@ from tests.faults.play import Play
 from tests.faults.scenario import Size, Skipped
 from tests.faults.scenarios_workers import COSTS_MS, finish
 
-__all__ = ["broker_kill", "disk_full", "out_of_memory"]
+__all__ = ["broker_kill", "broker_kill_waitaof", "disk_full", "out_of_memory"]
 
 _MIB = 1024 * 1024
 _LITTLE_DISK_MIB = 8
@@ -33,6 +33,19 @@ def broker_kill(play: Play, size: Size) -> None:
         play.rest(size.seconds)
         ready_s.append(round(play.server.start(), 2))
     play.notes["ready_s"] = ready_s
+    finish(play, fleet)
+    play.nobody_exits()
+
+
+def broker_kill_waitaof(play: Play, size: Size) -> None:
+    """As `broker_kill`, but it syncs once a second, and each 202 waits for the disk instead."""
+    fleet = play.fleet(("cpu.a", "cpu.b"), ingest=True, durability="fsync", **size.settings)
+    play.load(fleet.http_url).stream(size.jobs, COSTS_MS, play.seed, at_once=20, every_s=0.01)
+    for _ in range(size.rounds):
+        play.rest(play.chance.uniform(0.5, 2.0))
+        play.server.actor.kill()
+        play.rest(size.seconds)
+        play.server.start()
     finish(play, fleet)
     play.nobody_exits()
 

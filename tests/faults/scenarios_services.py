@@ -22,8 +22,8 @@ ROUTER_POINTS = (
     *((_MAIN, "MULTI", after) for after in (0, 1, 3, 5)),
     (_MAIN, "EXEC", 0),
 )
-#: Where the ingest is killed: `accept` is about to be called, and has been called.
-INGEST_POINTS = (("FCALL", True), ("FCALL", False))
+#: Where the ingest is killed: `accept` is about to be called, has been called; the disk is to be waited for, has it.
+INGEST_POINTS = ((0, True), (0, False), (1, True), (1, False))
 
 
 def router_kill(play: Play, size: Size) -> None:
@@ -106,16 +106,16 @@ def two_routers(play: Play, size: Size) -> None:
 
 def ingest_kill(play: Play, size: Size) -> None:
     """The ingest is killed at each point around its 202; whoever has a 202 has a job, and exactly one."""
-    fleet = play.fleet(("cpu",), ingest=True, **size.settings)
+    fleet = play.fleet(("cpu",), ingest=True, durability="fsync", **size.settings)
     assert fleet.ingest is not None
     found: list[str] = []
     for number in range(size.rounds):
-        begins, asked = INGEST_POINTS[number % len(INGEST_POINTS)]
+        after, asked = INGEST_POINTS[number % len(INGEST_POINTS)]
         fleet.ingest.actor.kill()
-        trap = fleet.ingest.proxy.trap = Trap(fleet.ingest.actor.die, begins, asked=asked)
+        trap = fleet.ingest.proxy.trap = Trap(fleet.ingest.actor.die, "FCALL lepton_accept", after=after, asked=asked)
         fleet.restart(fleet.ingest)
         _post(play, fleet.http_port, size.jobs)
-        play.until(f"the ingest is killed at {begins}", trap.sprung.is_set)
+        play.until(f"the ingest is killed at {after}", trap.sprung.is_set)
         found.append(f"{trap.at} {'asked' if asked else 'answered'}")
         fleet.ingest.actor.wait()
         fleet.ingest.proxy.trap = None

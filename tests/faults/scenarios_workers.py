@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from tests.faults.actors import Actor
 from tests.faults.fleet import Fleet, Member
 from tests.faults.play import Play
 from tests.faults.proxy import Trap
 from tests.faults.scenario import Size
 
-__all__ = ["COSTS_MS", "POINTS", "finish", "freeze", "rolling_end", "storm", "sync_points"]
+__all__ = ["COSTS_MS", "POINTS", "finish", "freeze", "kill_in_turn", "relay", "rolling_end", "storm", "sync_points"]
 
 #: Milliseconds that jobs take: most none, so that batches are large, some a while, so that kills hit kernels.
 COSTS_MS = (0, 0, 0, 25)
 #: A dead process' jobs can be claimed again after its lease, a sweep, and this for a machine that is busy otherwise.
 _SLACK_S = 1.0
+#: And a worker that is being started again takes jobs after that.
+_START_S = 5.0
 #: A job that is found running.
 _LONG_MS = 400
 #: Where a worker is killed: from the first message taken, after so many commands; and just before the commit.
@@ -26,21 +29,46 @@ def storm(play: Play, size: Size) -> None:
     """Workers are killed again and again while they work through a deep queue, each soon after it came up."""
     fleet = play.fleet(("cpu.a", "cpu.b"), **size.settings)
     play.load().stream(size.jobs, COSTS_MS, play.seed, at_once=100)
-    workers = list(fleet.workers.values())
-    due = {member: time.monotonic() + play.chance.uniform(0.05, 0.8) for member in workers}
-    kills = 0
-    while kills < size.rounds:
-        play.rest(0.01)
-        for member in workers:
-            if member in due:
-                if time.monotonic() >= due[member]:
-                    del due[member]
-                    fleet.kill(member)
-                    kills += 1
-                    member.actor.start()
-            elif fleet.is_online(member):
-                due[member] = time.monotonic() + play.chance.uniform(0.05, 0.8)
+    members = {member.actor: member for member in fleet.workers.values()}
+    kill_in_turn(
+        play,
+        list(members),
+        size.rounds,
+        is_online=lambda actor: fleet.is_online(members[actor]),
+        kill=lambda actor: fleet.kill(members[actor]),
+    )
+    finish(play, fleet)
+
+
+def kill_in_turn(
+    play: Play, actors: list[Actor], kills: int, is_online: Callable[[Actor], bool], kill: Callable[[Actor], object]
+) -> None:
+    """Kills each a random moment after it came up, and starts it again: so often, all together."""
     play.notes["kills"] = kills
+    due = {actor: time.monotonic() + play.chance.uniform(0.05, 0.8) for actor in actors}
+    while kills:
+        play.rest(0.01)
+        for actor in actors:
+            if actor not in due:
+                if is_online(actor):
+                    due[actor] = time.monotonic() + play.chance.uniform(0.05, 0.8)
+            elif kills and time.monotonic() >= due[actor]:
+                del due[actor]
+                kill(actor)
+                actor.start()
+                kills -= 1
+
+
+def relay(play: Play, size: Size) -> None:
+    """Two workers die in turn, each once the other is back: what came back is work for whoever is there."""
+    fleet = play.fleet(("cpu.a", "cpu.b"), **size.settings)
+    play.load().submit([25] * size.jobs)
+    play.until("all devices are busy", lambda: all(play.held(each) for _, each in _incarnations(fleet)))
+    for number in range(size.rounds):
+        victim = list(fleet.workers.values())[number % 2]
+        fleet.kill(victim)
+        play.rest(fleet.lease_s + 2)  # so that its jobs have come back, and wait in a router
+        fleet.restart(victim)
     finish(play, fleet)
 
 
@@ -113,10 +141,12 @@ def rolling_end(play: Play, size: Size) -> None:
 
 
 def finish(play: Play, fleet: Fleet) -> None:
-    """Lets the load end, drains, and looks whether the dead were recovered from in time."""
+    """Lets the load end, drains, and looks whether the dead were recovered from in time and nothing stood still."""
     for load in play.loads:
         play.until("everything has been submitted", lambda load=load: not load.streaming, 120)
-    play.drain()
+    still_s = play.drain()
+    limit_s = fleet.lease_s + 1.0 + _START_S
+    play.expect(still_s <= limit_s, f"nothing ended for {still_s:.1f} s, although jobs waited and nobody was harmed")
     limit_s = fleet.lease_s + 1.0 + _SLACK_S
     late = [round(span, 2) for span in play.recovery.spans_s if span > limit_s]
     play.expect(not late, f"claimable again after more than {limit_s:g} s: {late}")

@@ -20,7 +20,7 @@ from tests.faults.fault_kernels import HANG, SEGFAULT
 from tests.faults.fleet import clean_environment
 from tests.faults.play import Play
 from tests.faults.scenario import Scenario, Size
-from tests.faults.scenarios_workers import COSTS_MS
+from tests.faults.scenarios_workers import COSTS_MS, kill_in_turn
 from tests.faults.stock_tasks import make_app
 
 __all__ = ["STOCK"]
@@ -107,21 +107,8 @@ def _storm(pool: str) -> Any:
         with Stock(play, pool=pool) as stock:
             producer = threading.Thread(target=stock.submit, args=(play.chance.choices(COSTS_MS, k=size.jobs),))
             producer.start()
-            due = {worker: time.monotonic() + play.chance.uniform(0.05, 0.8) for worker in stock.workers}
-            kills = 0
-            while kills < size.rounds:
-                play.rest(0.01)
-                for worker in stock.workers:
-                    if worker in due:
-                        if time.monotonic() >= due[worker]:
-                            del due[worker]
-                            worker.kill()
-                            kills += 1
-                            worker.start()
-                    elif stock.is_online(worker):
-                        due[worker] = time.monotonic() + play.chance.uniform(0.05, 0.8)
+            kill_in_turn(play, stock.workers, size.rounds, stock.is_online, Actor.kill)
             producer.join()
-            play.notes["kills"] = kills
             stock.finish()
 
     return storm

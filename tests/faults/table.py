@@ -11,7 +11,6 @@ from tests.faults import (
     scenarios_services,
     scenarios_workers,
 )
-from tests.faults.features import admission, dead_letters, limits, submit_option
 from tests.faults.scenario import Scenario, Size
 
 __all__ = ["SCENARIOS", "TESTED"]
@@ -26,6 +25,12 @@ SCENARIOS = (
         full=Size(jobs=12_000, rounds=40),
         quick=Size(jobs=3_000, rounds=10),
         tested=Size(jobs=800, rounds=4, settings=_BRISK),
+    ),
+    Scenario(
+        "worker_relay",
+        scenarios_workers.relay,
+        full=Size(jobs=6_000, rounds=6),
+        quick=Size(jobs=1_200, rounds=2, settings=_BRISK),
     ),
     Scenario(
         "worker_sync_points",
@@ -76,7 +81,7 @@ SCENARIOS = (
         "ingest_kill",
         scenarios_services.ingest_kill,
         full=Size(jobs=10, rounds=16),
-        quick=Size(jobs=10, rounds=4),
+        quick=Size(jobs=10, rounds=len(scenarios_services.INGEST_POINTS)),
     ),
     Scenario(
         "broker_kill",
@@ -84,6 +89,12 @@ SCENARIOS = (
         full=Size(jobs=6_000, rounds=12, seconds=0.5),
         quick=Size(jobs=1_500, rounds=3, seconds=0.2),
         tested=Size(jobs=500, rounds=1),
+    ),
+    Scenario(
+        "broker_kill_waitaof",
+        scenarios_broker.broker_kill_waitaof,
+        full=Size(jobs=4_000, rounds=12, seconds=0.5),
+        quick=Size(jobs=600, rounds=2, seconds=0.2),
     ),
     Scenario(
         "broker_out_of_memory",
@@ -117,35 +128,30 @@ SCENARIOS = (
         full=Size(jobs=500, rounds=6),
         quick=Size(jobs=200, rounds=2, settings=_BRISK),
         tested=Size(jobs=100, rounds=1, settings=_BRISK),
-        needs=dead_letters,
     ),
     Scenario(
         "hang",
         scenarios_kernels.hang,
         full=Size(jobs=400, rounds=4),
         quick=Size(jobs=100, rounds=1, settings=_BRISK),
-        needs=limits,
     ),
     Scenario(
         "duplicate_submits",
         scenarios_doors.duplicates,
         full=Size(jobs=50, rounds=20),
         quick=Size(jobs=50, rounds=4),
-        needs=submit_option("key"),
     ),
     Scenario(
         "eta_storm",
         scenarios_doors.eta_storm,
         full=Size(jobs=10_000, rounds=50, seconds=8),
         quick=Size(jobs=2_000, rounds=20, seconds=4),
-        needs=submit_option("delay_s"),
     ),
     Scenario(
         "overflow",
         scenarios_doors.overflow,
         full=Size(jobs=40_000),
         quick=Size(jobs=8_000),
-        needs=admission,
     ),
     Scenario("malformed", scenarios_doors.malformed, full=Size(jobs=2_000, rounds=5), quick=Size(jobs=300, rounds=1)),
 )

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lepton_ai import errors
-from lepton_ai.errors import BrokerUnavailable, InvalidRequest, JobFailed, LeptonError, ResultTimeout, Unavailable
+from lepton_ai.errors import (
+    BrokerUnavailable,
+    InvalidRequest,
+    JobFailed,
+    LeptonError,
+    ResultTimeout,
+    Unavailable,
+    UnknownKernel,
+)
 
 
 def tree(root: type[LeptonError]) -> Iterator[type[LeptonError]]:
@@ -77,3 +85,10 @@ def test_a_caller_may_catch_the_kind_or_pythons_own() -> None:
 def test_only_the_callers_mistakes_are_answered_with_400s() -> None:
     for cls in PUBLIC:
         assert (400 <= cls.status < 500) == (issubclass(cls, InvalidRequest) or cls.status in (409, 429))
+
+
+def test_what_is_quoted_of_millions_of_characters_is_shortened() -> None:
+    error = UnknownKernel(f"no live worker announces {'x' * 6_000_000!r}", "y" * 6_000_000)
+    assert len(error.message) < 2100
+    assert error.message.endswith("... (6000027 characters)")
+    assert len(error.to_wire()["field"]) < 300

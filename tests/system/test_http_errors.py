@@ -159,9 +159,15 @@ def test_malformed_json_is_400(http: httpx.Client, content: bytes) -> None:
     assert problem(http.post("/v1/jobs", content=content, headers=headers), 400)["code"] == "malformed"
 
 
-@pytest.mark.parametrize(
-    "content", [b"\xc1", b"\xdd\xff\xff\xff\xff", DEEP_MSGPACK], ids=["no msgpack", "four billion jobs", "deep"]
-)
+FOUR_BILLION_JOBS = b"\xdd\xff\xff\xff\xff"
+
+
+def test_more_jobs_than_a_request_may_have_are_413_before_they_are_read(http: httpx.Client) -> None:
+    headers = {"content-type": "application/x-msgpack"}
+    assert problem(http.post("/v1/jobs", content=FOUR_BILLION_JOBS, headers=headers), 413)["code"] == "too_large"
+
+
+@pytest.mark.parametrize("content", [b"\xc1", b"\xdc\x00\x01", DEEP_MSGPACK], ids=["no msgpack", "cut", "deep"])
 def test_malformed_msgpack_is_400(http: httpx.Client, content: bytes) -> None:
     headers = {"content-type": "application/x-msgpack"}
     assert problem(http.post("/v1/jobs", content=content, headers=headers), 400)["code"] == "malformed"

@@ -87,17 +87,6 @@ def test_positional_arguments_are_refused_and_not_guessed(app: Celery) -> None:
         result.get(timeout=10)
 
 
-@pytest.mark.parametrize(
-    ("option", "named"), [({"countdown": 60}, "countdown"), ({"time_limit": 5}, "time limits")], ids=["eta", "limit"]
-)
-def test_what_celery_may_ask_and_this_release_does_not_do_fails_at_once(
-    app: Celery, option: dict[str, int], named: str
-) -> None:
-    result = app.send_task("linalg.matmul", kwargs={"a": A, "b": B}, queue="lepton.ingest", **option)
-    with pytest.raises(Exception, match=named):
-        result.get(timeout=10)
-
-
 def test_an_unknown_option_in_our_header_is_refused(app: Celery) -> None:
     header = {"lepton": {"colour": "red"}}
     result = app.send_task("linalg.matmul", kwargs={"a": A, "b": B}, queue="lepton.ingest", headers=header)

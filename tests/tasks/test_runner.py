@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 
 import msgspec
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 
 from lepton_ai import cancellation, event, topology, wire
-from lepton_ai.errors import InvalidArguments
+from lepton_ai.errors import InvalidArguments, RetryJob
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of, new_id, new_ids
-from lepton_ai.job import Meta, Options, Placement
-from lepton_ai.kernel import Context, Inputs, Outputs
+from lepton_ai.job import LATEST_S, Meta, Options, Placement
+from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Retry
+from lepton_ai.succession import FollowUps
 from queues.event_stream import EventStream
-from tests.tasks.workshop import DEVICE, RAISES, RETURNS, Worker, message, until
+from tests.tasks.workshop import DEVICE, QUEUE, RAISES, RETURNS, Worker, followed, message, until
 
 # -- results ----------------------------------------------------------------------------------------------------
 
@@ -204,6 +206,93 @@ def test_the_same_job_twice_has_one_result_and_counts_as_a_duplicate(worker: Wor
     assert worker.double(job) == [2.0]
     worker.double(last)
     assert worker.counters() == {"succeeded": 3, "duplicate": 1}
+
+
+def test_two_copies_in_one_batch_have_one_effect_and_what_follows_happens_once(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.warm_up()
+    monkeypatch.setattr(worker.canvas, "after_success", lambda sequel, _: FollowUps((("theirs", sequel.id.encode()),)))
+    job, last = new_ids(2)
+    copy = followed(job, {"callbacks": [{"task": "theirs.next"}]})
+    worker.push(copy, copy, message(last, 5.0, "test.gated"))
+    worker.shop.gate.set()
+    worker.double(last)
+    assert worker.double(job) == [2.0]
+    assert worker.shop.launches == {1: 2}
+    assert worker.connection.call("LRANGE", "theirs", 0, -1) == [job.encode()]
+    assert worker.counters() == {"succeeded": 3, "duplicate": 1}
+    until(lambda: last in worker.books.endings, "it has ended")
+    assert [what for what, each in worker.books.seen if each == job].count("ended") == 1
+
+
+# -- retries ----------------------------------------------------------------------------------------------------
+
+
+def raise_instead(worker: Worker, error: Exception, retry: Retry | None = None) -> None:
+    """Lets `test.double` raise this."""
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        raise error
+
+    spec = worker.shop.repertoire.kernels["test.double"].spec
+    worker.shop.repertoire.runs["test.double"] = run
+    worker.shop.repertoire.kernels["test.double"] = Kernel(
+        spec.name, inputs=spec.inputs, outputs=spec.outputs, flops=spec.flops, bytes=spec.bytes, retry=retry
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked_s", "least_s", "most_s"),
+    [
+        (math.inf, 0.5, 1.0),
+        (-math.inf, 0.5, 1.0),
+        (math.nan, 0.5, 1.0),
+        (None, 0.5, 1.0),
+        (1e300, LATEST_S, LATEST_S),
+        (-1.0, 0.0, 0.0),
+        (60.0, 60.0, 60.0),
+    ],
+)
+def test_a_retry_comes_after_a_time_that_is_no_longer_than_any_job_may_wait(
+    worker: Worker, asked_s: float | None, least_s: float, most_s: float
+) -> None:
+    raise_instead(worker, RetryJob("busy", delay_s=asked_s))
+    stream = EventStream(worker.connection)
+    before_s = time.time()
+    (job,) = worker.send(1.0)
+    ((_, told),) = stream.read(5000)
+    assert (told.type, told.jobs) == ("job.retried", (job,))
+    assert least_s <= told.data["delay_s"] <= most_s
+    due_s = float(worker.connection.call("ZSCORE", topology.ETA, job)) / 1000
+    assert before_s + least_s - 0.1 <= due_s <= time.time() + most_s
+    assert worker.meta(job).status == "RETRY"
+    assert worker.counters() == {"retried": 1, "accepted": 1}
+    worker.shop.gate.set()
+    assert worker.double(worker.send(4.0, kernel="test.gated")[0]) == [8.0], "the slot goes on"
+
+
+def test_a_job_whose_retries_are_used_up_is_a_dead_letter_with_its_traceback(worker: Worker) -> None:
+    raise_instead(worker, ValueError("below zero"), Retry(times=1))
+    stream = EventStream(worker.connection)
+    (job,) = worker.send(1.0, reply_to="lepton:reply:me")
+    ((_, told),) = stream.read(5000)
+    assert told.type == "job.retried"
+    assert worker.connection.call("EXISTS", "lepton:reply:me", topology.DEAD) == 0
+    worker.lease.due([job])
+    worker.connection.call("LMOVE", topology.AGAIN, QUEUE, "RIGHT", "LEFT")  # as a router would
+    ((_, told),) = stream.read(5000)
+    assert (told.type, told.jobs) == ("job.dead", (job,))
+    found = worker.meta(job)
+    assert (found.status, found.result["exc_type"]) == ("FAILURE", "KernelFailed")
+    assert "ValueError: below zero" in (found.traceback or "")
+    assert worker.connection.call("LLEN", "lepton:reply:me") == 1
+    ((_, fields),) = worker.connection.call("XRANGE", topology.DEAD, "-", "+")
+    letter = dict(zip(fields[::2], fields[1::2], strict=True))
+    assert (letter[b"job"], letter[b"code"], letter[b"attempts"]) == (job.encode(), b"retries", b"2")
+    assert letter[b"trace"].decode() == found.traceback
+    assert wire.read_envelope(letter[b"message"]).headers.retries == 1
+    assert worker.counters() == {"retried": 1, "accepted": 1, "dead": 1}
 
 
 def test_an_event_of_a_failure_names_the_job_and_its_error(worker: Worker) -> None:

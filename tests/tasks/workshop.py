@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import threading
 import time
 from collections import Counter
@@ -16,6 +18,7 @@ from lepton_ai.identity import new_id, new_ids
 from lepton_ai.job import Meta, Options
 from lepton_ai.kernel import Context, Inputs, Kernel, Outputs
 from lepton_ai.settings import Settings
+from lepton_ai.succession import FollowUps, Sequel
 from queues.broker import Broker
 from queues.connection import Connection
 from queues.event_stream import EventStream
@@ -50,6 +53,19 @@ class TinyDriver:
     def synchronize(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class NoCanvas:
+    """A Canvas that lets nothing follow."""
+
+    def after_success(self, sequel: Sequel, outputs: Any) -> FollowUps:
+        return FollowUps()
+
+    def after_failure(self, sequel: Sequel, failure: Meta) -> FollowUps:
+        return FollowUps()
+
+    def finish(self, part: bytes) -> bool:
+        return True
 
 
 class Books:
@@ -158,7 +174,10 @@ class Worker:
         self.lease = Broker(connection, self.incarnation, settings)
         self.lease.announce(b"")
         self.stream = EventStream(connection)
-        self.slots = Slots(settings, url, self.incarnation, DEVICE, TinyDriver(slots), self.shop.repertoire, self.books)
+        self.canvas = NoCanvas()
+        self.slots = Slots(
+            settings, url, self.incarnation, DEVICE, TinyDriver(slots), self.shop.repertoire, self.books, self.canvas
+        )
 
     def send(self, *values: float, kernel: str = "test.double", **options: Any) -> list[str]:
         """One job a value, in one push, so that a slot which is idle takes them at once."""
@@ -198,6 +217,13 @@ class Worker:
 
 def message(job_id: str, value: float, kernel: str = "test.double", **options: Any) -> bytes:
     return wire.envelope(job_id, kernel, {"x": [value]}, Options(**options))
+
+
+def followed(job_id: str, embed: dict[str, Any], kernel: str = "test.double", **options: Any) -> bytes:
+    """A job that something is to follow, as Celery writes it into the body."""
+    found = json.loads(message(job_id, 1.0, kernel, **options))
+    found["body"] = base64.b64encode(wire.pack(([], {"x": [1.0]}, embed))).decode()
+    return json.dumps(found).encode()
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = 5.0) -> None:
