@@ -27,7 +27,10 @@ class Sequels:
         self._canvas: Canvas | None = None
 
     def after(self, message: bytes, ended: Meta) -> FollowUps:
-        """What a job sets off that ended with this record. Raises BrokerUnavailable."""
+        """What a job sets off that ended with this record; nothing where that cannot be told. Raises BrokerUnavailable.
+
+        Nothing else, whatever Celery makes of it: the router that asks could end nothing any more.
+        """
         try:
             envelope = wire.read_envelope(message)
             embed = wire.read_embed(envelope, limit_bytes=self._settings.body_limit_bytes)
@@ -37,6 +40,9 @@ class Sequels:
             raise
         except LeptonError as error:  # nobody can tell what should have followed it
             log.info("sequel_unreadable", job=ended.task_id, reason=error.message)
+            return FollowUps()
+        except Exception:
+            log.exception("sequel_left_out", job=ended.task_id)
             return FollowUps()
 
     def _made(self) -> Canvas:

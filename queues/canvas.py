@@ -27,7 +27,7 @@ from kombu.exceptions import OperationalError
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.json import dumps
-from redis.exceptions import RedisError
+from redis import exceptions as redis_errors
 
 from lepton_ai import topology
 from lepton_ai.errors import BrokerUnavailable, InvalidArguments, InvalidRequest, LeptonError, TooLarge
@@ -35,6 +35,7 @@ from lepton_ai.job import Meta
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps, Sequel
 from lepton_ai.tensor import TensorMap
+from queues import functions
 from queues.app import make_app
 
 __all__ = ["Canvas"]
@@ -59,6 +60,15 @@ class _Part(msgspec.Struct):
     traceback: str | None = None
 
 
+_AWAY: Final = (
+    ConnectionError,
+    TimeoutError,
+    redis_errors.ConnectionError,
+    redis_errors.TimeoutError,
+    redis_errors.OutOfMemoryError,
+    redis_errors.ReadOnlyError,
+    redis_errors.MasterDownError,
+)
 _PACK = msgspec.msgpack.Encoder()
 _PART = msgspec.msgpack.Decoder(_Part)
 
@@ -78,7 +88,10 @@ class Canvas:
         Raises InvalidArguments where a signature makes no message, TooLarge where they make too much, BrokerUnavailable
         where the size of a chord cannot be written: that goes straight to the result backend, as Celery does it.
         """
-        result = _plain(outputs)
+        try:
+            result = _plain(outputs)
+        except Exception as error:  # what an encoder raises depends on what is in its way
+            raise _unsendable(error) from error
         binary = result is not outputs
         pushes: list[tuple[str, bytes]] = []
         children: list[Any] = []
@@ -87,14 +100,17 @@ class Canvas:
                 self._send_callbacks(sequel, result, {"serializer": "msgpack"} if binary else {})
         part = None
         if sequel.chord is not None:
-            body = _in_msgpack(sequel.chord) if binary else sequel.chord
-            part = _PACK.encode(_Part(_placed(sequel, body, []), "SUCCESS", result))
+            try:
+                body = _in_msgpack(sequel.chord) if binary else sequel.chord
+                part = _PACK.encode(_Part(_placed(sequel, body, []), "SUCCESS", result))
+            except Exception as error:
+                raise _unsendable(error) from error
         return FollowUps(tuple(pushes), tuple(each.as_tuple() for each in children), part)
 
     def after_failure(self, sequel: Sequel, failure: Meta) -> FollowUps:
         """`link_error` with the job's id, as Celery sends it to tasks that are not its own; not for a revoked job.
 
-        What is wrong with an errback is logged: the job has an error to tell already. Raises BrokerUnavailable.
+        What cannot be sent is logged and left out: the job has an error to tell already. Raises BrokerUnavailable.
         """
         pushes: list[tuple[str, bytes]] = []
         if sequel.errbacks and failure.status == "FAILURE":
@@ -109,7 +125,10 @@ class Canvas:
         part = None
         if sequel.chord is not None or sequel.chain:
             left = _placed(sequel, sequel.chord, sequel.chain)
-            part = _PACK.encode(_Part(left, failure.status, failure.result, failure.traceback))
+            try:
+                part = _PACK.encode(_Part(left, failure.status, failure.result, failure.traceback))
+            except Exception:
+                log.exception("chord_part_left_out", job=sequel.id)
         return FollowUps(tuple(pushes), (), part)
 
     def finish(self, part: bytes) -> bool:
@@ -118,17 +137,20 @@ class Canvas:
         False where another is sending the chord's body right now, or has died while it did: call it again, until it is
         True. To call it twice is safe, by Celery's own book-keeping: a part counts once, and a body goes out once. Only
         if this process is killed between that message and the book-keeping does it go out again (at least once); a body
-        that is a kernel has one effect even so, because its id is fixed. Raises BrokerUnavailable; anything else that
-        Celery makes of a part is logged and over, so that it cannot be met with for ever.
+        that is a kernel has one effect even so, because its id is fixed. Raises BrokerUnavailable where the broker is
+        away or takes nothing now; anything else that Celery or the broker makes of a part is logged and over, so that
+        it cannot be met with for ever.
         """
         try:
             found = _PART.decode(part)
             with self._standing_for(found.sequel):
                 chords = self._count(_request(found.sequel), found) + self._fail_chain(found)
             return not any(map(self._is_claimed, chords))
-        except (OperationalError, RedisError) as error:
-            raise BrokerUnavailable(f"a part of a chord cannot be counted: {error}") from error
-        except Exception:  # what Celery raises for a body that is no signature depends on what is wrong with it
+        except (
+            Exception
+        ) as error:  # what Celery raises for a body that is no signature depends on what is wrong with it
+            if _is_away(error):
+                raise BrokerUnavailable(f"a part of a chord cannot be counted: {error}") from error
             log.exception("chord_part_failed", part=repr(part[:200]))
             return True
 
@@ -158,12 +180,10 @@ class Canvas:
                 yield producer.channel.pushes, children
         except LeptonError:
             raise
-        except (OperationalError, RedisError) as error:
-            raise BrokerUnavailable(f"what follows a job cannot be prepared: {error}") from error
         except Exception as error:
-            raise InvalidArguments(
-                f"what should follow the job makes no message: {error!r:.300}", "callbacks"
-            ) from error
+            if _is_away(error):
+                raise BrokerUnavailable(f"what follows a job cannot be prepared: {error}") from error
+            raise _unsendable(error) from error
         finally:
             self._local.producer = None
 
@@ -189,10 +209,16 @@ class Canvas:
     # -- the result backend -----------------------------------------------------------------------------------------
 
     def _count(self, request: Context, part: _Part) -> list[str]:
-        """Counts a part; returns its chord's group, none where it is in no chord."""
+        """Counts a part; returns its chord's group, none where it is in no chord, or where that takes no such part."""
         if not (request.chord and request.group):
             return []
-        self._app.backend.on_chord_part_return(request, part.state, part.result)
+        try:
+            self._app.backend.on_chord_part_return(request, part.state, part.result)
+        except Exception as error:  # one link of a chain must not keep the others from their end
+            if _is_away(error):
+                raise
+            log.exception("chord_part_uncountable", job=request.id, chord=request.group)
+            return []
         return [request.group]
 
     def _fail_chain(self, part: _Part) -> list[str]:
@@ -210,7 +236,7 @@ class Canvas:
             if link.id is not None and part.sequel.keep:
                 request = {"traceback": part.traceback, "request": link}
                 self._app.backend.store_result(link.id, part.result, part.state, **request)
-            if link.subtask_type == "chord" and (body := link.kwargs.get("body")):
+            if getattr(link, "subtask_type", None) == "chord" and (body := link.kwargs.get("body")):
                 left.append(body)
         return chords
 
@@ -278,6 +304,21 @@ class _Transport(virtual.Transport):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.state = virtual.BrokerState()  # else all would share one, which remembers every queue for ever
+
+
+def _unsendable(error: Exception) -> InvalidArguments:
+    return InvalidArguments(f"what should follow the job makes no message: {error!r:.300}", "callbacks")
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether the broker cannot be reached or takes nothing now; what it says of the data itself is another matter."""
+    if isinstance(error, OperationalError):  # kombu's, for either
+        return error.__cause__ is None or _is_away(error.__cause__)
+    # A command in a transaction has its error's own words last.
+    return isinstance(error, _AWAY) or (
+        isinstance(error, redis_errors.ResponseError)
+        and str(error).rpartition("caused error: ")[2].startswith(functions.NOT_NOW)
+    )
 
 
 def _request(sequel: Sequel) -> Context:

@@ -11,10 +11,10 @@ from typing import Final
 from lepton_ai.errors import BrokerUnavailable
 from queues.connection import Command, CommandError, Connection
 
-__all__ = ["call", "is_full", "library", "load", "name"]
+__all__ = ["NOT_NOW", "call", "is_full", "library", "load", "name"]
 
 #: What a broker answers that will be able to work again, or that somebody must mend: no reason for a traceback.
-_NOT_NOW: Final = ("MISCONF", "READONLY", "OOM", "LOADING", "MASTERDOWN", "NOREPLICAS", "BUSY")
+NOT_NOW: Final = ("MISCONF", "READONLY", "OOM", "LOADING", "MASTERDOWN", "NOREPLICAS", "BUSY")
 
 
 @cache
@@ -45,7 +45,7 @@ def load(connection: Connection) -> None:
         # One that is full still has the functions of an earlier start, where there was one.
         if is_full(error) and connection.call("FUNCTION", "LIST", "LIBRARYNAME", f"lepton_{library()[0]}"):
             return
-        if error.message.startswith(_NOT_NOW):
+        if error.message.startswith(NOT_NOW):
             raise BrokerUnavailable(f"the broker refuses to work: {error.message}") from error
         raise
 

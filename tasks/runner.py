@@ -15,6 +15,7 @@ import structlog
 
 from lepton_ai import event, wire
 from lepton_ai.errors import (
+    InvalidArguments,
     InvalidRequest,
     JobCancelled,
     JobExpired,
@@ -22,6 +23,7 @@ from lepton_ai.errors import (
     LeptonError,
     RetryJob,
     TimeLimitExceeded,
+    Unavailable,
 )
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import minute_of
@@ -265,6 +267,12 @@ class Runner:
                 except InvalidRequest as error:  # a result that nobody could act on is none
                     self._fail(job, error, batch)
                     continue
+                except Unavailable:
+                    raise
+                except Exception as error:  # a job must end, or its batch would be run again for ever
+                    log.exception("follow_ups_failed", job=job.id)
+                    self._fail(job, InvalidArguments(f"what should follow it: {error!r:.300}", "callbacks"), batch)
+                    continue
                 meta = msgspec.structs.replace(meta, children=list(follow_ups.children))
                 self._note(job.id, follow_ups, batch)
             record = wire.encode_meta(meta, self._encoding(job)) if job.keep else b""
@@ -360,7 +368,12 @@ class Runner:
         status = status or _STATUSES.get(type(error), "failed")
         meta = wire.failure(job.id, error, trace)
         if job.sequel is not None:
-            self._note(job.id, self._canvas.after_failure(job.sequel, meta), batch)
+            try:
+                self._note(job.id, self._canvas.after_failure(job.sequel, meta), batch)
+            except Unavailable:
+                raise
+            except Exception:  # the failure stands
+                log.exception("follow_ups_left_out", job=job.id)
         record = wire.encode_meta(meta, self._encoding(job)) if job.keep else b""
         batch.outcomes.append(Outcome(job.id, status, record, job.options.reply_to or ""))
         told = f"{type(error).__name__}({error.message!r})"

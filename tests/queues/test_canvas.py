@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import redis.exceptions
 from celery import Celery, Signature, _state, chain, chord, group
 from celery.app.trace import build_tracer
 from celery.exceptions import ChordError, TaskRevokedError
 from kombu import serialization
+from kombu.exceptions import OperationalError
 
 from lepton_ai import tensor, topology, wire
 from lepton_ai.errors import BrokerUnavailable, InvalidArguments, JobCancelled, KernelFailed, TooLarge
@@ -457,3 +459,76 @@ def test_threads_do_not_mix_what_they_send(canvas: Canvas) -> None:
     for thread in threads:
         thread.join()
     assert mixed == []
+
+
+# -- what cannot be written, and what the broker refuses --------------------------------------------------------------
+
+#: JSON decodes it; msgpack has no such number.
+BEYOND = {"task": "x", "n": 2**70}
+
+
+def test_a_chord_that_cannot_be_written_fails_the_job(canvas: Canvas) -> None:
+    array = {"y": tensor.to_wire(np.float32([1, 2]))}
+    for body, outputs in ((BEYOND, OUTPUTS), ({"task": "x", "options": 7}, array)):
+        with pytest.raises(InvalidArguments, match="follow"):
+            canvas.after_success(Sequel("a", "a", "g", 0, chord=body), outputs)
+
+
+def test_a_part_that_cannot_be_written_is_left_out_and_the_failure_stands(canvas: Canvas) -> None:
+    failure = wire.failure("a", KernelFailed("broke"))
+    assert canvas.after_failure(Sequel("a", "a", "g", 0, chain=[BEYOND], chord=BEYOND), failure) == FollowUps()
+
+
+def test_a_chord_of_a_size_that_is_none_fails_the_job_and_is_not_tried_for_ever(canvas: Canvas) -> None:
+    following = dict(chord([sig("p.a"), sig("p.b")], sig("p.sum")))
+    following["options"] = {"group_id": "g"}
+    with pytest.MonkeyPatch.context() as patch:
+        refused = redis.exceptions.DataError("Invalid input of type: 'dict'")
+        patch.setattr(canvas._app.backend, "set_chord_size", lambda *_: (_ for _ in ()).throw(refused))
+        with pytest.raises(InvalidArguments, match="follow"):
+            canvas.after_success(Sequel("a", "a", chain=[following]), OUTPUTS)
+
+
+def test_what_the_broker_says_of_a_part_is_over_and_the_rest_of_its_chain_ends(canvas: Canvas, app: Celery) -> None:
+    placed = {"group_id": "g", "group_index": "abc", "chord": {"task": "y"}}  # a place that is no number
+    links = [{"task": "x", "options": {"task_id": name} | place} for name, place in (("last", {}), ("next", placed))]
+    part = canvas.after_failure(Sequel("a", "a", chain=links), wire.failure("a", KernelFailed("broke"))).chord_part
+    assert part is not None
+    assert canvas.finish(part)
+    assert [app.AsyncResult(name).state for name in ("next", "last")] == ["FAILURE", "FAILURE"]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_away"),
+    [
+        (redis.exceptions.ConnectionError("reset"), True),
+        (redis.exceptions.TimeoutError("late"), True),
+        (redis.exceptions.BusyLoadingError("loading"), True),
+        (redis.exceptions.OutOfMemoryError("Command # 1 (ZADD a 1 b) of pipeline caused error: full"), True),
+        (redis.exceptions.ReadOnlyError("a replica"), True),
+        (redis.exceptions.ResponseError("MISCONF cannot persist"), True),
+        (redis.exceptions.ResponseError("Command # 1 (ZADD a 1 b) of pipeline caused error: MISCONF no"), True),
+        (ConnectionResetError(), True),
+        (redis.exceptions.ResponseError("Command # 1 (ZADD OOM) of pipeline caused error: not a float"), False),
+        (redis.exceptions.ResponseError("WRONGTYPE"), False),
+        (redis.exceptions.DataError("Invalid input of type: 'dict'"), False),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("by_kombu", [False, True])
+def test_only_a_broker_that_takes_nothing_now_is_asked_again(
+    canvas: Canvas, monkeypatch: pytest.MonkeyPatch, error: Exception, is_away: bool, by_kombu: bool
+) -> None:
+    def refuse(*_: Any) -> None:
+        if by_kombu:
+            raise OperationalError(str(error)) from error
+        raise error
+
+    monkeypatch.setattr(canvas._app.backend, "on_chord_part_return", refuse)
+    part = canvas.after_success(Sequel("a", "a", "g", 0, chord=dict(sig("p.sum"))), OUTPUTS).chord_part
+    assert part is not None
+    if is_away:
+        with pytest.raises(BrokerUnavailable):
+            canvas.finish(part)
+    else:
+        assert canvas.finish(part)
