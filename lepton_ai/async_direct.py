@@ -349,6 +349,8 @@ async def settled(client: Any, steps: Steps[T]) -> T:
                 step = steps.send(answer)
                 if not pipeline.watching:
                     await pipeline.watch(topology.DEAD)
+                if step.watch:
+                    await pipeline.watch(*step.watch)
                 if step.transaction:
                     pipeline.multi()
                     for each in step.commands:

@@ -202,8 +202,10 @@ class Client:
     def replay(self, ids: Iterable[str] = (), *, all: bool = False) -> Settled:  # noqa: A002 - as the command line
         """Runs dead letters once more: these, by entry or job id, or `all`. Returns how many, and why others were not.
 
-        Each goes back to its lane as if it had just been submitted, however many ask for it at once; its old error is
-        forgotten. One that nobody can read cannot be replayed.
+        Each goes back to its lane once, however many ask for it, and begins anew: no attempt or retry is used up, its
+        old error is forgotten, and a deadline that it had holds no more. What was to follow it in a chain or a chord
+        has failed already. Left are those that nobody can read, and those whose job, or another of the same key, has
+        ended otherwise since or is open.
         """
         return self._connection.replay(those(ids, all))
 

@@ -14,9 +14,9 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from lepton_ai import idempotency, topology, wire
-from lepton_ai.errors import InvalidArguments, LeptonError
+from lepton_ai.errors import InvalidArguments, JobDead, LeptonError
 from lepton_ai.identity import minute_of
-from lepton_ai.job import Options, Placement
+from lepton_ai.job import FINAL_STATES, Options, Placement, state_of
 from lepton_ai.signature import shapes_of
 
 __all__ = ["DeadLetter", "Settled", "Step", "Steps", "listed", "purge", "replay", "those"]
@@ -25,8 +25,18 @@ T = TypeVar("T")
 
 #: Entries read at once: each has its message with it.
 _AT_ONCE: Final = 20
-#: What nobody can read cannot be run either.
+#: What nobody can read cannot be run either. A follow-up that could not be sent has this code too.
 _UNREADABLE: Final = "unreadable"
+#: What `follow` (queues/functions.lua) says of a follow-up whose queue's key held something else.
+_UNSENT: Final = re.compile(r"its follow-up has no queue: (.+) is none", re.DOTALL)
+#: A key whose job has ended is forgotten long before this, counted from its dead letter; an open one's stands longer.
+_OPEN_MS: Final = (idempotency.KEPT_S - 5) * 1000
+_ENDS: Final = {
+    "succeeded": "has succeeded",
+    "cancelled": "was cancelled",
+    "expired": "has expired",
+    "failed": "has failed in another way",
+}
 _ENTRY: Final = re.compile(r"\d{1,20}-\d{1,20}", re.ASCII)
 #: How long a note of a replayed job stands where it is the first of its minute.
 _NOTED_S: Final = 3600
@@ -40,10 +50,11 @@ class DeadLetter(msgspec.Struct, frozen=True, omit_defaults=True):
     entry: str
     """Its place among the dead letters, newest highest."""
     job: str
-    """Its id; empty where nobody could read the message."""
+    """Its id; empty where nobody could read the message. Of a follow-up that could not be sent, the job before it."""
     kernel: str
     code: str
-    """`poison`: it killed its workers; `retries`: they are used up; `unreadable`: it is no job."""
+    """`poison`: it killed its workers; `retries`: they are used up; `unreadable`: it is no job, or it is a follow-up
+    whose queue's key holds something else."""
     reason: str
     attempts: int
     died_at: float
@@ -66,14 +77,15 @@ class Settled(msgspec.Struct, frozen=True):
 
 
 class Step(NamedTuple):
-    """Commands to be sent, while the dead letters are watched.
+    """Commands to be sent, while the dead letters are watched, and from this step on the keys of `watch`.
 
-    Those of a `transaction` are done together; its answer is None, and nothing was done, where the dead letters have
+    Those of a `transaction` are done together; its answer is None, and nothing was done, where what is watched has
     changed since the first step behind the last one. Others are done one by one.
     """
 
     commands: Sequence[tuple[Any, ...]]
     transaction: bool = False
+    watch: Sequence[str] = ()
 
 
 Steps = Generator[Step, Any, T]
@@ -112,7 +124,9 @@ def listed(*, limit: int = 100, after: str | None = None, job: str | None = None
 def replay(ids: Iterable[str] | None) -> Steps[Settled]:
     """Puts dead letters back on their lanes, each once however many ask for it; None stands for all of them.
 
-    A job's old result is forgotten, or its new one would be a duplicate.
+    A job begins anew, with its attempts, its retries and without its deadline; its old error is forgotten, or its new
+    result would be a duplicate. Where the job, or another one of its key, has ended otherwise since or is open, the
+    letter is left: there would be two effects.
     """
     count, left = 0, {}
     for given, entry in (yield from _found(ids)):
@@ -175,37 +189,99 @@ def _replay(entry: str) -> Steps[str | None]:
         if not entries:
             return _GONE
         fields = _mapping(entries[0][1])
-        message, code = fields.get(b"message", b""), _text(fields, b"code") or _UNREADABLE
-        if code == _UNREADABLE:
-            return f"nobody can read its message: {_text(fields, b'reason')}"
-        try:
-            commands = _replay_commands(entry, message)
-        except LeptonError as error:
-            return f"its message cannot be read: {error}"
+        unreadable = (_text(fields, b"code") or _UNREADABLE) == _UNREADABLE
+        planned = yield from (_send_on(fields) if unreadable else _run_again(entry, fields))
+        if isinstance(planned, str):
+            return planned
+        commands = [("XDEL", topology.DEAD, entry), *planned, ("HINCRBY", topology.COUNTERS, "replayed", 1)]
         if (yield Step(commands, transaction=True)) is not None:
             return None
 
 
-def _replay_commands(entry: str, message: bytes) -> list[tuple[Any, ...]]:
-    envelope = wire.read_envelope(message)
-    job, options = envelope.headers.id, _options(envelope)
-    lane = wire.lane_of(message)
+def _send_on(fields: Mapping[bytes, bytes]) -> Steps[str | list[tuple[Any, ...]]]:
+    """What sends a follow-up that had no queue to where it was meant; of other letters, why they cannot be replayed."""
+    unsent = _UNSENT.fullmatch(_text(fields, b"reason"))
+    if unsent is None or not _text(fields, b"job"):
+        return f"nobody can read its message: {_text(fields, b'reason')}"
+    queue = unsent[1]
+    (kind,) = yield Step([("TYPE", queue)])
+    if kind not in (b"none", b"list"):
+        return f"it follows job {_text(fields, b'job')}, and {queue} is still no queue: its key holds a {kind.decode()}"
+    return [("LPUSH", queue, fields.get(b"message", b""))]
+
+
+def _run_again(entry: str, fields: Mapping[bytes, bytes]) -> Steps[str | list[tuple[Any, ...]]]:
+    """What runs a job once more; or why it must not be."""
+    message = fields.get(b"message", b"")
+    try:
+        envelope = wire.read_envelope(message)
+        anew = wire.replayed(message)
+    except LeptonError as error:
+        return f"its message cannot be read: {error}"
+    job, options, lane = envelope.headers.id, _options(envelope), wire.lane_of(message)
+    result, key, target = topology.result(job), topology.key(job), topology.lane_list(options.urgency, lane)
+    stored, keyed, expires_ms, kind = yield Step(
+        [("GET", result), ("GET", key), ("PEXPIRETIME", key), ("TYPE", target)], watch=(result, key)
+    )
+    if kind not in (b"none", b"list"):
+        return f"its lane {target} is no queue: its key holds a {kind.decode()}"
+    is_keyed = job[14:15] == "5"  # a UUID of version 5: made from a key
+    mark = _fingerprint(envelope, options) if is_keyed else None
+    failed, reason = _end(fields, stored)
+    if reason is None and keyed is not None:
+        died_ms = int(entry.partition("-")[0])
+        if not failed and (expires_ms == -1 or expires_ms >= died_ms + _OPEN_MS):
+            reason = "its key stands for a job that has not ended"
+        elif mark is not None and keyed != mark:
+            reason = "its key stands for another job by now"
+    if reason is not None:
+        return reason
     minute = minute_of(job)
     notes = topology.jobs(int(time.time()) // 60 if minute is None else minute)
     note = Placement(
         job, envelope.headers.task, "waiting", "a dead letter that was replayed; waits in its lane", 0.0, ""
     )
     return [
-        ("XDEL", topology.DEAD, entry),
-        ("DEL", topology.result(job)),
+        ("DEL", result),
         ("HDEL", topology.ATTEMPTS, job),
         ("HSET", notes, job, msgspec.msgpack.encode(note)),
         ("EXPIRE", notes, _NOTED_S, "NX"),
-        ("EXPIRE", topology.key(job), idempotency.KEPT_S),
+        *([] if mark is None else [("SET", key, mark, "EX", idempotency.KEPT_S, "NX")]),
+        *([("EXPIRE", key, idempotency.KEPT_S)] if is_keyed else []),
         *([] if lane == topology.LANE else [("SADD", topology.LANES, lane)]),
-        ("LPUSH", topology.lane_list(options.urgency, lane), message),
-        ("HINCRBY", topology.COUNTERS, "replayed", 1),
+        ("LPUSH", target, anew),
     ]
+
+
+def _end(fields: Mapping[bytes, bytes], stored: bytes | None) -> tuple[bool, str | None]:
+    """Whether a stored result is the failure that a letter tells of; else why it must not be forgotten, if it must not.
+
+    Only a job that ended after the letter can have another one: what ends a job stands.
+    """
+    if stored is None:
+        return False, None
+    try:
+        meta = wire.read_meta(stored)
+    except LeptonError as error:
+        return False, f"its job has a result that cannot be read: {error}"
+    if meta.status not in FINAL_STATES:
+        return False, None
+    ended_by = (meta.lepton.error if meta.lepton is not None else None) or {}
+    if meta.status == "FAILURE":
+        is_poison = _text(fields, b"code") == "poison"
+        told, message = _text(fields, b"reason"), ended_by.get("message")
+        if ended_by.get("code") == JobDead.code if is_poison else isinstance(message, str) and told.endswith(message):
+            return True, None
+    return False, f"its job {_ENDS[state_of(meta, None)]} since, and that stands"
+
+
+def _fingerprint(envelope: wire.Envelope, options: Options) -> bytes | None:
+    """What a key says of this job; None where that cannot be told from its message."""
+    try:
+        body = wire.read_body(envelope, limit_bytes=_DECODED_BYTES)
+        return None if body.args else idempotency.fingerprint(envelope.headers.task, body.kwargs, options.device)
+    except LeptonError:
+        return None
 
 
 def _options(envelope: wire.Envelope) -> Options:

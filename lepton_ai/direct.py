@@ -239,6 +239,8 @@ class Direct:
                     step = steps.send(answer)
                     if not pipeline.watching:
                         pipeline.watch(topology.DEAD)  # type: ignore[no-untyped-call]
+                    if step.watch:
+                        pipeline.watch(*step.watch)  # type: ignore[no-untyped-call]
                     if step.transaction:
                         pipeline.multi()
                     answer = [pipeline.execute_command(*each) for each in step.commands]  # type: ignore[no-untyped-call]

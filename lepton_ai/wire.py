@@ -54,6 +54,7 @@ __all__ = [
     "read_meta",
     "read_names",
     "read_options",
+    "replayed",
     "retried",
     "retrying",
     "success",
@@ -437,12 +438,24 @@ def retrying(job_id: str, error: LeptonError, trace: str | None) -> Meta:
 
 def retried(message: bytes) -> bytes:
     """The message of a job for its next try: the same, with one retry more. Malformed where it cannot be decoded."""
+    return _again(message, lambda headers: {"retries": max(0, headers.get("retries") or 0) + 1})
+
+
+def replayed(message: bytes) -> bytes:
+    """The message of a job that begins anew: no retry is used up, no deadline ends it. Raises as `retried`."""
+    return _again(message, lambda headers: {"retries": 0, "expires": None})
+
+
+def _again(message: bytes, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
+    """A message that is sent once more: with changes of its headers, without `eta`, with a delivery tag of its own."""
     found: Any = _typed(_ANYTHING, message)
     headers = found["headers"]
-    headers["retries"] = max(0, headers.get("retries") or 0) + 1
-    headers["eta"] = None
+    headers.update(changes(headers), eta=None)
     found["properties"]["delivery_tag"] = str(uuid.uuid4())
-    return _JSON.encode(found)
+    try:
+        return _JSON.encode(found)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Malformed(f"cannot be written again: {error}") from None
 
 
 def _now() -> str:

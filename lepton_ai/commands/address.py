@@ -53,8 +53,8 @@ def masked(url: str) -> str:
 
 
 @contextmanager
-def connected(url: str | None) -> Iterator[Client]:
-    """A Client at that address. Raises Unavailable, with what to do, where nothing of Lepton's answers there.
+def connected(url: str | None, tenant: str | None = None) -> Iterator[Client]:
+    """A Client there, for a tenant. Raises Unavailable, with what to do, where nothing of Lepton's answers.
 
     Raises InvalidSettings where the address is none, or a LEPTON_ variable is misspelt: another Lepton would be asked.
     """
@@ -62,7 +62,7 @@ def connected(url: str | None) -> Iterator[Client]:
     check_address(url)
     url = address(url)
     try:
-        with Client(url) as client:
+        with Client(url, tenant=tenant) as client:
             yield client
     except BrokerUnavailable as error:
         raise Unavailable(_told(url, error)) from error

@@ -31,7 +31,8 @@ def listed(
     """List the jobs that were given up, newest first.
 
     poison: a job killed its workers, alone, as often as it may; retries: its
-    retries are used up; unreadable: the message is no job.
+    retries are used up; unreadable: the message is no job, or it should have
+    followed one and the key of its queue holds something else.
 
     For example:
 
@@ -81,11 +82,16 @@ def replay(
     url: Url = None,
     json: Json = False,
 ) -> int:
-    """Run dead letters once more, as if they had just been submitted.
+    """Run dead letters once more.
 
-    Their attempts begin anew, and their old error is forgotten.
-    However many ask for it at once, each is replayed once. One that nobody
-    can read cannot be.
+    Their attempts and retries begin anew, their old error is forgotten, and
+    a deadline or delay that they had holds no more. What was to follow one in
+    a chain or a chord has failed already, and is not run. However many ask
+    for it at once, each is replayed once.
+
+    Left are those that nobody can read, and those whose job, or another one
+    of the same key, has ended otherwise since or has not ended yet: there
+    would be two effects. A follow-up that had no queue is sent to it.
 
     Exits with 1 where one that was named could not be replayed.
 

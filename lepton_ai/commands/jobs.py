@@ -17,9 +17,10 @@ from lepton_ai.client import Client
 from lepton_ai.commands import shown
 from lepton_ai.commands.address import connected
 from lepton_ai.commands.arguments import Misuse, check_out, fit, plain, read_arguments, save
-from lepton_ai.errors import JobCancelled, JobExpired, LeptonError, ResultTimeout, UnknownJob
+from lepton_ai.errors import InvalidArguments, JobCancelled, JobExpired, LeptonError, ResultTimeout, UnknownJob
 from lepton_ai.handle import JobHandle
 from lepton_ai.job import Record
+from lepton_ai.terms import check_tenant
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -81,6 +82,7 @@ def submit(
         float | None,
         Parameter(help="The longest that it may run.", metavar="SECONDS", validator=validators.Number(gt=0)),
     ] = None,
+    tenant: Annotated[str | None, Parameter(help="For whom: jobs of a tenant wait in a lane of its own.")] = None,
     wait: Wait = None,
     out: Out = None,
     url: Url = None,
@@ -113,8 +115,12 @@ def submit(
     wait_s = _seconds(wait)
     if out is not None and wait_s is None:
         raise Misuse("--out keeps outputs, so it needs --wait")
+    try:
+        check_tenant(tenant)
+    except InvalidArguments as error:
+        raise Misuse(error.message) from None
     arguments = read_arguments(arg or [])
-    with connected(url) as client:
+    with connected(url, tenant) as client:
         spec = client.kernels().get(kernel)
         job = client.submit(
             kernel,

@@ -12,7 +12,7 @@ from lepton_ai.commands.facts import gather
 from lepton_ai.errors import BrokerUnavailable
 from queues.broker import Broker
 from queues.connection import Connection
-from tests.lepton_ai.test_dead import Asked, client, ingest_url
+from tests.lepton_ai.letters import Asked, client, ingest_url
 
 __all__ = ["client", "ingest_url"]
 

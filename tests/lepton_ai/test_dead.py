@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,72 +12,32 @@ import httpx
 import numpy as np
 import pytest
 
-from lepton_ai import AsyncClient, Client, topology, wire
-from lepton_ai.dead import DeadLetter, Settled
-from lepton_ai.errors import BrokerUnavailable, InvalidArguments, JobDead
-from lepton_ai.idempotency import job_id
+from lepton_ai import Client, topology, wire
+from lepton_ai.dead import DeadLetter, Settled, Steps, replay
+from lepton_ai.errors import (
+    BrokerUnavailable,
+    InvalidArguments,
+    JobCancelled,
+    JobDead,
+    JobExpired,
+    JobFailed,
+    KernelFailed,
+    KeyConflict,
+)
+from lepton_ai.idempotency import KEPT_S, fingerprint, job_id
 from lepton_ai.identity import new_id
-from lepton_ai.job import Options
+from lepton_ai.job import Meta, Options
+from lepton_ai.terms import Terms
+from queues import functions
+from queues.broker import Broker
 from queues.connection import Connection
-from queues.embedded import EmbeddedBroker
-from tests.pipeline.ingest.test_routes import problem, serving
+from tests.lepton_ai.letters import Asked, bury, client, ingest_url, unreadable, waiting
+from tests.pipeline.ingest.served import problem
 
+__all__ = ["client", "ingest_url"]
 
-@pytest.fixture(scope="module")
-def ingest_url(_embedded: EmbeddedBroker) -> Iterator[str]:
-    with serving(_embedded.url) as (_, url):
-        yield url
-
-
-class Asked:
-    """Any client's verbs, called from a test that does not wait."""
-
-    def __init__(self, url: str, *, is_async: bool) -> None:
-        self._url, self._is_async = url, is_async
-
-    def __getattr__(self, verb: str) -> Any:
-        def call(*arguments: Any, **more: Any) -> Any:
-            async def work() -> Any:
-                async with AsyncClient(self._url) as client:
-                    found = getattr(client, verb)(*arguments, **more)
-                    return await found if inspect.isawaitable(found) else found
-
-            if self._is_async:
-                return asyncio.run(work())
-            with Client(self._url) as client:
-                return getattr(client, verb)(*arguments, **more)
-
-        return call
-
-
-@pytest.fixture(params=["direct", "direct-async", "http", "http-async"])
-def client(request: pytest.FixtureRequest, broker_url: str, ingest_url: str) -> Asked:
-    url = broker_url if request.param.startswith("direct") else ingest_url
-    return Asked(url, is_async=request.param.endswith("async"))
-
-
-def bury(connection: Connection, job: str | None = None, code: str = "poison", **more: Any) -> tuple[str, str]:
-    """A dead letter as a worker or router leaves it: its entry and its job."""
-    job = job or new_id()
-    lane = more.pop("lane", topology.LANE)
-    message = more.pop("message", None) or wire.envelope(
-        job, "a.b", {"x": np.zeros((2, 3)), "k": 3}, more.pop("options", Options()), lane=lane
-    )
-    fields = {"job": job, "kernel": "a.b", "code": code, "reason": "it killed 3 workers", "attempts": "3"} | more
-    words = [word for pair in (fields | {"message": message}).items() for word in pair]
-    record = wire.encode_meta(wire.failure(job, JobDead("it killed 3 workers")), "json")
-    connection.many([("SET", topology.result(job), record), ("HSET", topology.ATTEMPTS, job, 3)])
-    entry: bytes = connection.call("XADD", topology.DEAD, "*", *words)
-    return entry.decode(), job
-
-
-def unreadable(connection: Connection) -> str:
-    added: bytes = connection.call("XADD", topology.DEAD, "*", "reason", "no JSON", "message", b"\x00 odd")
-    return added.decode()
-
-
-def waiting(connection: Connection, lane: str = topology.LANE) -> list[str]:
-    return [wire.read_envelope(each).headers.id for each in connection.call("LRANGE", lane, 0, -1)[::-1]]
+#: The fingerprint of the jobs that are buried.
+MARK = fingerprint("a.b", {"x": np.zeros((2, 3)), "k": 3})
 
 
 def test_a_dead_letter_says_what_is_known_of_it(client: Asked, connection: Connection) -> None:
@@ -126,10 +85,9 @@ def test_a_replayed_job_waits_in_its_lane_and_its_old_end_is_forgotten(
 ) -> None:
     entry, job = bury(connection, options=Options(priority=9))
     other, _ = bury(connection)
-    before = connection.call("XRANGE", topology.DEAD, entry, entry)[0][1]
     assert client.replay([entry if by == "entry" else job]) == Settled(1)
     (message,) = connection.call("LRANGE", topology.lane_list(9), 0, -1)
-    assert message in before
+    assert wire.read_envelope(message).headers.id == job
     assert [each.entry for each in client.dead()] == [other]
     assert connection.call("EXISTS", topology.result(job)) == connection.call("HEXISTS", topology.ATTEMPTS, job) == 0
     assert connection.call("HGETALL", topology.COUNTERS) == {b"replayed": b"1"}
@@ -140,11 +98,150 @@ def test_a_replayed_job_waits_in_its_lane_and_its_old_end_is_forgotten(
 def test_a_replayed_job_of_a_tenant_goes_back_to_its_lane(client: Asked, connection: Connection) -> None:
     lane = topology.lane("team-a")
     _, job = bury(connection, job_id("k", "team-a"), lane=lane)
-    connection.call("SET", topology.key(job), b"fingerprint", "EX", 10)
-    client.replay([job])
+    connection.call("SET", topology.key(job), MARK, "EX", 10)
+    assert client.replay([job]) == Settled(1)
     assert waiting(connection, lane) == [job]
     assert connection.call("SMEMBERS", topology.LANES) == [lane.encode()]
     assert connection.call("TTL", topology.key(job)) > 1000
+
+
+def test_a_replayed_job_begins_anew(client: Asked, connection: Connection) -> None:
+    job, times = new_id(), Terms(delay_s=1, deadline_s=2).times()
+    body = {"x": np.zeros((2, 3)), "k": 3}
+    first = wire.retried(wire.retried(wire.envelope(job, "a.b", body, Options(limit_s=7), **times)))
+    bury(connection, job, "retries", message=first)
+    assert client.replay([job]) == Settled(1)
+    (message,) = connection.call("LRANGE", topology.LANE, 0, -1)
+    old, new = json.loads(first), json.loads(message)
+    assert (old["headers"]["retries"], new["headers"]["retries"]) == (2, 0)
+    assert new["headers"]["expires"] is new["headers"]["eta"] is None
+    assert old["properties"].pop("delivery_tag") != new["properties"].pop("delivery_tag")
+    for name in ("retries", "expires", "eta"):
+        del old["headers"][name], new["headers"][name]
+    assert new == old
+
+
+@pytest.mark.parametrize("failure", [JobDead("it killed 3 workers"), KernelFailed("ValueError: x")])
+def test_the_failure_that_a_letter_tells_of_is_forgotten(
+    client: Asked, connection: Connection, failure: JobFailed
+) -> None:
+    code = "poison" if isinstance(failure, JobDead) else "retries"
+    _, job = bury(connection, code=code, reason=f"it failed 3 times, the last with {failure.message}")
+    connection.call("SET", topology.result(job), wire.encode_meta(wire.failure(job, failure, "Traceback"), "msgpack"))
+    assert client.replay([job]) == Settled(1)
+    assert connection.call("EXISTS", topology.result(job)) == 0
+
+
+@pytest.mark.parametrize("code", ["poison", "retries"])
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (wire.success("x", {"y": 1}, None), "has succeeded"),
+        (wire.failure("x", JobCancelled("no")), "was cancelled"),
+        (wire.failure("x", JobExpired("late")), "has expired"),
+        (wire.failure("x", InvalidArguments("another")), "has failed in another way"),
+        (Meta("FAILURE", {"exc_type": "X", "exc_message": [], "exc_module": "m"}), "has failed in another way"),
+        (None, "cannot be read"),
+    ],
+)
+def test_another_end_of_the_job_stands_and_its_letter_is_left(
+    client: Asked, connection: Connection, record: Meta | None, told: str, code: str
+) -> None:
+    entry, job = bury(connection, job_id("k"), code)
+    stored = b"odd" if record is None else wire.encode_meta(record, "json")
+    connection.call("SET", topology.result(job), stored, "EX", 100)
+    settled = client.replay([entry])
+    assert settled.count == 0
+    assert told in settled.left[entry]
+    assert waiting(connection) == []
+    assert connection.call("GET", topology.result(job)) == stored
+    assert [each.entry for each in client.dead()] == [entry]
+
+
+def test_a_letter_is_left_while_its_key_stands_for_an_open_job(client: Asked, connection: Connection) -> None:
+    entry, job = bury(connection, job_id("k"))
+    connection.call("DEL", topology.result(job))  # it has expired, and the key with it
+    with Client(client._url) as own:
+        connection.call("SET", topology.key(job), MARK, "EX", KEPT_S)  # as `accept` and the client do
+        assert "not ended" in own.replay([entry]).left[entry]
+    assert waiting(connection) == []
+
+
+def test_a_letter_is_left_while_its_key_stands_for_something_else(client: Asked, connection: Connection) -> None:
+    entry, job = bury(connection, job_id("k"))
+    connection.call("SET", topology.key(job), b"another job", "EX", 100)
+    assert "another job" in client.replay([entry]).left[entry]
+    assert connection.call("TTL", topology.key(job)) <= 100
+
+
+def test_a_replayed_job_has_its_key_again(broker_url: str, client: Asked, connection: Connection) -> None:
+    _, job = bury(connection, job_id("k"))
+    assert client.replay([job]) == Settled(1)
+    assert connection.call("GET", topology.key(job)) == MARK
+    assert connection.call("TTL", topology.key(job)) > KEPT_S - 100
+    with Client(broker_url) as own:
+        assert own.submit("a.b", {"x": np.zeros((2, 3)), "k": 3}, key="k").id == job
+        with pytest.raises(KeyConflict):
+            own.submit("a.b", {"x": np.zeros((2, 3)), "k": 4}, key="k")
+    assert waiting(connection) == [job]
+
+
+def test_two_letters_of_one_key_are_not_two_jobs(client: Asked, connection: Connection) -> None:
+    (first, job), (second, _) = bury(connection, job_id("k")), bury(connection, job_id("k"))
+    settled = client.replay(all=True)
+    assert settled.count == 1
+    assert "not ended" in settled.left[second]
+    assert waiting(connection) == [job]
+    assert [each.entry for each in client.dead()] == [second]
+    assert first != second
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_job_that_ends_between_the_look_and_the_replay_is_seen(
+    broker_url: str, connection: Connection, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    entry, job = bury(connection, job_id("k"))
+    tried = 0
+
+    def slowly(ids: Iterable[str] | None) -> Steps[Settled]:
+        nonlocal tried
+        steps, answer = replay(ids), None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration as ended:
+                return ended.value  # type: ignore[no-any-return]
+            if step.transaction:
+                tried += 1
+                connection.call("SET", topology.result(job), wire.encode_meta(wire.success(job, {}, None), "json"))
+            answer = yield step
+
+    monkeypatch.setattr("lepton_ai.async_direct.replay" if is_async else "lepton_ai.direct.replay", slowly)
+    assert "has succeeded" in Asked(broker_url, is_async=is_async).replay([entry]).left[entry]
+    assert tried == 1
+    assert waiting(connection) == []
+
+
+def test_a_follow_up_that_had_no_queue_goes_where_it_was_meant(
+    client: Asked, broker: Broker, connection: Connection
+) -> None:
+    parent, message = new_id(), wire.envelope(new_id(), "other.task", {"k": 1}, Options())
+    connection.call("SET", "celery", "something else")
+    connection.call(*functions.call("follow", (), (parent, "celery", message, 1_000_000)))
+    (letter,) = client.dead()
+    assert (letter.job, letter.code) == (parent, "unreadable")
+    assert "still no queue: its key holds a string" in client.replay([letter.entry]).left[letter.entry]
+    connection.call("DEL", "celery")
+    assert client.replay([parent]) == Settled(1)
+    assert connection.call("LRANGE", "celery", 0, -1) == [message]
+    assert client.dead() == []
+
+
+def test_a_letter_is_left_where_its_lane_is_no_list(client: Asked, connection: Connection) -> None:
+    entry, _ = bury(connection)
+    connection.call("SET", topology.LANE, "something else")
+    assert "holds a string" in client.replay([entry]).left[entry]
+    assert [each.entry for each in client.dead()] == [entry]
 
 
 def test_all_are_replayed_but_those_that_nobody_can_read(client: Asked, connection: Connection) -> None:

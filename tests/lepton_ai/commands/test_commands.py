@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lepton_ai import Announcement, Peaks, cli
+from lepton_ai import Announcement, Peaks, cli, topology, wire
 from lepton_ai.commands import app, shown
 from lepton_ai.commands.address import address, http_address, masked
 from lepton_ai.job import Candidate, Estimate, Placement, Record
@@ -131,6 +131,7 @@ def test_a_completion_script_is_written_and_nothing_else(
         (["submit", "a.b", "--arg", "x=@none.npy"], "'x': '@none.npy' does not read: No such file"),
         (["submit", "a.b", "--out", "c.npz"], "--out keeps outputs, so it needs --wait"),
         (["submit", "a.b", "--wait", "--out", "c.txt"], "--out takes a file that ends in"),
+        (["submit", "a.b", "--tenant", "Team A"], "a tenant's name is"),
         (["submit", "a.b", "--wait=-1"], "--wait takes seconds"),
         (["submit", "a.b", "--wait=nan"], "--wait takes seconds"),
         (["submit", "a.b", "--wait=soon"], "--wait"),
@@ -355,6 +356,14 @@ def test_an_id_and_nothing_else_goes_to_standard_output(run: Run, broker_url: st
     assert "no live worker announces 'a.b'" in ran.err
     status = run("status", ran.out.strip(), "--url", broker_url, "--json")
     assert [(each["id"], each["state"]) for each in json.loads(status.out)] == [(ran.out.strip(), "waiting")]
+
+
+def test_a_job_of_a_tenant_waits_in_its_lane(run: Run, broker_url: str, connection: Connection) -> None:
+    ran = run("submit", "a.b", "--arg", "k=3", "--tenant", "team-a", "--url", broker_url)
+    assert ran.code == 0
+    (message,) = connection.call("LRANGE", topology.lane("team-a"), 0, -1)
+    assert wire.read_envelope(message).headers.id == ran.out.strip()
+    assert connection.call("SMEMBERS", topology.LANES) == [topology.lane("team-a").encode()]
 
 
 @pytest.mark.parametrize(

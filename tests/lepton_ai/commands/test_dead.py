@@ -11,7 +11,7 @@ import pytest
 
 from lepton_ai import cli, topology
 from queues.connection import Connection
-from tests.lepton_ai.test_dead import bury, unreadable, waiting
+from tests.lepton_ai.letters import bury, unreadable, waiting
 
 Run = Callable[..., Any]
 

@@ -37,7 +37,7 @@ from pipeline.ingest.admission import Drain
 from pipeline.ingest.door import Door
 from queues.connection import Connection
 from queues.embedded import EmbeddedBroker
-from tests.pipeline.ingest.test_routes import problem, serving
+from tests.pipeline.ingest.served import problem, serving
 
 DOUBLE = KernelSpec("test.double", {"x": "float32[n]"}, {"y": "float32[n]"}, "n", "8*n")
 JOB = {"kernel": "test.double", "arguments": {"x": [1.0, 2.0]}}

@@ -14,7 +14,7 @@ from lepton_ai.job import Options
 from lepton_ai.wire import envelope
 from queues.connection import Connection
 from queues.embedded import EmbeddedBroker
-from tests.pipeline.ingest.test_routes import serving
+from tests.pipeline.ingest.served import serving
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +15,7 @@ import httpx
 import msgspec
 import pytest
 
-from lepton_ai import event, services, topology, wire
+from lepton_ai import event, topology, wire
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.errors import InvalidArguments
 from lepton_ai.event import CloudEvent, Event
@@ -27,6 +24,7 @@ from lepton_ai.job import Placement, Record
 from lepton_ai.kernel import KernelSpec
 from queues.connection import Connection
 from queues.embedded import EmbeddedBroker
+from tests.pipeline.ingest.served import problem, serving
 
 DOUBLE = KernelSpec("test.double", {"x": "float32[n]"}, {"y": "float32[n]"}, "n", "8*n")
 JOB = {"kernel": "test.double", "arguments": {"x": [1.0, 2.0]}}
@@ -37,33 +35,6 @@ def announce(connection: Connection) -> None:
     """A worker's lease, without a worker."""
     value = Announcement("w", "w", "cpu", "cpu", 1, False, Peaks(1e9, 1e9, 1e9, 0.0, 0.0), (DOUBLE,), 0.0)
     connection.many([("SET", topology.lease("w"), msgspec.msgpack.encode(value)), ("SADD", topology.HOLDERS, "w")])
-
-
-@contextmanager
-def serving(broker_url: str, **settings: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """An ingest: its process and its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    own = {"LEPTON_REDIS_URL": broker_url, "LEPTON_HTTP_PORT": str(port), "LEPTON_HTTP_HOST": "127.0.0.1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "ingest"],
-        env=services.environ(os.environ | own | settings),
-        stderr=subprocess.PIPE,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(400):
-            try:
-                httpx.get(f"{url}/healthz", timeout=2)
-                break
-            except httpx.HTTPError:
-                time.sleep(0.05)
-        yield process, url
-    finally:
-        process.terminate()
-        _, told = process.communicate(timeout=15)
-        assert b"Traceback" not in told, told.decode()
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +118,6 @@ def listen(http: httpx.Client) -> Iterator[Callable[..., Listener]]:
             return listener
 
         yield opened
-
-
-def problem(response: httpx.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"].startswith("application/problem+json")
-    body: dict[str, Any] = response.json()
-    return body
 
 
 @contextmanager
