@@ -26,7 +26,8 @@ def make_worker(broker_url: str, connection: Connection, monkeypatch: pytest.Mon
 
     yield make
     for worker in workers:
-        worker.shop.gate.set()
+        for gate in (worker.shop.gate, *worker.shop.gates.values()):
+            gate.set()
         drained = threading.Thread(target=worker.slots.drain, daemon=True)
         drained.start()
         drained.join(5)

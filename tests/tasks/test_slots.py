@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 import pytest
 
-from lepton_ai import topology
+from lepton_ai import topology, wire
 from lepton_ai.errors import BrokerUnavailable, Fenced
 from lepton_ai.identity import new_ids
 from queues.broker import Broker
 from queues.steps import Commit
-from tests.tasks.workshop import QUEUE, SETTINGS, MakeWorker, Worker, message, until
+from tests.tasks.workshop import DEVICE, QUEUE, SETTINGS, MakeWorker, Worker, message, until
 
 
 def test_slots_run_side_by_side(make_worker: MakeWorker) -> None:
@@ -247,3 +248,129 @@ def test_what_a_slot_holds_from_before_is_run_first(make_worker: MakeWorker) -> 
     worker.slots.start()
     worker.double(second)
     assert [job for what, job in worker.books.seen if what == "started"] == [first, second]
+
+
+# -- suspects ---------------------------------------------------------------------------------------------------
+
+
+def ids_of(messages: Iterable[bytes]) -> list[str]:
+    return [wire.read_envelope(each).headers.id for each in messages]
+
+
+def test_a_suspect_runs_while_the_others_hold_nothing(make_worker: MakeWorker) -> None:
+    worker = make_worker(slots=2)
+    worker.shop.gates |= {1.0: threading.Event(), 7.0: threading.Event()}
+    before = worker.send(1.0, 2.0, kernel="test.gated")
+    worker.enters(2)
+    (suspect,) = worker.suspect(7.0)
+    until(lambda: worker.slots.gate._alone, "the slot for suspects waits to be alone")
+    (after,) = worker.send(5.0)
+    worker.shop.gates[1.0].set()
+    worker.double(before[0])
+    assert not worker.shop.entered.acquire(timeout=0.1), "another still runs"
+    assert worker.connection.call("EXISTS", topology.result(after)) == 0, "and who is done is not let in again"
+    worker.shop.gate.set()
+    worker.enters()
+    assert {slot: ids_of(held) for slot, held in worker.held().items()} == {2: [suspect]}
+    assert [worker.double(job) for job in before] == [[2.0], [4.0]]
+    assert worker.slots.busy == 1
+    worker.shop.gates[7.0].set()
+    assert worker.double(suspect) == [14.0]
+    assert worker.double(after) == [10.0]
+
+
+def test_suspects_are_taken_one_at_a_time_and_each_runs_by_itself(make_worker: MakeWorker) -> None:
+    worker = make_worker(slots=2)
+    worker.warm_up()
+    suspects = worker.suspect(1.0, 2.0, 3.0, kernel="test.double")
+    assert [worker.double(job) for job in suspects] == [[2.0], [4.0], [6.0]]
+    assert worker.shop.launches == {1: 4}
+
+
+def test_many_suspects_do_not_keep_the_others_out_for_long(
+    make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.slots._ALONE_S", 0.0)
+    worker = make_worker()
+    suspects = worker.suspect(*range(1, 21), kernel="test.double")
+    (other,) = worker.send(50.0)
+    for job in (*suspects, other):
+        worker.double(job)
+    worker.slots.drain()
+    order = [job for what, job in worker.books.seen if what == "ended"]
+    assert order.index(other) < order.index(suspects[-1])
+    assert [job for job in order if job != other] == suspects
+
+
+def test_a_suspect_that_was_held_from_before_is_run_by_itself_first(make_worker: MakeWorker) -> None:
+    worker = make_worker(slots=2, start=False)
+    (suspect,) = new_ids(1)
+    worker.connection.call("LPUSH", topology.held(worker.incarnation, 2), message(suspect, 1.0, "test.gated"))
+    worker.slots.start()
+    worker.enters()
+    (other,) = worker.send(5.0)
+    assert not worker.shop.entered.acquire(timeout=0.1)
+    assert worker.connection.call("EXISTS", topology.result(other)) == 0
+    worker.shop.gate.set()
+    assert (worker.double(suspect), worker.double(other)) == ([2.0], [10.0])
+
+
+def test_a_worker_drains_with_the_suspect_that_it_has_taken(make_worker: MakeWorker) -> None:
+    worker = make_worker(slots=2)
+    worker.shop.gates[7.0] = threading.Event()
+    worker.send(1.0, kernel="test.gated")
+    worker.enters()
+    first, second = worker.suspect(7.0, 8.0)
+    until(lambda: 2 in worker.held(), "the first is taken")
+    draining = threading.Thread(target=worker.slots.drain)
+    draining.start()
+    worker.shop.gate.set()
+    worker.enters()
+    worker.shop.gates[7.0].set()
+    draining.join(5)
+    assert worker.double(first) == [14.0]
+    assert worker.connection.call("EXISTS", topology.result(second)) == 0
+    assert worker.connection.call("LLEN", topology.alone_queue(DEVICE)) == 1
+
+
+def test_a_suspect_that_was_given_back_before_its_turn_is_not_run(make_worker: MakeWorker) -> None:
+    worker = make_worker(slots=2)
+    worker.send(1.0, kernel="test.gated")
+    worker.enters()
+    (suspect,) = worker.suspect(7.0)
+    until(lambda: 2 in worker.held(), "it is taken")
+    worker.slots.abandon()
+    assert worker.lease.resign() == 2
+    worker.shop.gate.set()
+    worker.slots.drain()
+    assert len(worker.shop.contexts) == 1
+    assert worker.connection.call("EXISTS", topology.result(suspect)) == 0
+
+
+def test_a_worker_whose_slots_wait_for_a_suspect_is_abandoned_in_little_time(make_worker: MakeWorker) -> None:
+    worker = make_worker(slots=8)
+    worker.suspect(7.0)
+    worker.enters()
+    started_s = time.monotonic()
+    worker.slots.abandon()
+    assert time.monotonic() - started_s < 1.0
+
+
+def test_a_slot_without_work_does_not_keep_the_gate(make_worker: MakeWorker) -> None:
+    worker = make_worker(slots=1)
+    worker.warm_up()
+    for value in (1.0, 2.0, 3.0):
+        (suspect,) = worker.suspect(value, kernel="test.double")
+        assert worker.double(suspect) == [2 * value]
+
+
+def test_what_runs_and_what_is_held_can_be_seen_from_outside(make_worker: MakeWorker) -> None:
+    worker = make_worker(slots=2)
+    (job,) = worker.send(1.0, kernel="test.gated", limit_s=50.0)
+    worker.enters()
+    (running,) = worker.slots.running
+    assert (running.jobs, running.kill_after_s, running.by_own_limit) == ((job,), 50.0, True)
+    assert {slot: ids_of(held) for slot, held in worker.slots.holding.items()} == {running.slot: [job]}
+    worker.shop.gate.set()
+    worker.double(job)
+    until(lambda: not worker.slots.running and not worker.slots.holding, "it is over")

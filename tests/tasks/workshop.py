@@ -16,7 +16,7 @@ from lepton_ai import topology, wire
 from lepton_ai.device import Peaks
 from lepton_ai.identity import new_id, new_ids
 from lepton_ai.job import Meta, Options
-from lepton_ai.kernel import Context, Inputs, Kernel, Outputs
+from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Retry
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps, Sequel
 from queues.broker import Broker
@@ -135,14 +135,29 @@ class Shop:
         """Released whenever `test.gated` is entered."""
         self.gate = threading.Event()
         """`test.gated` returns once it is set."""
+        self.gates: dict[float, threading.Event] = {}
+        """Gates of their own for inputs that must wait longer, or go first."""
         self.contexts: list[Context] = []
+        self.raising: list[BaseException] = []
+        """What `test.tries` raises, one a launch, before it succeeds."""
         self.repertoire = Repertoire({}, {}, {})
         self._add("test.double", "concat", self._double)
         self._add("test.gated", None, self._gated)
+        self._add("test.joined", "concat", self._gated)
+        self.policy()
 
-    def _add(self, name: str, batch: Any, run: Callable[[Inputs, Context], Outputs]) -> None:
+    def policy(self, retry: Retry | None = None) -> None:
+        """How `test.tries` is retried."""
+        self._add("test.tries", None, self._tries, retry=retry)
+
+    def limit(self, name: str, limit_s: float) -> None:
+        """How long a kernel may run."""
+        batch = self.repertoire.kernels[name].spec.batch
+        self._add(name, batch, self.repertoire.runs[name], limit_s=limit_s)
+
+    def _add(self, name: str, batch: Any, run: Callable[[Inputs, Context], Outputs], **spec: Any) -> None:
         kernel = Kernel(
-            name, inputs={"x": "float64[n]"}, outputs={"y": "float64[n]"}, flops="2*n", bytes="8*n", batch=batch
+            name, inputs={"x": "float64[n]"}, outputs={"y": "float64[n]"}, flops="2*n", bytes="8*n", batch=batch, **spec
         )
         self.repertoire.kernels[name] = kernel
         self.repertoire.runs[name] = run
@@ -159,7 +174,13 @@ class Shop:
     def _gated(self, inputs: Inputs, context: Context) -> Outputs:
         self.contexts.append(context)
         self.entered.release()
-        assert self.gate.wait(20)
+        assert self.gates.get(float(inputs["x"][0]), self.gate).wait(20)
+        return {"y": 2 * inputs["x"]}
+
+    def _tries(self, inputs: Inputs, context: Context) -> Outputs:
+        self.launches[len(inputs["x"])] += 1
+        if self.raising:
+            raise self.raising.pop(0)
         return {"y": 2 * inputs["x"]}
 
 
@@ -185,8 +206,29 @@ class Worker:
         self.push(*(message(job_id, value, kernel, **options) for job_id, value in zip(ids, values, strict=True)))
         return ids
 
-    def push(self, *messages: bytes) -> None:
-        self.connection.call("LPUSH", QUEUE, *messages)
+    def suspect(self, *values: float, kernel: str = "test.gated", **options: Any) -> list[str]:
+        """As `send`, of jobs whose worker died."""
+        ids = new_ids(len(values))
+        messages = [message(job_id, value, kernel, **options) for job_id, value in zip(ids, values, strict=True)]
+        self.push(*messages, alone=True)
+        return ids
+
+    def enters(self, count: int = 1) -> None:
+        """Returns once so many launches of a gated kernel have begun."""
+        for _ in range(count):
+            assert self.shop.entered.acquire(timeout=5), "no kernel runs"
+
+    def held(self) -> dict[int, list[bytes]]:
+        """What each slot holds on the broker, oldest first."""
+        prefix = topology.held(self.incarnation, 0)[:-1]
+        return {
+            int(key.decode().removeprefix(prefix)): self.connection.call("LRANGE", key, 0, -1)[::-1]
+            for key in self.connection.call("KEYS", f"{prefix}*")
+        }
+
+    def push(self, *messages: bytes, alone: bool = False) -> None:
+        """Messages for the device, as a router places them; `alone` as suspects."""
+        self.connection.call("LPUSH", topology.alone_queue(DEVICE) if alone else QUEUE, *messages)
 
     def warm_up(self) -> None:
         """A first job, after which a slot knows how long jobs take and takes more than one."""
