@@ -278,7 +278,7 @@ class _Slot:
                 break
         self._pending = None
         self.messages = ()
-        return held
+        return [] if self._slots.abandoned else held  # that is being given back
 
 
 class _AloneSlot(_Slot):

@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 
 from lepton_ai import event, wire
-from lepton_ai.errors import Fenced, TimeLimitExceeded
+from lepton_ai.errors import Fenced, LeptonError, TimeLimitExceeded
 from lepton_ai.event import Event
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps, sequel_of
@@ -142,8 +142,15 @@ class Watchdog:
 
 def _flags(messages: Sequence[bytes], culprit: Running) -> str:
     """What becomes of each message of the culprit's batch: see Broker.release."""
-    jobs = [wire.read_envelope(message).headers.id for message in messages]
+    jobs = list(map(_job_of, messages))
     if len(culprit.jobs) > 1:
         return "".join("!" if job in culprit.jobs else "." for job in jobs)
     only = jobs.index(culprit.jobs[0])  # a second copy of its message would keep it from being found alone
     return "".join("=" if at == only else "." for at in range(len(jobs)))
+
+
+def _job_of(message: bytes) -> str:
+    try:
+        return wire.read_envelope(message).headers.id
+    except LeptonError:  # no job, so it did not run
+        return ""
