@@ -116,6 +116,8 @@ class Watchdog:
             return
         envelope = wire.read_envelope(held[0])
         headers = envelope.headers
+        if len(held) != 1 or headers.id != culprit.jobs[0]:
+            return
         options = wire.read_options(headers)
         error = TimeLimitExceeded(f"it ran on after its limit; its worker was ended after {culprit.kill_after_s:g} s")
         meta = wire.failure(headers.id, error)
