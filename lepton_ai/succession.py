@@ -18,9 +18,11 @@ from lepton_ai.signature import Signature
 from lepton_ai.tensor import TensorMap, from_wire
 from lepton_ai.wire import Body, Headers, Value
 
-__all__ = ["Canvas", "FollowUps", "Sequel", "inherit", "sequel_of"]
+__all__ = ["PUT_OFF_S", "Canvas", "FollowUps", "Sequel", "inherit", "sequel_of"]
 
 Outputs = Mapping[str, Any]
+#: How long a job waits whose follow-ups a full broker has no memory for, in seconds.
+PUT_OFF_S: Final = 5.0
 #: What may stand in `args`: a value, a kernel's outputs by name, or, for a chord's body, a list of either.
 _FORMS: Final = (Value, dict[str, Value], list[Value], list[dict[str, Value]])
 #: Each costs about a millisecond, and whoever ends the job makes them all at once.
@@ -59,7 +61,7 @@ class FollowUps(msgspec.Struct, frozen=True):
 
 
 class Canvas(Protocol):
-    """Who makes messages of what is to follow. Both raise BrokerUnavailable, and `after_success` InvalidRequest."""
+    """Who makes messages of what is to follow. Both raise Unavailable, and `after_success` InvalidRequest."""
 
     def after_success(self, sequel: Sequel, outputs: Outputs) -> FollowUps: ...
 

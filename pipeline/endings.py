@@ -8,10 +8,12 @@ import msgspec
 import structlog
 
 from lepton_ai import event, wire
+from lepton_ai.errors import Overloaded
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of
 from lepton_ai.job import Options, Placement
 from lepton_ai.settings import Settings
+from lepton_ai.succession import PUT_OFF_S
 from pipeline import intake
 from pipeline.cluster import Cluster
 from pipeline.intake import Dead, Incoming, Refused
@@ -108,9 +110,14 @@ class Endings:
         """
         leave(step, leaving)
         before = self._broker.ended([outcome.job for outcome in step.rejected])
-        for outcome, message in zip(step.rejected, messages, strict=True):
-            if outcome.job not in before:
-                step.sequels[outcome.job] = self._sequels.after(message, wire.read_meta(outcome.record))
+        rejected, step.rejected = step.rejected, []
+        for outcome, message in zip(rejected, messages, strict=True):
+            try:
+                if outcome.job not in before:
+                    step.sequels[outcome.job] = self._sequels.after(message, wire.read_meta(outcome.record))
+                step.rejected.append(outcome)
+            except Overloaded:  # no memory for what follows it: it ends later, and the others now
+                step.scheduled.append((outcome.job, self._broker.now() + PUT_OFF_S, message))
         events = []
         for status, kind in _ENDINGS.items():
             jobs = tuple(each.job for each in step.rejected if each.status == status and each.job not in before)

@@ -30,7 +30,14 @@ from kombu.utils.json import dumps
 from redis import exceptions as redis_errors
 
 from lepton_ai import topology
-from lepton_ai.errors import BrokerUnavailable, InvalidArguments, InvalidRequest, LeptonError, TooLarge
+from lepton_ai.errors import (
+    BrokerUnavailable,
+    InvalidArguments,
+    InvalidRequest,
+    LeptonError,
+    Overloaded,
+    TooLarge,
+)
 from lepton_ai.job import Meta
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps, Sequel
@@ -86,7 +93,8 @@ class Canvas:
         """`link` and the next of the chain, with the outputs as they stand in the job's result.
 
         Raises InvalidArguments where a signature makes no message, TooLarge where they make too much, BrokerUnavailable
-        where the size of a chord cannot be written: that goes straight to the result backend, as Celery does it.
+        where the size of a chord cannot be written: that goes straight to the result backend, as Celery does it; and
+        Overloaded where that has no memory for it now.
         """
         try:
             result = _plain(outputs)
@@ -182,7 +190,8 @@ class Canvas:
             raise
         except Exception as error:
             if _is_away(error):
-                raise BrokerUnavailable(f"what follows a job cannot be prepared: {error}") from error
+                kind = Overloaded if "maxmemory" in str(error) else BrokerUnavailable
+                raise kind(f"what follows a job cannot be prepared: {error}") from error
             raise _unsendable(error) from error
         finally:
             self._local.producer = None

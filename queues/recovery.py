@@ -7,13 +7,14 @@ of them do it at once (`sweep` and `recover` in functions.lua).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
 import msgspec
 
 from lepton_ai import event, wire
-from lepton_ai.errors import JobDead, LeptonError
+from lepton_ai.errors import JobDead, LeptonError, Overloaded
 from lepton_ai.event import Event
 from lepton_ai.job import Meta, Options
 from lepton_ai.settings import Settings
@@ -62,7 +63,8 @@ def give_back(connection: Connection, incarnation: str) -> int:
 def _command(connection: Connection, incarnation: str, only: str, settings: Settings, sequels: Sequels) -> Command:
     suspect: Sequence[Any] = ("",)
     if only and (messages := connection.call("LRANGE", only, -1, -1)):
-        suspect = _suspect(only, messages[0], incarnation, settings, sequels)
+        with suppress(Overloaded):  # no memory for what follows it: it comes back alone, and may die once more
+            suspect = _suspect(only, messages[0], incarnation, settings, sequels)
     return functions.call("recover", (), (incarnation, LISTS_EACH, "died", *suspect))
 
 

@@ -21,6 +21,7 @@ from lepton_ai.errors import (
     JobExpired,
     KernelFailed,
     LeptonError,
+    Overloaded,
     RetryJob,
     TimeLimitExceeded,
     Unavailable,
@@ -30,7 +31,7 @@ from lepton_ai.identity import minute_of
 from lepton_ai.job import LATEST_S, Cost, Placement, Record
 from lepton_ai.kernel import Retry
 from lepton_ai.settings import Settings
-from lepton_ai.succession import Canvas, FollowUps
+from lepton_ai.succession import PUT_OFF_S, Canvas, FollowUps
 from lepton_ai.tensor import DTYPES
 from queues.broker import Broker
 from queues.connection import CommandError
@@ -267,6 +268,9 @@ class Runner:
                 except InvalidRequest as error:  # a result that nobody could act on is none
                     self._fail(job, error, batch)
                     continue
+                except Overloaded:
+                    self._put_off(job, batch)
+                    continue
                 except Unavailable:
                     raise
                 except Exception as error:  # a job must end, or its batch would be run again for ever
@@ -370,6 +374,10 @@ class Runner:
         if job.sequel is not None:
             try:
                 self._note(job.id, self._canvas.after_failure(job.sequel, meta), batch)
+            except Overloaded:
+                if isinstance(job, Refused):
+                    raise
+                return self._put_off(job, batch)
             except Unavailable:
                 raise
             except Exception:  # the failure stands
@@ -379,7 +387,14 @@ class Runner:
         told = f"{type(error).__name__}({error.message!r})"
         batch.endings.append(Ending(job.id, status, time.time(), error=told, trace=trace))
         kernel = job.kernel if isinstance(job, Refused) else job.kernel.name
-        self._tell(f"job.{status}", kernel, job.id, error.to_wire(), batch)
+        return self._tell(f"job.{status}", kernel, job.id, error.to_wire(), batch)
+
+    def _put_off(self, job: TakenJob, batch: _Batch) -> None:
+        """The broker has no memory for what follows a job, which therefore cannot end yet: it comes again later."""
+        batch.dead = [letter for letter in batch.dead if letter.job != job.id]
+        batch.outcomes.append(Outcome(job.id, "retried", b""))
+        batch.retries.append((job.id, PUT_OFF_S, job.message))
+        log.warning("job_put_off", job=job.id, kernel=job.kernel.name, delay_s=PUT_OFF_S)
 
     def _note(self, job: str, follow_ups: FollowUps, batch: _Batch) -> None:
         batch.pushes += [(job, queue, message) for queue, message in follow_ups.pushes]
