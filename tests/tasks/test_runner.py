@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lepton_ai import cancellation, event, topology, wire
-from lepton_ai.errors import InvalidArguments, RetryJob
+from lepton_ai.errors import InvalidArguments, Overloaded, RetryJob
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of, new_id, new_ids
 from lepton_ai.job import LATEST_S, Meta, Options, Placement
@@ -224,6 +224,20 @@ def test_two_copies_in_one_batch_have_one_effect_and_what_follows_happens_once(
     assert worker.counters() == {"succeeded": 3, "duplicate": 1}
     until(lambda: last in worker.books.endings, "it has ended")
     assert [what for what, each in worker.books.seen if each == job].count("ended") == 1
+
+
+def test_a_job_whose_follow_ups_a_full_broker_has_no_memory_for_is_put_off(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> FollowUps:
+        raise Overloaded("no memory for a chord's size")
+
+    monkeypatch.setattr(worker.canvas, "after_success", full)
+    job = new_id()
+    worker.push(followed(job, {"callbacks": [{"task": "theirs.next"}]}))
+    until(lambda: worker.counters().get("retried"), "it has been put off")
+    assert worker.connection.call("HKEYS", topology.ETA_MESSAGES) == [job.encode()]
+    assert not worker.connection.call("EXISTS", topology.result(job))
 
 
 # -- retries ----------------------------------------------------------------------------------------------------
