@@ -7,15 +7,16 @@ safe. The worker that committed it is the first to know; what is left, by whom e
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
 import structlog
 
 from lepton_ai import topology
-from lepton_ai.errors import LeptonError
+from lepton_ai.errors import BrokerUnavailable, LeptonError
 from queues.broker import Broker
-from queues.connection import Connection
+from queues.connection import CommandError, Connection
 
 __all__ = ["ChordParts"]
 
@@ -59,13 +60,15 @@ class ChordParts:
     def _run(self) -> None:
         connection: Connection | None = None
         wait_s = _LOOK_S
+        look_at = time.monotonic() + _LOOK_S
         while not self._stopping or self._fresh:
-            was_told = self._more.wait(wait_s)
+            self._more.wait(wait_s)
             self._more.clear()
             try:
                 connection = connection or self._connect("chords").connection
-                if not was_told and wait_s == _LOOK_S:
+                if time.monotonic() >= look_at:  # however much there is to do: what others have left waits for it
                     self._look(connection)
+                    look_at = time.monotonic() + _LOOK_S
                 wait_s = _AGAIN_S if self._count(connection) else _LOOK_S
             except LeptonError as error:
                 log.warning("chord_parts_wait", reason=error.message)
@@ -89,7 +92,10 @@ class ChordParts:
         self._seen = here
 
     def _count(self, connection: Connection) -> bool:
-        """Counts the parts that are known; True where some must be tried again."""
+        """Counts the parts that are known; True where some must be tried again.
+
+        One that fails otherwise than for want of the broker keeps none of the others: it is left to be found again.
+        """
         with self._lock:
             jobs, self._fresh = sorted(self._fresh), set()
         for at, job in enumerate(jobs):
@@ -97,11 +103,15 @@ class ChordParts:
                 part = connection.call("HGET", topology.CHORD_PARTS, job)
                 if part is None or self._finish(part):
                     connection.call("HDEL", topology.CHORD_PARTS, job)
-                    continue
-            except BaseException:
+                else:
+                    self._put_back([job])
+            except BrokerUnavailable:
                 self._put_back(jobs[at:])
                 raise
-            self._put_back([job])
+            except CommandError as error:  # the broker is full, for one
+                log.warning("chord_part_waits", job=job, reason=error.message)
+            except Exception:
+                log.exception("chord_part_failed", job=job)
         return bool(self._fresh)
 
     def _put_back(self, jobs: Iterable[str]) -> None:

@@ -227,7 +227,8 @@ def test_a_follow_up_that_had_no_queue_goes_where_it_was_meant(
 ) -> None:
     parent, message = new_id(), wire.envelope(new_id(), "other.task", {"k": 1}, Options())
     connection.call("SET", "celery", "something else")
-    connection.call(*functions.call("follow", (), (parent, "celery", message, 1_000_000)))
+    ended = (60, parent, "failed", b"", "", 1_000_000, b"", "celery", message)
+    connection.call(*functions.call("finish", (), ended))
     (letter,) = client.dead()
     assert (letter.job, letter.code) == (parent, "unreadable")
     assert "still no queue: its key holds a string" in client.replay([letter.entry]).left[letter.entry]

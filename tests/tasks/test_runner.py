@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
 from lepton_ai import cancellation, event, topology, wire
-from lepton_ai.errors import InvalidArguments, Overloaded, RetryJob
+from lepton_ai.errors import BrokerUnavailable, InvalidArguments, Overloaded, RetryJob
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of, new_id, new_ids
 from lepton_ai.job import LATEST_S, Meta, Options, Placement
@@ -401,3 +402,37 @@ def test_marks_of_a_wrong_type_hold_no_job_up(worker: Worker) -> None:
     worker.connection.call("SET", topology.CANCELLED, "x")
     (job,) = worker.send(4.0)
     assert worker.double(job) == [8.0]
+
+
+def test_a_job_whose_follow_ups_cannot_be_made_ends_and_keeps_no_slot(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def defect(*_: Any) -> FollowUps:
+        raise OverflowError("int too big to convert")
+
+    monkeypatch.setattr(worker.canvas, "after_success", defect)
+    monkeypatch.setattr(worker.canvas, "after_failure", defect)
+    job, failing = new_ids(2)
+    embed = {"chord": {"task": "theirs.body"}}
+    worker.push(followed(job, embed), followed(failing, embed, "no.such.kernel"))
+    status, name, reason = worker.failure(job)
+    assert (status, name) == ("FAILURE", "InvalidArguments")
+    assert "follow" in reason
+    assert worker.failure(failing)[:2] == ("FAILURE", "UnknownKernel")
+    assert worker.double(worker.send(2.0)[0]) == [4.0]
+
+
+def test_a_job_whose_follow_ups_want_the_broker_waits_for_it(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[FollowUps] = [FollowUps((("theirs", b"next"),))]
+    failures: list[Exception] = [BrokerUnavailable("away")]
+
+    def after(*_: Any) -> FollowUps:
+        if failures:
+            raise failures.pop()
+        return answers[0]
+
+    monkeypatch.setattr(worker.canvas, "after_success", after)
+    (job,) = new_ids(1)
+    worker.push(followed(job, {"callbacks": [{"task": "theirs.next"}]}))
+    assert worker.double(job) == [2.0]
+    assert worker.connection.call("LRANGE", "theirs", 0, -1) == [b"next"]
