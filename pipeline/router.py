@@ -245,6 +245,8 @@ class _Session:
             if until is not None and headers.id not in marked:
                 early.append((message, each, until))
                 continue
+            if claim.kind is not Kind.NEW:  # it is on its former device no more, which would look full
+                self._cluster.finished(headers.id)
             job = self._window.add(headers.id, headers.task, each.options, message, claim, each.deadline_at)
             added.append((job, headers))
         self._narrator.sent(added)
