@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -24,8 +25,7 @@ from tests.faults.scenario import Row, Scenario, perform
 from tests.faults.stock import STOCK
 from tests.faults.table import SCENARIOS
 
-_COLUMNS = ("submitted", "acknowledged", "refused", "unknown", "lost", "duplicate_effects", "re_executions")
-_TIMES = ("recovery_p50_s", "recovery_max_s", "seconds")
+_COLUMNS = ("acked", "of", "lost", "twice", "rerun", "again p50", "max s", "took s")
 _STYLES = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -88,16 +88,18 @@ def _print(report: dict[str, list[Row]], seed: int) -> None:
     for title, rows in (("Lepton", report["faults"]), ("plain Celery 5.7", report["stock"])):
         if not rows:
             continue
-        table = Table("scenario", "verdict", title=f"{title}, seed {seed}")
-        for column in (*_COLUMNS, *_TIMES):
-            table.add_column(column.replace("_", " "), justify="right")
+        table = Table(title=f"{title}, seed {seed}", box=SIMPLE, padding=(0, 1, 0, 0))
+        table.add_column("scenario", no_wrap=True)
+        for column in _COLUMNS:
+            table.add_column(column, justify="right")
         for row in rows:
-            verdict = f"[{_STYLES[row.verdict]}]{row.verdict}[/]"
-            table.add_row(row.name, verdict, *(_shown(getattr(row, column)) for column in (*_COLUMNS, *_TIMES)))
+            counts = (row.acknowledged, row.submitted, row.lost, row.duplicate_effects, row.re_executions)
+            times = (row.recovery_p50_s, row.recovery_max_s, row.seconds)
+            table.add_row(f"[{_STYLES[row.verdict]}]{row.name}[/]", *map(_shown, (*counts, *times)))
         console.print(table)
         for row in rows:
             for reason in row.reasons:
-                console.print(f"{row.name}: {reason}", markup=False)
+                console.print(f"{row.name} {row.verdict}: {reason}", markup=False, soft_wrap=True)
 
 
 def _shown(value: Any) -> str:

@@ -18,7 +18,7 @@ COSTS_MS = (0, 0, 0, 25)
 #: A dead process' jobs can be claimed again after its lease, a sweep, and this for a machine that is busy otherwise.
 _SLACK_S = 1.0
 #: And a worker that is being started again takes jobs after that.
-_START_S = 5.0
+_START_S = 8.0
 #: A job that is found running.
 _LONG_MS = 400
 #: Where a worker is killed: from the first message taken, after so many commands; and just before the commit.

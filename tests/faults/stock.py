@@ -32,7 +32,7 @@ _MIB = 1024 * 1024
 class Stock:
     """Plain workers, and a producer. Use it in a `with`."""
 
-    def __init__(self, play: Play, workers: int = 2, pool: str = "prefork") -> None:
+    def __init__(self, play: Play, workers: int = 2, pool: str = "prefork", limit_s: int | None = None) -> None:
         if not hasattr(play, "server"):
             play.serve()
         self._play = play
@@ -40,6 +40,7 @@ class Stock:
         environ = {"STOCK_URL": play.server.url, "FAULT_RUNS": str(play.folder / "runs")}
         slots = "1" if pool == "solo" else "2"
         arguments = ["-m", "celery", "-A", "tests.faults.stock_tasks", "worker", "-P", pool, "-c", slots, "-l", "INFO"]
+        arguments += [] if limit_s is None else ["--time-limit", str(limit_s)]
         path = os.pathsep.join([str(_ROOT), clean_environment({})["PYTHONPATH"]])
         self.workers = [
             play.stage.cast(
@@ -167,8 +168,8 @@ def _poison(play: Play, size: Size) -> None:
 
 
 def _hang(play: Play, size: Size) -> None:
-    """As `hang`, without a limit: Celery sets none by itself."""
-    with Stock(play) as stock:
+    """As `hang`, with the same hard limit, which Celery has where its pool is prefork."""
+    with Stock(play, limit_s=2) as stock:
         for _ in range(size.rounds):
             stock.submit([0] * (size.jobs // size.rounds))
             play.doomed.update(stock.submit([0], how=HANG))
