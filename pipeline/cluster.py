@@ -96,13 +96,15 @@ class Cluster:
         self._seconds[device] = self._seconds.get(device, 0.0) + seconds
         self._jobs[device] = self._jobs.get(device, 0) + 1
 
-    def finished(self, job: str) -> None:
-        """A job has ended; unknown ones are other routers'."""
+    def finished(self, job: str, device: str | None = None) -> None:
+        """A job has ended, on a device; unknown ones are other routers'."""
         if (known := self._outstanding.pop(job, None)) is not None:
             self._jobs[known.device] -= 1
             # Exactly nought when nothing is left, so that rounding never adds up.
             left = self._seconds[known.device] - known.seconds
             self._seconds[known.device] = left if self._jobs[known.device] else 0.0
+        elif device is not None and self._foreign.get(device, 0) > 0:
+            self._foreign[device] -= 1
 
     def outstanding_s(self, device: str) -> float:
         """Predicted seconds of work that a device has still to do, for one slot; others' jobs count as our mean one."""

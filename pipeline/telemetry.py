@@ -24,7 +24,8 @@ from queues.event_stream import EventStream
 
 __all__ = ["Telemetry", "learn"]
 
-_ENDED = ("job.succeeded", "job.failed", "job.cancelled")
+#: After one of these a job is no work of its device any more.
+_ENDED = tuple(f"job.{end}" for end in ("succeeded", "failed", "cancelled", "expired", "dead", "retried"))
 _REPORT_S = 10.0
 _RETRY_S = 0.5
 
@@ -35,7 +36,7 @@ def learn(seen: Event, cluster: Cluster, model: CostModel) -> None:
     """Folds one event into the picture of the fleet and into the cost model."""
     if seen.type in _ENDED:
         for job in seen.jobs:
-            cluster.finished(job)
+            cluster.finished(job, seen.device)
     if seen.observation is not None and (device := cluster.device(seen.observation.device)) is not None:
         model.learn(seen.observation, device.peaks)
 

@@ -103,6 +103,16 @@ def test_a_job_that_somebody_else_dispatched_changes_nothing_when_it_finishes() 
     assert found.outstanding_s("cpu") == 1.5
 
 
+def test_others_jobs_make_room_as_they_end_and_not_at_the_next_count_only() -> None:
+    found = Cluster()
+    found.reconcile("cpu", 2)
+    found.finished("another router's", "cpu")
+    assert found.outstanding_jobs("cpu") == 1
+    for job in ("two", "three"):
+        found.finished(job, "cpu")
+    assert found.outstanding_jobs("cpu") == 0
+
+
 def test_a_job_that_is_dispatched_again_counts_where_it_went_last() -> None:
     found = cluster(worker("1", "cpu"), worker("2", "gpu"))
     found.dispatched("a", "cpu", 1.5)
