@@ -295,7 +295,8 @@ def read_names(raw: bytes) -> Headers | None:
         names: _Names = _NAMES.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    return Headers(names.headers.id, names.headers.task)
+    found = (names.headers.id, names.headers.task)
+    return Headers(*found) if all(0 < len(each) <= _LONGEST_NAME for each in found) else None
 
 
 def read_options(headers: Headers) -> Options:
