@@ -92,7 +92,10 @@ class LeptonError(Exception):
 
 
 def _shortened(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
+    if len(text) <= longest:
+        return text
+    told = f"... ({len(text)} characters)"
+    return text[: longest - len(told)] + told
 
 
 class InvalidSettings(LeptonError):

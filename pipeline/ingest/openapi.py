@@ -10,12 +10,24 @@ import msgspec
 from litestar.openapi.spec import OpenAPIMediaType, OpenAPIResponse, Operation, RequestBody, Schema
 
 from lepton_ai import wire
+from lepton_ai.device import Announcement
 from lepton_ai.event import CloudEvent
+from lepton_ai.kernel import KernelSpec
 from lepton_ai.remote import JobRequest, JobView
 from pipeline.ingest.body import NDJSON
 from pipeline.ingest.problem import MEDIA_TYPE, Problem
 
-__all__ = ["EVENTS", "JOB_EVENTS", "ONE_JOB", "ONE_JOB_CANCELLED", "SUBMITTED", "JobLine"]
+__all__ = [
+    "DEVICES",
+    "EVENTS",
+    "JOB_EVENTS",
+    "KERNELS",
+    "ONE_JOB",
+    "ONE_JOB_CANCELLED",
+    "STATUS",
+    "SUBMITTED",
+    "JobLine",
+]
 
 SSE: Final = "text/event-stream"
 
@@ -44,23 +56,47 @@ def _operation(answers: Mapping[int, tuple[str, Mapping[str, Any]]], body: Mappi
     class Described(Operation):
         def __post_init__(self) -> None:
             self.responses = {
-                str(status): OpenAPIResponse(description, content=_content(content))
+                str(status): OpenAPIResponse(description, content=_content(content, answers=True))
                 for status, (description, content) in answers.items()
             }
-            self.responses["default"] = OpenAPIResponse("What went wrong.", content=_content({MEDIA_TYPE: Problem}))
+            self.responses["default"] = OpenAPIResponse(
+                "What went wrong.", content=_content({MEDIA_TYPE: Problem}, answers=True)
+            )
             if body is not None:
-                self.request_body = RequestBody(_content(body), description="One job or many.", required=True)
+                self.request_body = RequestBody(
+                    _content(body, answers=False), description="One job or many.", required=True
+                )
 
     return Described
 
 
-def _content(types: Mapping[str, Any]) -> dict[str, OpenAPIMediaType]:
+def _content(types: Mapping[str, Any], *, answers: bool) -> dict[str, OpenAPIMediaType]:
     found = {}
     for media, kind in types.items():
         schemas, components = msgspec.json.schema_components([kind], ref_template="#/components/schemas/{name}")
         found[media] = OpenAPIMediaType(Schema())
-        found[media].schema = _RawSchema(_inlined(schemas[0], components))
+        written = _inlined(schemas[0], components)
+        if answers:
+            written = _numbers_may_be_null(written)
+        found[media].schema = _RawSchema(_sent_as_events(written) if media == SSE else written)
     return found
+
+
+def _sent_as_events(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a server-sent event whose data are what a schema says."""
+    text = {"type": "string"}
+    data = text | {"contentMediaType": "application/json", "contentSchema": schema}
+    return {"type": "object", "properties": {"id": text, "event": text, "data": data}, "required": ["id", "data"]}
+
+
+def _numbers_may_be_null(schema: Any) -> Any:
+    """A JSON schema of what we write: a number that is not finite is null in JSON."""
+    if isinstance(schema, list):
+        return [_numbers_may_be_null(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _numbers_may_be_null(value) for key, value in schema.items()}
+    return found | {"type": ["number", "null"]} if schema.get("type") == "number" else found
 
 
 def _inlined(schema: Any, components: dict[str, Any]) -> Any:
@@ -74,10 +110,15 @@ def _inlined(schema: Any, components: dict[str, Any]) -> Any:
     return {key: _inlined(value, components) for key, value in schema.items()}
 
 
+def _either(kind: Any) -> dict[str, Any]:
+    """In whichever of the two the client asks for."""
+    return {"application/json": kind, wire.MSGPACK: kind}
+
+
 _ANY_JOBS: Any = JobRequest | list[JobRequest]
 _ANY_VIEWS: Any = JobView | list[JobView]
-_VIEW = {"application/json": JobView, wire.MSGPACK: JobView}
-_VIEWS = {"application/json": _ANY_VIEWS, wire.MSGPACK: _ANY_VIEWS, NDJSON: JobLine}
+_VIEW = _either(JobView)
+_VIEWS = _either(_ANY_VIEWS) | {NDJSON: JobLine}
 
 SUBMITTED = _operation(
     {
@@ -87,12 +128,15 @@ SUBMITTED = _operation(
         ),
         202: ("All are accepted.", _VIEWS),
     },
-    {"application/json": _ANY_JOBS, wire.MSGPACK: _ANY_JOBS, NDJSON: JobRequest},
+    _either(_ANY_JOBS) | {NDJSON: JobRequest},
 )
 ONE_JOB = _operation({200: ("The job as it stands.", _VIEW)})
 ONE_JOB_CANCELLED = _operation(
     {200: ("The job has ended.", _VIEW), 202: ("Whoever holds the job has been asked to end it.", _VIEW)}
 )
+DEVICES = _operation({200: ("The workers that are alive.", _either(list[Announcement]))})
+KERNELS = _operation({200: ("The kernels, by name.", _either(list[KernelSpec]))})
+STATUS = _operation({200: ("It is.", {"application/json": dict[str, str]})})
 _MESSAGES = "Server-sent events; the data of each is a CloudEvent, and its id is where to go on (`Last-Event-ID`)."
 EVENTS = _operation({200: (_MESSAGES, {SSE: CloudEvent})})
 JOB_EVENTS = _operation(
