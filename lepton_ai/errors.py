@@ -78,7 +78,7 @@ class LeptonError(Exception):
 
     def __init__(self, message: str = "", field: str | None = None) -> None:
         # Text that the kernel or the file system made may hold surrogates, which no wire carries.
-        message = _shortened(str(message), _LONGEST).encode("utf-8", "backslashreplace").decode()
+        message = _shortened(str(message).encode("utf-8", "backslashreplace").decode(), _LONGEST)
         super().__init__(message)
         self.message = message
         self.field = None if field is None else _shortened(field, _LONGEST_FIELD)
@@ -92,7 +92,10 @@ class LeptonError(Exception):
 
 
 def _shortened(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
+    if len(text) <= longest:
+        return text
+    told = f"... ({len(text)} characters)"
+    return text[: longest - len(told)] + told
 
 
 class InvalidSettings(LeptonError):

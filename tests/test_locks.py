@@ -73,5 +73,5 @@ def test_the_dev_lock_holds_the_run_lock() -> None:
 
 
 def test_the_run_lock_carries_no_tool_of_the_tests() -> None:
-    tools = {"hypothesis", "import-linter", "mypy", "pyarrow", "pytest", "ruff"}
+    tools = {"hypothesis", "import-linter", "mypy", "pyarrow", "pytest", "ruff", "schemathesis"}
     assert tools.isdisjoint(pins(RUN))

@@ -12,7 +12,9 @@ from litestar.openapi.spec import OpenAPIMediaType, OpenAPIResponse, Operation, 
 from lepton_ai import wire
 from lepton_ai.accounts import Accounts
 from lepton_ai.dead import DeadLetter, Settled
+from lepton_ai.device import Announcement
 from lepton_ai.event import CloudEvent
+from lepton_ai.kernel import KernelSpec
 from lepton_ai.remote import JobRequest, JobView
 from lepton_ai.remote_protocol import Chosen
 from pipeline.ingest.body import NDJSON
@@ -22,12 +24,15 @@ __all__ = [
     "ACCOUNTS",
     "DEAD",
     "DEAD_LETTER",
+    "DEVICES",
     "EVENTS",
     "JOB_EVENTS",
+    "KERNELS",
     "ONE_JOB",
     "ONE_JOB_CANCELLED",
     "PURGED",
     "REPLAYED",
+    "STATUS",
     "SUBMITTED",
     "JobLine",
 ]
@@ -61,23 +66,45 @@ def _operation(
     class Described(Operation):
         def __post_init__(self) -> None:
             self.responses = {
-                str(status): OpenAPIResponse(description, content=_content(content))
+                str(status): OpenAPIResponse(description, content=_content(content, answers=True))
                 for status, (description, content) in answers.items()
             }
-            self.responses["default"] = OpenAPIResponse("What went wrong.", content=_content({MEDIA_TYPE: Problem}))
+            self.responses["default"] = OpenAPIResponse(
+                "What went wrong.", content=_content({MEDIA_TYPE: Problem}, answers=True)
+            )
             if body is not None:
-                self.request_body = RequestBody(_content(body), description=told, required=True)
+                self.request_body = RequestBody(_content(body, answers=False), description=told, required=True)
 
     return Described
 
 
-def _content(types: Mapping[str, Any]) -> dict[str, OpenAPIMediaType]:
+def _content(types: Mapping[str, Any], *, answers: bool) -> dict[str, OpenAPIMediaType]:
     found = {}
     for media, kind in types.items():
         schemas, components = msgspec.json.schema_components([kind], ref_template="#/components/schemas/{name}")
         found[media] = OpenAPIMediaType(Schema())
-        found[media].schema = _RawSchema(_inlined(schemas[0], components))
+        written = _inlined(schemas[0], components)
+        if answers:
+            written = _numbers_may_be_null(written)
+        found[media].schema = _RawSchema(_sent_as_events(written) if media == SSE else written)
     return found
+
+
+def _sent_as_events(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a server-sent event whose data are what a schema says."""
+    text = {"type": "string"}
+    data = text | {"contentMediaType": "application/json", "contentSchema": schema}
+    return {"type": "object", "properties": {"id": text, "event": text, "data": data}, "required": ["id", "data"]}
+
+
+def _numbers_may_be_null(schema: Any) -> Any:
+    """A JSON schema of what we write: a number that is not finite is null in JSON."""
+    if isinstance(schema, list):
+        return [_numbers_may_be_null(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _numbers_may_be_null(value) for key, value in schema.items()}
+    return found | {"type": ["number", "null"]} if schema.get("type") == "number" else found
 
 
 def _inlined(schema: Any, components: dict[str, Any]) -> Any:
@@ -91,10 +118,15 @@ def _inlined(schema: Any, components: dict[str, Any]) -> Any:
     return {key: _inlined(value, components) for key, value in schema.items()}
 
 
+def _either(kind: Any) -> dict[str, Any]:
+    """In whichever of the two the client asks for."""
+    return {"application/json": kind, wire.MSGPACK: kind}
+
+
 _ANY_JOBS: Any = JobRequest | list[JobRequest]
 _ANY_VIEWS: Any = JobView | list[JobView]
-_VIEW = {"application/json": JobView, wire.MSGPACK: JobView}
-_VIEWS = {"application/json": _ANY_VIEWS, wire.MSGPACK: _ANY_VIEWS, NDJSON: JobLine}
+_VIEW = _either(JobView)
+_VIEWS = _either(_ANY_VIEWS) | {NDJSON: JobLine}
 
 SUBMITTED = _operation(
     {
@@ -104,20 +136,22 @@ SUBMITTED = _operation(
         ),
         202: ("All are accepted.", _VIEWS),
     },
-    {"application/json": _ANY_JOBS, wire.MSGPACK: _ANY_JOBS, NDJSON: JobRequest},
+    _either(_ANY_JOBS) | {NDJSON: JobRequest},
     "One job or many.",
 )
 ONE_JOB = _operation({200: ("The job as it stands.", _VIEW)})
 ONE_JOB_CANCELLED = _operation(
     {200: ("The job has ended.", _VIEW), 202: ("Whoever holds the job has been asked to end it.", _VIEW)}
 )
-ACCOUNTS = _operation({200: ("All terms, at one moment.", {"application/json": Accounts, wire.MSGPACK: Accounts})})
-_LETTERS: Any = list[DeadLetter]
-_SETTLED = {200: ("How many, and why others were not.", {"application/json": Settled, wire.MSGPACK: Settled})}
-DEAD = _operation({200: ("The newest first.", {"application/json": _LETTERS, wire.MSGPACK: _LETTERS})})
-DEAD_LETTER = _operation({200: ("The dead letter.", {"application/json": DeadLetter, wire.MSGPACK: DeadLetter})})
-REPLAYED = _operation(_SETTLED, {"application/json": Chosen, wire.MSGPACK: Chosen}, "Which ones.")
+ACCOUNTS = _operation({200: ("All terms, at one moment.", _either(Accounts))})
+_SETTLED = {200: ("How many, and why others were not.", _either(Settled))}
+DEAD = _operation({200: ("The newest first.", _either(list[DeadLetter]))})
+DEAD_LETTER = _operation({200: ("The dead letter.", _either(DeadLetter))})
+REPLAYED = _operation(_SETTLED, _either(Chosen), "Which ones.")
 PURGED = _operation(_SETTLED)
+DEVICES = _operation({200: ("The workers that are alive.", _either(list[Announcement]))})
+KERNELS = _operation({200: ("The kernels, by name.", _either(list[KernelSpec]))})
+STATUS = _operation({200: ("It is.", {"application/json": dict[str, str]})})
 _MESSAGES = "Server-sent events; the data of each is a CloudEvent, and its id is where to go on (`Last-Event-ID`)."
 EVENTS = _operation({200: (_MESSAGES, {SSE: CloudEvent})})
 JOB_EVENTS = _operation(

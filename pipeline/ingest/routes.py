@@ -61,13 +61,13 @@ Types = Annotated[str | None, Parameter(description=f"Only these, separated by c
 OnlyJob = Annotated[str | None, Parameter(description="Only the events of this job.")]
 
 
-@get("/healthz", sync_to_thread=False, tags=["service"])
+@get("/healthz", sync_to_thread=False, tags=["service"], operation_class=openapi.STATUS)
 def healthz() -> dict[str, str]:
     """The process is alive."""
     return {"status": "ok"}
 
 
-@get("/readyz", tags=["service"])
+@get("/readyz", tags=["service"], operation_class=openapi.STATUS)
 async def readyz(door: Door) -> dict[str, str]:
     """The broker answers, so jobs can be accepted; 503 where it does not."""
     await door.ping()
@@ -209,13 +209,13 @@ async def accounts(request: Request[Any, Any, Any], door: Door) -> Response[byte
     return _respond(request, await door.accounts(), 200)
 
 
-@get("/v1/devices", tags=["fleet"])
+@get("/v1/devices", tags=["fleet"], operation_class=openapi.DEVICES)
 async def devices(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
     """Every worker that is alive: its device, slots, measured peaks and kernels."""
     return _respond(request, await door.announcements(), 200)
 
 
-@get("/v1/kernels", tags=["fleet"])
+@get("/v1/kernels", tags=["fleet"], operation_class=openapi.KERNELS)
 async def kernels(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
     """Every kernel that has been announced: its signature, formulas and limits."""
     return _respond(request, await door.kernels(), 200)

@@ -509,7 +509,8 @@ def test_openapi_has_every_way_in_and_out(http: httpx.Client) -> None:
     }
     assert {each["name"] for each in of_job["parameters"]} == {"job_id", "last-event-id"}
     for each in (events, of_job):
-        assert "specversion" in each["responses"]["200"]["content"]["text/event-stream"]["schema"]["properties"]
+        told = each["responses"]["200"]["content"]["text/event-stream"]["schema"]["properties"]["data"]
+        assert "specversion" in told["contentSchema"]["properties"]
     cancel = paths["/v1/jobs/{job_id}"]["delete"]
     assert set(cancel["responses"]) == {"200", "202", "default"}
     assert {each["name"] for each in cancel["parameters"]} == {"job_id", "wait_s"}
