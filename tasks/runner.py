@@ -337,10 +337,11 @@ class Runner:
         if asks or policy.applies(error, job.retries):
             return self._retry(job, known, policy, batch, trace)
         if job.retries >= policy.times:
-            reason = f"it failed {job.retries + 1} times, the last with {known.message}"
-            letter = DeadLetter(job.id, job.kernel.name, "retries", reason, job.retries + 1, job.message, trace or "")
+            attempts = job.retries + 1
+            reason = f"it failed {attempts} times, the last with {known.message}"
+            letter = DeadLetter(job.id, job.kernel.name, "retries", reason, attempts, job.message, trace or "")
             batch.dead.append(letter)
-            return self._fail(job, known, batch, trace, status="dead")
+            return self._fail(job, known, batch, trace, "dead", attempts=attempts)
         return self._fail(job, known, batch, trace)
 
     def _retry(self, job: TakenJob, error: LeptonError, policy: Retry, batch: _Batch, trace: str | None) -> None:
@@ -368,6 +369,7 @@ class Runner:
         batch: _Batch,
         trace: str | None = None,
         status: str | None = None,
+        **data: Any,
     ) -> None:
         status = status or _STATUSES.get(type(error), "failed")
         meta = wire.failure(job.id, error, trace)
@@ -387,7 +389,7 @@ class Runner:
         told = f"{type(error).__name__}({error.message!r})"
         batch.endings.append(Ending(job.id, status, time.time(), error=told, trace=trace))
         kernel = job.kernel if isinstance(job, Refused) else job.kernel.name
-        return self._tell(f"job.{status}", kernel, job.id, error.to_wire(), batch)
+        return self._tell(f"job.{status}", kernel, job.id, error.to_wire() | data, batch)
 
     def _put_off(self, job: TakenJob, batch: _Batch) -> None:
         """The broker has no memory for what follows a job, which therefore cannot end yet: it comes again later."""
