@@ -183,11 +183,14 @@ class Broker:
         remembered, brought, marked, tenants, length, *depths = self.connection.receive(sent)
         # Nobody's job waits for what is not as it should be.
         self.marks = 0 if isinstance(marked, CommandError) else marked
-        self._know_lanes([] if isinstance(tenants, CommandError) else _names(tenants))
         is_full = self._refused([remembered, brought, length, *depths])
         self.back = dict(zip(_BACK, depths, strict=False))
         room = max(0, limit - sum(self.back.values()))
         messages: list[bytes] = [brought] if isinstance(brought, bytes) else []
+        if self._have_changed([] if isinstance(tenants, CommandError) else _names(tenants)):
+            # Nothing but the push that woke us told of a new lane's first job.
+            moved, length = self._claim_new(claim, limit - len(messages))
+            return messages + moved, length
         if is_full:
             moved, length = self._move([], claim, [self._wake_claim, *lists], max(1, room) - len(messages))
             return messages + moved, length
@@ -222,10 +225,13 @@ class Broker:
             length = self.connection.call("LLEN", target)
         return found, length
 
-    def _know_lanes(self, tenants: Sequence[str]) -> None:
-        """Every lane there is."""
-        if {topology.LANE, *tenants} != set(self._lanes):
-            self._lanes = sorted({topology.LANE, *tenants})
+    def _have_changed(self, tenants: Sequence[str]) -> bool:
+        """Whether there are other lanes than those we knew; then we know them now."""
+        lanes = {topology.LANE, *tenants}
+        if lanes == set(self._lanes):
+            return False
+        self._lanes = sorted(lanes)
+        return True
 
     def unpark(self, kernel: str) -> int:
         """Moves the parked jobs of a kernel to `again`; returns how many."""
