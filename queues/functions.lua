@@ -176,11 +176,10 @@ local function room(lane, n, size, limits)
     end
   end
   local refused = nil
-  if lane == LANE then refused = quota(jobs, bytes) end
+  if lane == LANE then refused = quota(jobs, bytes) else refused = quota(backlog(lane, with_bytes)) end
   for _, other in ipairs(redis.call('SMEMBERS', LANES)) do
     local its_jobs, its_bytes = backlog(other, with_bytes)
     jobs, bytes = jobs + its_jobs, bytes + its_bytes
-    if lane == other then refused = quota(its_jobs, its_bytes) end
   end
   for _, kernel in ipairs(redis.call('SMEMBERS', PARKED)) do
     local parked = 'lepton:parked:' .. kernel
