@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -23,7 +24,8 @@ from lepton_ai.kernel import KernelSpec
 from lepton_ai.settings import Settings
 from lepton_ai.topology import PRIORITY_SEPARATOR
 from pipeline.router import Router
-from queues.broker import CLAIM_LIMIT, Broker, Kind
+from queues import functions
+from queues.broker import CLAIM_LIMIT, LISTS_EACH, Broker, Kind
 from queues.connection import Connection
 from queues.event_stream import EventStream
 from queues.steps import Commit, Outcome
@@ -79,9 +81,9 @@ class PlayedWorker:
         self.broker.resign()
         self.broker.emit(event.encode(Event("device.offline", self.broker.incarnation, device=self.device)))
 
-    def take(self, limit: int = 1, timeout_s: float = 5.0) -> list[str]:
+    def take(self, limit: int = 1, timeout_s: float = 5.0, *, alone: bool = False) -> list[str]:
         """The ids of the next jobs, oldest first; [] where none came in time."""
-        messages = self.broker.take(self.device, 0, limit, 1, timeout_s)
+        messages = self.broker.take(self.device, 0, limit, 1, timeout_s, alone=alone)
         return [wire.read_envelope(message).headers.id for message in messages]
 
     def commit(self, jobs: Iterable[str], observation: Observation | None = None) -> None:
@@ -90,6 +92,12 @@ class PlayedWorker:
         told = Event("job.succeeded", self.broker.incarnation, "test.spin", self.device, jobs, observation)
         outcomes = [Outcome(job, "succeeded", b"") for job in jobs]
         self.broker.commit(Commit(0, len(jobs), outcomes, event.encode(told)))
+
+    def retry(self, job: str, message: bytes, delay_s: float) -> None:
+        """Ends what it holds as a kernel that raised and is to be run again."""
+        told = Event("job.retried", self.broker.incarnation, "test.spin", self.device, (job,))
+        step = Commit(0, 1, [Outcome(job, "retried", b"")], event.encode(told), retries=[(job, delay_s, message)])
+        self.broker.commit(step)
 
     def serve(self, count: int) -> list[str]:
         """Takes and commits, one job after the other."""
@@ -203,7 +211,7 @@ def lane(connection: Connection) -> Lane:
 
 def waiting_anywhere(connection: Connection) -> int:
     """Messages in lanes, claims, `again` and the parking: all that no device has been given."""
-    patterns = ("lepton.ingest*", "lepton:again*", "lepton:parked:*", *(f"lepton:{kind}:*" for kind in Kind))
+    patterns = ("lepton.ingest*", "lepton:again*", "lepton:parked*:*", *(f"lepton:{kind}:*" for kind in Kind))
     names = [name for pattern in patterns for name in connection.call("KEYS", pattern)]
     return sum(connection.many([("LLEN", name) for name in names])) if names else 0
 
@@ -736,6 +744,23 @@ def test_a_broken_connection_is_made_again_and_what_was_claimed_comes_back(
     assert sorted(worker.serve(25)) == sorted(sent)
 
 
+def test_a_router_whose_connection_broke_gives_back_at_once_what_it_had_claimed(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    """And does not have it wait for its lease."""
+    worker = add_worker()
+    start_router(PATIENT)
+    sent = lane.send(20, ms=60_000)
+    lane.wait_for("job.placed", 2)
+    (before,) = incarnations(connection)
+    connection.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    until(lambda: [name for name in incarnations(connection) if name != before], "a new incarnation takes a lease")
+    survivor = add_worker("cpu")
+    found = [*worker.serve(0), *survivor.serve(20)]
+    assert sorted(found) == sorted(sent)
+    assert incarnations(connection) != [before]
+
+
 def test_every_connection_killed_again_and_again_under_load_loses_and_doubles_nothing(
     start_router, add_worker, lane: Lane, broker_url: str
 ) -> None:
@@ -779,6 +804,321 @@ def test_a_router_whose_host_vanished_swallows_nothing(
     finally:
         wake.close()
         vanished.close()
+
+
+# -- when a job is due, and until when -----------------------------------------------------------------------------
+
+
+def at(seconds: float, connection: Connection) -> str:
+    """A time in so many seconds, by the broker's clock, as Celery writes it."""
+    now, microseconds = connection.call("TIME")
+    return datetime.fromtimestamp(int(now) + int(microseconds) / 1e6 + seconds, UTC).isoformat()
+
+
+def sizes(connection: Connection) -> dict[str, int]:
+    reply = connection.call(*functions.call("sizes", (), (LISTS_EACH,)))
+    return {name.decode(): value for name, value in zip(reply[::2], reply[1::2], strict=True)}
+
+
+def test_a_job_is_held_back_until_it_is_due_and_says_so(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    early = new_id()
+    due_s = time.time() + 0.5
+    lane.push([altered(lane.message(early), eta=at(0.5, connection))])
+    assert lane.wait_for("job.scheduled", 1) == [early]
+    placement = lane.placement(early)
+    assert (placement.state, placement.device) == ("scheduled", None)
+    (other,) = lane.send()
+    assert worker.serve(1) == [other]
+    assert sizes(connection)["scheduled_now"] == 1
+    assert worker.take(timeout_s=3) == [early]
+    assert time.time() >= due_s - 0.05
+    assert lane.placement(early).state == "placed"
+
+
+def test_of_many_that_are_held_back_each_runs_in_its_time(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    jobs = new_ids(3)
+    for job, seconds in zip(jobs, (0.6, 0.2, 0.4), strict=True):
+        lane.push([altered(lane.message(job), eta=at(seconds, connection))])
+    assert worker.serve(3) == [jobs[1], jobs[2], jobs[0]]
+
+
+def test_a_job_that_is_due_already_is_not_held_back(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker()
+    start_router()
+    job = new_id()
+    lane.push([altered(lane.message(job), eta="2020-01-01T00:00:00+00:00")])
+    assert worker.take() == [job]
+
+
+@pytest.mark.parametrize("eta", ["soon", "in thirty-one days"])
+def test_a_time_that_is_none_or_too_far_away_is_refused(
+    start_router, lane: Lane, connection: Connection, eta: str
+) -> None:
+    start_router()
+    job = new_id()
+    lane.push([altered(lane.message(job), eta=eta if eta == "soon" else at(31 * 86_400, connection))])
+    assert lane.wait_for("job.rejected", 1) == [job]
+    record = wire.read_meta(connection.call("GET", topology.result(job)))
+    assert (record.status, record.lepton.error["code"], record.lepton.error["field"]) == (
+        "FAILURE",
+        "invalid_arguments",
+        "eta",
+    )
+
+
+def test_a_scheduled_job_can_be_cancelled(start_router, add_worker, lane: Lane, connection: Connection) -> None:
+    add_worker()
+    start_router()
+    job = new_id()
+    lane.push([altered(lane.message(job), eta=at(1000, connection))])
+    lane.wait_for("job.scheduled", 1)
+    ask_to_cancel(connection, job)
+    assert lane.wait_for("job.cancelled", 1) == [job]
+    assert stored(connection, job) == "REVOKED"
+    assert (sizes(connection)["scheduled_now"], sizes(connection)["difference"]) == (0, 0)
+
+
+def test_a_job_that_is_marked_before_it_is_claimed_is_not_held_back(
+    start_router, lane: Lane, connection: Connection
+) -> None:
+    job = new_id()
+    ask_to_cancel(connection, job)
+    lane.push([altered(lane.message(job), eta=at(1000, connection))])
+    start_router()
+    assert lane.wait_for("job.cancelled", 1) == [job]
+
+
+def test_a_scheduled_job_whose_message_came_twice_runs_once(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    job = new_id()
+    lane.push([altered(lane.message(job), eta=at(0.3, connection))] * 2)
+    assert worker.serve(1) == [job]
+    assert worker.take(timeout_s=0.3) == []
+    assert connection.call("HGET", topology.COUNTERS, "duplicate") == b"1"
+    assert sizes(connection)["difference"] == 0
+
+
+def test_a_retry_runs_when_it_is_due_however_rare_the_heartbeat(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker()
+    start_router()
+    (job,) = lane.send()
+    assert worker.take() == [job]
+    (message,) = worker.broker.held(0)
+    worker.retry(job, wire.retried(message), 0.2)
+    assert worker.take(timeout_s=3) == [job]
+
+
+def expired(connection: Connection, job: str) -> bool:
+    meta = wire.read_meta(connection.call("GET", topology.result(job)))
+    return (meta.status, meta.lepton.error["code"]) == ("REVOKED", "expired")
+
+
+def test_a_job_that_comes_too_late_is_expired_and_its_waiter_told(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    late, fine = new_ids(2)
+    message = altered(lane.message(late, reply_to=topology.reply("me"), result="msgpack"), expires=at(-1, connection))
+    lane.push([message, altered(lane.message(fine), expires=at(100, connection))])
+    assert lane.wait_for("job.expired", 1) == [late]
+    assert worker.take() == [fine]
+    assert expired(connection, late)
+    _, told = connection.call("BLPOP", topology.reply("me"), 5)
+    assert wire.read_meta(told).task_id == late
+    assert connection.call("HGET", topology.COUNTERS, "expired") == b"1"
+    assert sizes(connection)["difference"] == 0
+
+
+def test_a_job_that_waits_too_long_in_the_window_is_expired_with_the_next_heartbeat(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router(msgspec.structs.replace(PATIENT, heartbeat_s=0.1))
+    busy = lane.send(2, ms=60_000)
+    lane.wait_for("job.placed", 2)
+    late, fine = new_ids(2)
+    lane.push([altered(lane.message(late, 60_000), expires=at(0.3, connection)), lane.message(fine, 60_000)])
+    assert lane.wait_for("job.expired", 1) == [late]
+    assert expired(connection, late)
+    assert worker.serve(3) == [*busy, fine]
+
+
+def test_a_parked_job_ends_with_its_deadline_and_the_others_stay_parked(
+    start_router, lane: Lane, connection: Connection
+) -> None:
+    start_router(msgspec.structs.replace(PATIENT, heartbeat_s=0.1))
+    first, late, last = new_ids(3)
+    lane.push([lane.message(first), altered(lane.message(late), expires=at(0.3, connection)), lane.message(last)])
+    lane.wait_for("job.parked", 3)
+    started_s = time.monotonic()
+    assert lane.wait_for("job.expired", 1) == [late]
+    assert time.monotonic() - started_s < 2
+    until(lambda: connection.call("LLEN", topology.parked("test.spin")) == 2, "the others are parked again")
+    parked = connection.call("LRANGE", topology.parked("test.spin"), 0, -1)
+    assert [wire.read_envelope(message).headers.id for message in parked[::-1]] == [first, last]
+    assert sizes(connection)["difference"] == 0
+
+
+def test_a_deadline_that_is_no_time_is_refused(start_router, lane: Lane, connection: Connection) -> None:
+    start_router()
+    job = new_id()
+    lane.push([altered(lane.message(job), expires="soon")])
+    assert lane.wait_for("job.rejected", 1) == [job]
+    assert wire.read_meta(connection.call("GET", topology.result(job))).lepton.error["field"] == "expires"
+
+
+# -- suspects -------------------------------------------------------------------------------------------------------
+
+
+def test_suspects_go_to_the_devices_list_for_those_who_run_alone(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    suspect, innocent = new_ids(2)
+    connection.call("LPUSH", topology.ALONE, lane.message(suspect))
+    connection.call("LPUSH", topology.AGAIN, lane.message(innocent))
+    assert worker.take(alone=True) == [suspect]
+    worker.commit([suspect])
+    assert worker.take() == [innocent]
+    assert lane.placement(suspect).device == "cpu"
+
+
+def test_a_suspect_that_no_live_device_can_run_is_one_still_when_it_is_unparked(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    """The usual death: of the only worker, which takes its time to come back."""
+    start_router()
+    suspects = new_ids(3)
+    connection.call("LPUSH", topology.ALONE, *map(lane.message, suspects))
+    lane.wait_for("job.parked", 3)
+    (innocent,) = lane.send()
+    lane.wait_for("job.parked", 1)
+    assert lane.placement(suspects[0]).state == "parked"
+    assert sizes(connection)["parked_now"] == 4
+    worker = add_worker()
+    found = []
+    for _ in suspects:
+        found += (taken := worker.take(10, alone=True))
+        worker.commit(taken)
+    assert found == suspects
+    assert worker.take() == [innocent]
+
+
+def test_a_suspect_stays_one_when_its_device_goes_away_before_it_ran(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    leaving, staying = add_worker("gpu", speed=100 * SPEED), add_worker("cpu")
+    start_router(msgspec.structs.replace(PATIENT, heartbeat_s=0.1))
+    (suspect,) = new_ids(1)
+    connection.call("LPUSH", topology.ALONE, lane.message(suspect, 100))
+    until(lambda: connection.call("LLEN", topology.alone_queue("gpu")), "it is placed")
+    leaving.go_offline()
+    assert staying.take(alone=True) == [suspect]
+
+
+def test_a_suspect_in_the_window_of_a_router_that_stops_stays_one(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    add_worker()
+    router = start_router()
+    suspects = new_ids(10)
+    connection.call("LPUSH", topology.ALONE, *(lane.message(job, 60_000) for job in suspects))
+    lane.wait_for("job.placed", 2)
+    router._stop.set()
+    lane.push([b"wake up"])
+    router.stop()
+    assert connection.call("LLEN", topology.ALONE) == 8
+
+
+# -- tenants --------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_tenant_does_not_wait_behind_a_large_one(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    small, large = (topology.lane(tenant).removeprefix(topology.LANE) for tenant in ("small", "large"))
+    connection.call("SADD", topology.LANES, topology.lane("small"), topology.lane("large"))
+    many = lane.send(300, ms=60_000, suffix=large)
+    few = lane.send(5, ms=60_000, suffix=small)
+    start_router(msgspec.structs.replace(PATIENT, window=8))
+    done = worker.serve(40)
+    assert [job for job in done if job in few] == few
+    assert [job for job in done if job not in few] == many[:35]
+
+
+def test_tenants_and_the_default_lane_share_what_there_is_room_for(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    suffixes = ["", ".one", ".two"]
+    connection.call("SADD", topology.LANES, topology.lane("one"), topology.lane("two"))
+    sent = {suffix: lane.send(100, ms=60_000, suffix=suffix) for suffix in suffixes}
+    start_router(msgspec.structs.replace(PATIENT, window=6))
+    done = set(worker.serve(60))
+    counts = [len(done.intersection(jobs)) for jobs in sent.values()]
+    assert sum(counts) == 60
+    assert max(counts) - min(counts) <= 6
+
+
+def test_the_first_job_of_a_new_tenant_wakes_an_idle_router(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    lane.settle()
+    job = new_id()
+    own = topology.lane("new")
+    words = (own, job, "", "", "", lane.message(job))
+    connection.call(*functions.call("accept", (), (60, 100, 10, 0, 10, 0, own, "", 1, *words)))
+    assert worker.take(timeout_s=2) == [job]
+
+
+# -- a full broker --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fill(connection: Connection) -> Iterator[Callable[[], None]]:
+    before = connection.call("CONFIG", "GET", "maxmemory")[b"maxmemory"]
+    yield lambda: connection.call("CONFIG", "SET", "maxmemory", 1)
+    connection.call("CONFIG", "SET", "maxmemory", before)
+
+
+@pytest.mark.parametrize("started", ["before", "after"])
+def test_a_broker_without_memory_drains(
+    start_router, add_worker, lane: Lane, connection: Connection, fill: Callable[[], None], started: str
+) -> None:
+    worker = add_worker()
+    sent = lane.send(200)
+    refused, late = new_ids(2)
+    lane.push([altered(lane.message(refused), eta="soon"), altered(lane.message(late), eta=at(1000, connection))])
+    lane.push([b"unreadable"])
+    if started == "before":
+        start_router(msgspec.structs.replace(PATIENT, window=50))
+        lane.wait_for("job.placed", 10)
+    fill()
+    if started == "after":
+        start_router()
+    done: list[str] = []
+    until(lambda: done.extend(worker.serve(1)) or len(done) == 200, "all are done")  # a full broker wakes nobody
+    assert done == sent
+    until(lambda: connection.call("EXISTS", topology.result(refused)), "the refusal is told")
+    until(lambda: connection.call("HEXISTS", topology.ETA_MESSAGES, late), "the later one is scheduled")
+    until(lambda: connection.call("XLEN", topology.DEAD), "what nobody can read is kept")
+    assert sizes(connection)["difference"] == 0
 
 
 # -- cancelling -----------------------------------------------------------------------------------------------------

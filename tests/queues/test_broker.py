@@ -172,7 +172,6 @@ def test_the_lanes_of_tenants_are_claimed_in_equal_shares(connection: Connection
         push(connection, topology.lane(tenant), *(f"{tenant}{at}".encode() for at in range(count)))
         connection.call("SADD", topology.LANES, topology.lane(tenant))
     push(connection, topology.LANE, *numbered(100))
-    broker.claim(Kind.NEW, 0, 0, 1)  # from here on it knows the lanes
     found = broker.claim(Kind.NEW, 1, 0, 23)
     per_lane = Counter(message.rstrip(b"0123456789") for message in found)
     assert per_lane == {b"big": 10, b"small": 3, b"m": 10}
@@ -189,11 +188,20 @@ def test_every_lane_has_its_turn_even_where_there_is_room_for_one(connection: Co
     assert Counter(found) == {b"deep": 10, b"shallow": 10, b"default": 10}
 
 
+def test_a_lane_is_claimed_from_as_soon_as_it_is_there(connection: Connection, broker: Broker) -> None:
+    push(connection, topology.claim(broker.incarnation, WAKE), b"woken")
+    for tenant in ("one", "two"):
+        connection.call("SADD", topology.LANES, topology.lane(tenant))
+        push(connection, topology.lane(tenant), tenant.encode())
+        expected = [b"woken", b"one"] if tenant == "one" else [b"two"]
+        assert broker.claim(Kind.NEW, 0, 0 if tenant == "one" else 2, 10) == expected
+    assert oldest_first(connection, topology.claim(broker.incarnation, 0)) == [b"woken", b"one", b"two"]
+
+
 def test_an_urgent_job_of_one_tenant_goes_before_the_others_of_all(connection: Connection, broker: Broker) -> None:
     connection.call("SADD", topology.LANES, topology.lane("one"))
     push(connection, topology.LANE, *numbered(5))
     push(connection, topology.lane_list(9, topology.lane("one")), b"urgent")
-    broker.claim(Kind.NEW, 0, 0, 1)
     assert broker.claim(Kind.NEW, 1, 0, 2)[0] == b"urgent"
 
 

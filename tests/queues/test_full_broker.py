@@ -114,6 +114,7 @@ def test_messages_are_dispatched_to_where_they_go(connection: Connection, broker
             queued={"cpu": messages[:2]},
             alone={"cpu": messages[2:3]},
             parked={"a.b": messages[3:4]},
+            parked_alone={"c.d": messages[6:7]},
             deadlines={"a.b": 5.0},
             placements={7: {"one": b"p1"}},
             counts={"accepted": 7},
@@ -125,7 +126,8 @@ def test_messages_are_dispatched_to_where_they_go(connection: Connection, broker
     assert oldest_first(connection, "lepton.cpu.alone") == messages[2:3]
     assert oldest_first(connection, topology.parked("a.b")) == messages[3:4]
     assert oldest_first(connection, claim) == messages[7:]
-    assert (broker.parked_kernels(), broker.overdue()) == ({"a.b"}, ["a.b"])
+    assert oldest_first(connection, topology.parked_alone("c.d")) == messages[6:7]
+    assert (broker.parked_kernels(), broker.overdue()) == ({"a.b", "c.d"}, ["a.b"])
     assert broker.known(["one"], [7])[0] == {"one": b"p1"}
     assert counters(connection) == {"accepted": 7}
     assert connection.call("XLEN", topology.EVENTS) == 1

@@ -247,7 +247,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             mine = self.at(topology.claim(broker.incarnation, number))
             back = {kind: len(self.at(source)) for kind, source in BACK.items()}
             room = max(0, limit - sum(back.values()))
-            lists = [name for lane in broker._lanes for name in topology.lane_lists(lane)]
+            lists = [name for lane in (topology.LANE, *self.lanes) for name in topology.lane_lists(lane)]
             waiting = sum(len(self.at(name)) for name in lists)
             found = broker.claim(Kind.NEW, number, len(mine), limit)
             assert broker.back == back
@@ -277,7 +277,17 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
         def dispatch_from(self, role: str, chosen: list[str]) -> None:
             broker = self.holders[role].broker
             step = Dispatch(
-                {}, {}, leaving={}, queued={}, alone={}, parked={}, scheduled=[], dead=[], rejected=[], counts={}
+                {},
+                {},
+                leaving={},
+                queued={},
+                alone={},
+                parked={},
+                parked_alone={},
+                scheduled=[],
+                dead=[],
+                rejected=[],
+                counts={},
             )
             going = iter(chosen * 100)
             for kind in Kind:
@@ -288,6 +298,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                 *((topology.device_queue(device), found) for device, found in step.queued.items()),
                 *((topology.alone_queue(device), found) for device, found in step.alone.items()),
                 *((topology.parked(kernel), found) for kernel, found in step.parked.items()),
+                *((topology.parked_alone(kernel), found) for kernel, found in step.parked_alone.items()),
             ]:
                 self.at(queue).extend(messages)
             self.devices |= step.queued.keys() | step.alone.keys()
@@ -316,7 +327,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                 elif where in ("cpu", "gpu"):
                     (step.alone if kind is Kind.ALONE else step.queued).setdefault(where, []).append(message)
                 elif where == "parked":
-                    step.parked.setdefault(KERNEL, []).append(message)
+                    (step.parked_alone if kind is Kind.ALONE else step.parked).setdefault(KERNEL, []).append(message)
                 elif where in ("later", "now"):
                     step.scheduled.append((job, NEVER if where == "later" else 1.0, message))
                 elif where == "unreadable":
@@ -326,12 +337,13 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                 if where != "rest" and kind is Kind.NEW:
                     step.counts["accepted"] = step.counts.get("accepted", 0) + 1
 
-        @when(lambda self: self.at(topology.parked(KERNEL)))
+        @when(lambda self: self.at(topology.parked(KERNEL)) or self.at(topology.parked_alone(KERNEL)))
         @possible()
         def unpark(self) -> None:
-            moved = self.pull(topology.parked(KERNEL))
-            assert self.holders["router0"].broker.unpark(KERNEL) == len(moved)
+            moved, suspects = self.pull(topology.parked(KERNEL)), self.pull(topology.parked_alone(KERNEL))
+            assert self.holders["router0"].broker.unpark(KERNEL) == len(moved) + len(suspects)
             self.at(topology.AGAIN).extend(moved)
+            self.at(topology.ALONE).extend(suspects)
 
         @when(lambda self: self.scheduled)
         @possible()
@@ -615,7 +627,12 @@ TERMS = ("lanes", "claimed", "again", "alone", "reclaimed", "parked_now", "sched
 
 def _term(key: str) -> str:
     """The term of `sizes` that a list belongs to."""
-    found = {topology.AGAIN: "again", topology.ALONE: "alone", topology.parked(KERNEL): "parked_now"}
+    found = {
+        topology.AGAIN: "again",
+        topology.ALONE: "alone",
+        topology.parked(KERNEL): "parked_now",
+        topology.parked_alone(KERNEL): "parked_now",
+    }
     if key in found:
         return found[key]
     if key.startswith(topology.LANE):
