@@ -2,8 +2,9 @@
 -- Server functions. On the hot path results and small keys only, never a message's bytes (the server hashes every byte
 -- of every string that enters Lua); messages come here where they are few (accept, retries, dead letters, suspects) or
 -- where nothing else works (a broker out of memory refuses plain moves).
--- A function that fails half way is not rolled back, so everything that can fail is checked before the first write and
--- what comes after it is a pcall. VERSION is the hash of this file (queues/broker.py). Time is the server's.
+-- A function that fails half way is not rolled back: what can fail is checked before the first write, what comes after is
+-- mostly a pcall, and a message leaves its list last, so that a failure runs a job again and never loses it. VERSION is the
+-- hash of this file (queues/functions.py). Time is the server's.
 
 local FINAL = { SUCCESS = true, FAILURE = true, REVOKED = true }
 local LANE, LANES = 'lepton.ingest', 'lepton:lanes'
@@ -269,7 +270,6 @@ local function commit(keys, args)
     for first = at + 1, last, width do each(first) end
     at = last + 1
   end
-  redis.call('DEL', held)
   local has_attempts = redis.call('EXISTS', ATTEMPTS) == 1
   local counts, replies, order, duplicates, late = {}, {}, {}, {}, {}
   section(4, function(first)
@@ -318,6 +318,7 @@ local function commit(keys, args)
     event = readable and rest or event
   end
   emit(event, args[3])
+  redis.call('DEL', held)
   return duplicates
 end
 
@@ -425,13 +426,13 @@ local function recover(_, args)
     local id = args[10]
     local attempts = redis.pcall('HINCRBY', ATTEMPTS, id, 1)
     if type(attempts) == 'number' and attempts >= tonumber(args[6]) then
-      redis.call('DEL', suspect)
       moved = moved + 1
       if finish(_, { args[7], id, 'dead', args[13], args[14], args[9], unpack(args, 16) }) == 1 then
         died = 1
         bury(args[9], id, args[11], 'poison', args[12], attempts, '', args[5])
         emit(args[15], args[8])
       end
+      redis.call('DEL', suspect)
     end
   end
   drain('lepton:held:', how == 'died' and ALONE or AGAIN)

@@ -8,7 +8,7 @@ from typing import Any
 import redis.asyncio as redis
 
 from lepton_ai.durability import Barrier
-from queues.functions import library
+from queues import functions
 
 __all__ = ["call", "written"]
 
@@ -28,15 +28,15 @@ async def call(
 
     Raises redis-py's errors, and BrokerUnavailable where the write is not known to be as durable as it should be.
     """
-    version, source = library()
-    command = ("FCALL_RO" if read else "FCALL", f"lepton_{name}_{version}", len(keys), *keys, *arguments)
+    _, *rest = functions.call(name, keys, arguments)
+    command = ("FCALL_RO" if read else "FCALL", *rest)
     try:
         return await written(client, command, barrier)
     except redis.ResponseError as error:
         if "function not found" not in str(error).lower():
             raise
     try:
-        await client.execute_command("FUNCTION", "LOAD", source)
+        await client.execute_command("FUNCTION", "LOAD", functions.library()[1])
     except redis.ResponseError as error:
         if "already exists" not in str(error):  # somebody else has loaded them at this moment
             raise

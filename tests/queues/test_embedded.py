@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import stat
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from lepton_ai.settings import Settings
 from queues.connection import Connection
 from queues.embedded import EmbeddedBroker
 from queues.server import address
+from tests.queues.servers import ends, linux, server_pid
 
 ROOT = Path(__file__).parents[2]
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG and pidfd are Linux's")
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +34,6 @@ def config(url: str, name: str) -> str:
     found: bytes = connection.call("CONFIG", "GET", name)[name.encode()]
     connection.close()
     return found.decode()
-
-
-def server_pid(url: str) -> int:
-    connection = Connection(url, "info")
-    info = connection.call("INFO", "server").decode()
-    connection.close()
-    return int(info.partition("process_id:")[2].split()[0])
-
-
-def ends(pid: int, timeout_s: float = 10) -> bool:
-    """Waits for a process, anybody's, to end."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([descriptor], [], [], timeout_s)[0])
-    finally:
-        os.close(descriptor)
 
 
 def mode(path: Path) -> int:

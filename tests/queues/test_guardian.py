@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -19,28 +18,9 @@ from queues.connection import Connection
 from queues.embedded import EmbeddedBroker
 from queues.guardian import Status
 from queues.server import find_server
+from tests.queues.servers import ends, linux, server_pid
 
 ROOT = Path(__file__).parents[2]
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG and pidfd are Linux's")
-
-
-def server_pid(url: str) -> int:
-    connection = Connection(url, "info")
-    info = connection.call("INFO", "server").decode()
-    connection.close()
-    return int(info.partition("process_id:")[2].split()[0])
-
-
-def ends(pid: int, timeout_s: float = 10) -> bool:
-    """Waits for a process, anybody's, to end."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([descriptor], [], [], timeout_s)[0])
-    finally:
-        os.close(descriptor)
 
 
 def status(broker: EmbeddedBroker) -> Status:

@@ -513,8 +513,9 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                     self.attempts[job] += 1
                     if self.attempts[job] >= VALUES.attempts:
                         self.pull(topology.held(incarnation, number))
-                        moved, died = moved + 1, died + 1
+                        moved += 1
                         if self.finish(job, "dead", b""):
+                            died += 1
                             self.letters.append((job, "poison", message))
                 moved += self.give_back(holder.broker, topology.ALONE)
             found = self.holders[role].broker.recover()
