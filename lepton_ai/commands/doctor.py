@@ -274,6 +274,8 @@ def _queues(facts: Facts) -> Iterator[Finding]:
     parts += [f"{count} for {device}" for device, count in fleet.queued.items()]
     if fleet.again:
         parts.append(f"{fleet.again} to be placed again")
+    if fleet.scheduled:
+        parts.append(f"{fleet.scheduled} wait for their time")
     yield Finding("queues", "ok", ", ".join(parts))
     orphans = {device for device, count in fleet.queued.items() if count} - {each.device for each in fleet.workers}
     if orphans and not fleet.routers:

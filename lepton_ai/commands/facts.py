@@ -95,6 +95,8 @@ class Fleet(msgspec.Struct, frozen=True):
     """By device; of those that hold something or have ever been dispatched to."""
     parked: dict[str, int] = {}
     """By kernel."""
+    scheduled: int = 0
+    """Jobs that wait for their time, or for their next try."""
     dead: int = 0
 
 
@@ -403,25 +405,33 @@ def _fleet(client: Any) -> Fleet | None:
         queues = sorted(devices | {each.device for each in workers})
         tenants = [name.decode(errors="replace") for name in client.smembers(topology.LANES)]
         lanes = [each for lane in (topology.LANE, *tenants) for each in topology.lane_lists(lane)]
-        lists = [*lanes, topology.AGAIN, topology.ALONE]
-        lists += [topology.parked(kernel) for kernel in parked] + [topology.device_queue(name) for name in queues]
+        again = [topology.AGAIN, topology.ALONE]
         with client.pipeline(transaction=False) as pipeline:
-            for each in lists:
-                pipeline.llen(each)
+            for names in (
+                lanes,
+                again,
+                *([topology.parked(kernel), topology.parked_alone(kernel)] for kernel in parked),
+                *([topology.device_queue(name), topology.alone_queue(name)] for name in queues),
+            ):
+                for each in names:
+                    pipeline.llen(each)
+            pipeline.hlen(topology.ETA_MESSAGES)
             pipeline.xlen(topology.DEAD)
-            *lengths, dead = pipeline.execute()
+            *lengths, scheduled, dead = pipeline.execute()
     except redis.ResponseError:
         return None
-    first, behind = len(lanes), lengths[len(lanes) + 2 :]
+    first, pairs = len(lanes), iter(lengths[len(lanes) + len(again) :])
+    counts = [one + alone for one, alone in zip(pairs, pairs, strict=True)]
     return Fleet(
         workers=tuple(workers),
         routers=sum(
             lease is not None and name.startswith("router-") for name, lease in zip(holders, leases, strict=True)
         ),
         waiting=sum(lengths[:first]),
-        again=sum(lengths[first : first + 2]),
-        parked={kernel: count for kernel, count in zip(parked, behind, strict=False) if count},
-        queued=dict(zip(queues, behind[len(parked) :], strict=True)),
+        again=sum(lengths[first : first + len(again)]),
+        parked={kernel: count for kernel, count in zip(parked, counts, strict=False) if count},
+        queued=dict(zip(queues, counts[len(parked) :], strict=True)),
+        scheduled=scheduled,
         dead=dead,
     )
 

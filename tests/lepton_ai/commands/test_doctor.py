@@ -334,10 +334,14 @@ def test_a_real_broker_tells_what_it_is_and_what_waits(
 ) -> None:
     connection.call("LPUSH", "lepton.ingest", "x", "y")
     connection.call("LPUSH", "lepton:again", "x")
+    connection.call("LPUSH", "lepton:again.alone", "x")
     connection.call("SADD", "lepton:parked", "no.such")
     connection.call("LPUSH", "lepton:parked:no.such", "x")
+    connection.call("LPUSH", "lepton:parked.alone:no.such", "x")
+    connection.call("HSET", "lepton:eta.messages", "job", "x")
     connection.call("SADD", "lepton:devices", "gpu")
     connection.call("LPUSH", "lepton.gpu", "x", "y", "z")
+    connection.call("LPUSH", "lepton.gpu.alone", "x")
     connection.call("XADD", "lepton:dead", "*", "reason", "r")
     connection.many([("SADD", "lepton:holders", name) for name in ("router-1", "router-2", "worker-1")])
     connection.call("SET", "lepton:lease:router-1", "")
@@ -351,7 +355,7 @@ def test_a_real_broker_tells_what_it_is_and_what_waits(
     assert found.server.libraries is not None
     assert found.server.libraries[0].startswith("lepton_")
     assert found.fleet == Fleet(
-        (WORKER,), 1, waiting=2, again=1, queued={"cpu": 0, "gpu": 3}, parked={"no.such": 1}, dead=1
+        (WORKER,), 1, waiting=2, again=2, queued={"cpu": 0, "gpu": 4}, parked={"no.such": 2}, scheduled=1, dead=1
     )
 
 
