@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import httpx
 
-from lepton_ai import idempotency, wire
+from lepton_ai import idempotency, results, wire
 from lepton_ai.accounts import Accounts
 from lepton_ai.async_events import AsyncEvents, EventWays
 from lepton_ai.async_flight import AsyncFlight, Part, Rows
@@ -264,7 +264,7 @@ class AsyncRemote:
             if len(batch) > 1:  # accepted whole or not at all: the halves, until the one at fault stands alone
                 first, second = [await self._post(half, 0.0, admission) for half in halves(batch)]
                 return first[0] + second[0], first[1] + second[1]
-            jobs[0].meta = wire.failure(jobs[0].id, error)
+            jobs[0].meta = results.failure(jobs[0].id, error)
             return jobs, []
         except REFUSALS as error:
             await asyncio.sleep(admission.spend(error).seconds)
@@ -280,7 +280,7 @@ class AsyncRemote:
             try:
                 job.meta = final_meta(await self._view(job.id, wait_s))
             except UnknownJob as error:
-                job.meta = wire.failure(job.id, error)
+                job.meta = results.failure(job.id, error)
             except Unavailable as error:
                 await asyncio.sleep(patience.spend(error).seconds)
             else:

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from lepton_ai import idempotency, topology, wire
+from lepton_ai import idempotency, results, topology, wire
 from lepton_ai.errors import InvalidArguments, JobDead, LeptonError
 from lepton_ai.identity import minute_of
 from lepton_ai.job import FINAL_STATES, Options, Placement, state_of
@@ -261,7 +261,7 @@ def _end(fields: Mapping[bytes, bytes], stored: bytes | None) -> tuple[bool, str
     if stored is None:
         return False, None
     try:
-        meta = wire.read_meta(stored)
+        meta = results.read(stored)
     except LeptonError as error:
         return False, f"its job has a result that cannot be read: {error}"
     if meta.status not in FINAL_STATES:

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from lepton_ai import idempotency, topology, wire
+from lepton_ai import idempotency, results, topology, wire
 from lepton_ai.errors import LeptonError
 from lepton_ai.identity import minute_of
 from lepton_ai.job import FINAL_STATES, Meta, Placement
@@ -141,12 +141,12 @@ def read_look(job_id: str, replies: Sequence[Any]) -> tuple[Meta | None, Placeme
         due = datetime.fromtimestamp(float(due_ms) / 1000, UTC).isoformat(timespec="seconds")
         placement = placement or Placement(job_id, "", "", "", 0.0, "")  # a note does not last so long
         placement = msgspec.structs.replace(placement, state="scheduled", reason=f"it is due at {due}")
-    return (wire.read_meta(found) if found else None), placement
+    return (results.read(found) if found else None), placement
 
 
 def read_final(found: bytes | None) -> Meta | None:
     """What a result's key holds, where that is a job's end."""
-    meta = wire.read_meta(found) if found else None
+    meta = results.read(found) if found else None
     return meta if meta is not None and meta.status in FINAL_STATES else None
 
 
@@ -157,7 +157,7 @@ def read_finals(jobs: Iterable[str], found: Iterable[bytes | None]) -> list[Meta
         try:
             meta = read_final(raw)
         except LeptonError as error:
-            meta = wire.failure(job_id, error)
+            meta = results.failure(job_id, error)
         if meta is not None:
             metas.append(meta)
     return metas
@@ -168,7 +168,7 @@ def read_replies(popped: Any) -> list[Meta]:
     metas = []
     for raw in popped[1] if popped else ():
         try:
-            metas.append(wire.read_meta(raw))
+            metas.append(results.read(raw))
         except LeptonError:
             continue
     return metas

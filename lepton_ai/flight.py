@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Generic, TypeVar
 
-from lepton_ai import wire
+from lepton_ai import results
 from lepton_ai.errors import InvalidRequest, OptionNotSupported
 from lepton_ai.handle import Handle
 from lepton_ai.patience import Clock
@@ -80,7 +80,7 @@ def part(job: H, row: Mapping[str, Any], encode: Callable[[str, Mapping[str, Any
     try:
         return job, encode(job.id, row)
     except InvalidRequest as error:
-        job.meta = wire.failure(job.id, error)
+        job.meta = results.failure(job.id, error)
         return job, b""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from lepton_ai import idempotency, wire
+from lepton_ai import idempotency, results, wire
 from lepton_ai.accounts import Accounts
 from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.device import Announcement
@@ -265,7 +265,7 @@ class Remote:
             if len(batch) > 1:  # accepted whole or not at all: the halves, until the one at fault stands alone
                 first, second = (self._post(half, 0.0, admission) for half in halves(batch))
                 return first[0] + second[0], first[1] + second[1]
-            jobs[0].meta = wire.failure(jobs[0].id, error)
+            jobs[0].meta = results.failure(jobs[0].id, error)
             return jobs, []
         except REFUSALS as error:
             time.sleep(admission.spend(error).seconds)
@@ -281,7 +281,7 @@ class Remote:
             try:
                 job.meta = final_meta(self._view(job.id, wait_s))
             except UnknownJob as error:
-                job.meta = wire.failure(job.id, error)
+                job.meta = results.failure(job.id, error)
             except Unavailable as error:
                 time.sleep(patience.spend(error).seconds)
             else:

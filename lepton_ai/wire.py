@@ -23,14 +23,11 @@ import numpy as np
 from lepton_ai import tensor
 from lepton_ai.errors import (
     InvalidArguments,
-    JobCancelled,
-    JobExpired,
-    LeptonError,
     Malformed,
     OptionNotSupported,
     TooLarge,
 )
-from lepton_ai.job import Meta, Options, Record
+from lepton_ai.job import Options
 from lepton_ai.signature import describe, shapes_of
 from lepton_ai.topology import LANE
 
@@ -43,22 +40,18 @@ __all__ = [
     "deadline_at",
     "decode_value",
     "due_at",
-    "encode_meta",
     "envelope",
-    "failure",
     "lane_of",
     "pack",
     "read_body",
     "read_embed",
     "read_envelope",
-    "read_meta",
     "read_names",
     "read_options",
     "replayed",
     "retried",
-    "retrying",
-    "success",
     "to_value",
+    "typed",
 ]
 
 P = TypeVar("P", bound=Sized)
@@ -164,12 +157,9 @@ _ROUTED = msgspec.json.Decoder(_Routed)
 _OPTIONS = msgspec.json.Decoder(Options | None)
 _BODY = {MSGPACK: msgspec.msgpack.Decoder(Body), JSON: msgspec.json.Decoder(Body)}
 _ANY_BODY = {MSGPACK: msgspec.msgpack.Decoder(_AnyBody), JSON: msgspec.json.Decoder(_AnyBody)}
-_META_MSGPACK = msgspec.msgpack.Decoder(Meta)
-_META_JSON = msgspec.json.Decoder(Meta)
 _ANYTHING = msgspec.json.Decoder()
 _JSON = msgspec.json.Encoder()
 _MSGPACK = msgspec.msgpack.Encoder()
-_ERRORS: Final = LeptonError.__module__
 _ORIGIN = f"lepton-{os.getpid()}@{socket.gethostname()}"
 
 
@@ -269,7 +259,7 @@ def envelope(
 def read_envelope(raw: bytes) -> Envelope:
     """The envelope of a message; Malformed where it is not a Celery protocol 2 message."""
     try:
-        envelope: Envelope = _typed(_ENVELOPE, raw)
+        envelope: Envelope = typed(_ENVELOPE, raw)
     except InvalidArguments as error:
         raise Malformed(f"not a Celery protocol 2 message: {error.message}") from None
     for what, name in (("id", envelope.headers.id), ("task", envelope.headers.task)):
@@ -363,7 +353,7 @@ def _open_body(envelope: Envelope, limit_bytes: int, decoders: Mapping[str, Any]
     decoder = decoders.get(envelope.content_type)
     if decoder is None:
         raise Malformed(f"content type {envelope.content_type!r} is refused; use {MSGPACK} or {JSON}")
-    return _typed(decoder, data)
+    return typed(decoder, data)
 
 
 def _inflate(data: bytes, limit_bytes: int) -> bytes:
@@ -379,7 +369,8 @@ def _inflate(data: bytes, limit_bytes: int) -> bytes:
     return found
 
 
-def _typed(decoder: Any, data: bytes) -> Any:
+def typed(decoder: Any, data: bytes) -> Any:
+    """What a msgspec decoder makes of bytes: InvalidArguments where a value is of a wrong type, Malformed otherwise."""
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
@@ -402,41 +393,6 @@ def _python_json(decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
         raise Malformed(f"cannot be decoded: {error}") from None
 
 
-def encode_meta(meta: Meta, encoding: str) -> bytes:
-    """A result record as Celery's backend stores it, in `json` or `msgpack`.
-
-    The status comes first, because the commit function looks for it there; non-finite
-    floats in JSON are Python's NaN and Infinity, as Celery writes them.
-    """
-    if encoding == "msgpack":
-        return _MSGPACK.encode(meta)
-    if not _has_non_finite(meta.result):
-        return _JSON.encode(meta)
-    return json.dumps(msgspec.to_builtins(meta)).encode()
-
-
-def success(job_id: str, outputs: Mapping[str, Any], record: Record | None) -> Meta:
-    """The record of a job that succeeded; `outputs` are wire values by name."""
-    return Meta("SUCCESS", outputs, date_done=_now(), task_id=job_id, lepton=record)
-
-
-def failure(job_id: str, error: LeptonError, trace: str | None = None, record: Record | None = None) -> Meta:
-    """The record of a job that ended with an error: Celery's clients raise it by name, ours by its code."""
-    revoked = isinstance(error, JobCancelled | JobExpired)
-    # Celery's clients expect their own class for a task that never ran, whoever stopped it.
-    module, name = ("celery.exceptions", "TaskRevokedError") if revoked else (_ERRORS, type(error).__name__)
-    result = {"exc_type": name, "exc_message": [error.message], "exc_module": module}
-    record = msgspec.structs.replace(record or Record(), error=error.to_wire())
-    status = "REVOKED" if revoked else "FAILURE"
-    trace = None if trace is None else trace.encode("utf-8", "backslashreplace").decode()  # a path may hold surrogates
-    return Meta(status, result, trace, date_done=_now(), task_id=job_id, lepton=record)
-
-
-def retrying(job_id: str, error: LeptonError, trace: str | None) -> Meta:
-    """The record of a job whose kernel raised and that runs again later: Celery's RETRY, which ends nothing."""
-    return msgspec.structs.replace(failure(job_id, error, trace), status="RETRY", date_done=None)
-
-
 def retried(message: bytes) -> bytes:
     """The message of a job for its next try: the same, with one retry more. Malformed where it cannot be decoded."""
     return _again(message, lambda headers: {"retries": max(0, headers.get("retries") or 0) + 1})
@@ -449,7 +405,7 @@ def replayed(message: bytes) -> bytes:
 
 def _again(message: bytes, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
     """A message that is sent once more: with changes of its headers, without `eta`, with a delivery tag of its own."""
-    found: Any = _typed(_ANYTHING, message)
+    found: Any = typed(_ANYTHING, message)
     headers = found["headers"]
     headers.update(changes(headers), eta=None)
     found["properties"]["delivery_tag"] = str(uuid.uuid4())
@@ -457,33 +413,3 @@ def _again(message: bytes, changes: Callable[[dict[str, Any]], dict[str, Any]]) 
         return _JSON.encode(found)
     except (TypeError, ValueError, RecursionError) as error:
         raise Malformed(f"cannot be written again: {error}") from None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat()
-
-
-def _has_non_finite(value: Any) -> bool:
-    if isinstance(value, float):
-        return value != value or value in (float("inf"), float("-inf"))
-    if isinstance(value, dict):
-        return any(map(_has_non_finite, value.values()))
-    return isinstance(value, list) and any(map(_has_non_finite, value))
-
-
-def read_meta(data: bytes) -> Meta:
-    """A result record in whichever of the two encodings it was stored; array outputs come back as NumPy arrays."""
-    meta: Meta = _typed(_META_JSON if data[:1] == b"{" else _META_MSGPACK, data)
-    if meta.status != "SUCCESS" or not isinstance(meta.result, dict):
-        return meta
-    outputs = {name: _output(value) for name, value in meta.result.items()}
-    return msgspec.structs.replace(meta, result=outputs)
-
-
-def _output(value: Any) -> Any:
-    if isinstance(value, dict) and value.keys() == {"dtype", "shape", "data"}:
-        try:
-            return tensor.from_wire(msgspec.convert(value, tensor.TensorMap))
-        except msgspec.ValidationError as error:
-            raise InvalidArguments(f"not a valid tensor map: {error}") from None
-    return value

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import structlog
 
-from lepton_ai import event, wire
+from lepton_ai import event, results
 from lepton_ai.errors import Overloaded
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of
@@ -114,7 +114,7 @@ class Endings:
         for outcome, message in zip(rejected, messages, strict=True):
             try:
                 if outcome.job not in before:
-                    step.sequels[outcome.job] = self._sequels.after(message, wire.read_meta(outcome.record))
+                    step.sequels[outcome.job] = self._sequels.after(message, results.read(outcome.record))
                 step.rejected.append(outcome)
             except Overloaded:  # no memory for what follows it: it ends later, and the others now
                 step.scheduled.append((outcome.job, self._broker.now() + PUT_OFF_S, message))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from lepton_ai import wire
+from lepton_ai import results, wire
 from lepton_ai.errors import InvalidArguments, JobCancelled, JobExpired, LeptonError
 from lepton_ai.job import LATEST_S, Options
 from queues.steps import Outcome
@@ -76,7 +76,7 @@ def expired(job_id: str, options: Options, serializer: str) -> Outcome:
 
 
 def _outcome(job_id: str, status: str, error: LeptonError, options: Options, serializer: str) -> Outcome:
-    record = wire.encode_meta(wire.failure(job_id, error), options.result or serializer)
+    record = results.encode(results.failure(job_id, error), options.result or serializer)
     return Outcome(job_id, status, record, options.reply_to or "")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from lepton_ai import event, wire
+from lepton_ai import event, results, wire
 from lepton_ai.errors import JobDead, LeptonError, Overloaded
 from lepton_ai.event import Event
 from lepton_ai.job import Meta, Options
@@ -80,9 +80,9 @@ def _suspect(held: str, message: bytes, incarnation: str, settings: Settings, se
         if not job:
             return ("",)  # no job: whoever takes it says so, and it never runs
     error = JobDead(f"{attempts} times the worker died while this job ran with nothing beside it")
-    meta = wire.failure(job, error)
+    meta = results.failure(job, error)
     follow_ups = sequels(message, meta)
-    record = wire.encode_meta(meta, options.result or settings.result_serializer)
+    record = results.encode(meta, options.result or settings.result_serializer)
     told = event.encode(
         Event("job.dead", incarnation, kernel, jobs=(job,), data=error.to_wire() | {"attempts": attempts})
     )

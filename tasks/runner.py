@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import structlog
 
-from lepton_ai import event, wire
+from lepton_ai import event, results, wire
 from lepton_ai.errors import (
     InvalidArguments,
     InvalidRequest,
@@ -261,7 +261,7 @@ class Runner:
                 observation.run_s / count,
                 count,
             )
-            meta = wire.success(job.id, answer(job, part), Record(placement, cost))
+            meta = results.success(job.id, answer(job, part), Record(placement, cost))
             if job.sequel is not None:
                 try:
                     follow_ups = self._canvas.after_success(job.sequel, meta.result)
@@ -279,7 +279,7 @@ class Runner:
                     continue
                 meta = msgspec.structs.replace(meta, children=list(follow_ups.children))
                 self._note(job.id, follow_ups, batch)
-            record = wire.encode_meta(meta, self._encoding(job)) if job.keep else b""
+            record = results.encode(meta, self._encoding(job)) if job.keep else b""
             batch.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
             shapes = _shapes(part) if placement is not None and placement.shown else ""
             batch.endings.append(Ending(job.id, "succeeded", time.time(), cost.run_s, shapes))
@@ -354,7 +354,7 @@ class Runner:
             message = wire.retried(job.message)
         except LeptonError:  # it can be read, but not written again
             return self._fail(job, error, batch, trace)
-        record = wire.encode_meta(wire.retrying(job.id, error, trace), self._encoding(job)) if job.keep else b""
+        record = results.encode(results.retrying(job.id, error, trace), self._encoding(job)) if job.keep else b""
         batch.outcomes.append(Outcome(job.id, "retried", record))
         batch.retries.append((job.id, delay_s, message))
         told = f"{type(error).__name__}({error.message!r})"
@@ -372,7 +372,7 @@ class Runner:
         **data: Any,
     ) -> None:
         status = status or _STATUSES.get(type(error), "failed")
-        meta = wire.failure(job.id, error, trace)
+        meta = results.failure(job.id, error, trace)
         if job.sequel is not None:
             try:
                 self._note(job.id, self._canvas.after_failure(job.sequel, meta), batch)
@@ -384,7 +384,7 @@ class Runner:
                 raise
             except Exception:  # the failure stands
                 log.exception("follow_ups_left_out", job=job.id)
-        record = wire.encode_meta(meta, self._encoding(job)) if job.keep else b""
+        record = results.encode(meta, self._encoding(job)) if job.keep else b""
         batch.outcomes.append(Outcome(job.id, status, record, job.options.reply_to or ""))
         told = f"{type(error).__name__}({error.message!r})"
         batch.endings.append(Ending(job.id, status, time.time(), error=told, trace=trace))

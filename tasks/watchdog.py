@@ -15,7 +15,7 @@ from typing import Final
 
 import structlog
 
-from lepton_ai import event, wire
+from lepton_ai import event, results, wire
 from lepton_ai.errors import Fenced, LeptonError, TimeLimitExceeded
 from lepton_ai.event import Event
 from lepton_ai.settings import Settings
@@ -120,7 +120,7 @@ class Watchdog:
             return
         options = wire.read_options(headers)
         error = TimeLimitExceeded(f"it ran on after its limit; its worker was ended after {culprit.kill_after_s:g} s")
-        meta = wire.failure(headers.id, error)
+        meta = results.failure(headers.id, error)
         sets_off = FollowUps()
         embed = wire.read_embed(envelope, limit_bytes=self._settings.body_limit_bytes)
         if (sequel := sequel_of(headers, embed)) is not None:
@@ -128,7 +128,7 @@ class Watchdog:
         told = Event(
             "job.failed", self._slots.incarnation, headers.task, self._slots.device, (headers.id,), data=error.to_wire()
         )
-        encoded = wire.encode_meta(meta, options.result or self._settings.result_serializer)
+        encoded = results.encode(meta, options.result or self._settings.result_serializer)
         outcome = Outcome(headers.id, "failed", b"" if headers.ignore_result else encoded, options.reply_to or "")
         broker.commit(
             Commit(

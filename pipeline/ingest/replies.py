@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from lepton_ai import topology, wire
+from lepton_ai import results, topology
 from lepton_ai.errors import BrokerUnavailable, LeptonError
 from lepton_ai.job import Meta
 from pipeline.ingest.redispy import broker_errors
@@ -76,7 +76,7 @@ class Replies:
                 continue
             for raw in popped[1] if popped else ():
                 try:
-                    self.hand_out(wire.read_meta(raw))
+                    self.hand_out(results.read(raw))
                 except LeptonError as error:
                     log.error("reply_unreadable", reason=error.message)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from lepton_ai import event, topology, wire
+from lepton_ai import event, results, topology
 from lepton_ai.errors import LeptonError
 from lepton_ai.job import FINAL_STATES
 from queues.connection import Connection
@@ -118,7 +118,7 @@ class Auditor:
             some = jobs[at : at + _AT_ONCE]
             for job, raw in zip(some, connection.many([("GET", topology.result(job)) for job in some]), strict=True):
                 if raw is not None and b"SUCCESS" not in raw[:200]:
-                    found[job] = str(wire.read_meta(raw).result)
+                    found[job] = str(results.read(raw).result)
         return found
 
     def audit(self, connection: Connection, events: Mapping[str, int] | None = None) -> Audit:
@@ -183,7 +183,7 @@ def _replies(connection: Connection) -> Counter[str]:
     for key in connection.call("KEYS", topology.reply("*")):
         for raw in connection.call("LRANGE", key, 0, -1):
             try:
-                meta = wire.read_meta(raw)
+                meta = results.read(raw)
             except LeptonError:
                 continue
             if meta.status in FINAL_STATES:

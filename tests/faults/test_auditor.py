@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lepton_ai import event, topology, wire
+from lepton_ai import event, results, topology
 from lepton_ai.event import Event
 from queues.connection import Connection
 from tests.faults.auditor import Auditor
@@ -23,7 +23,7 @@ def auditor(tmp_path: Path, connection: Connection) -> Auditor:
 
 
 def _end(connection: Connection, job: str) -> None:
-    record = wire.encode_meta(wire.success(job, {}, None), "msgpack")
+    record = results.encode(results.success(job, {}, None), "msgpack")
     connection.call("SET", topology.result(job), record)
     connection.call("RPUSH", topology.reply("client"), record)
     connection.call("XADD", topology.EVENTS, "*", "e", event.encode(Event("job.succeeded", "worker", jobs=(job,))))
@@ -53,7 +53,7 @@ def test_a_second_final_event_is_a_second_effect(auditor: Auditor, connection: C
 
 
 def test_a_second_reply_is_a_second_effect(auditor: Auditor, connection: Connection) -> None:
-    record = wire.encode_meta(wire.success("job", {}, None), "msgpack")
+    record = results.encode(results.success("job", {}, None), "msgpack")
     connection.call("RPUSH", topology.reply("another"), record)
     assert auditor.audit(connection).repeated_replies == ["job"]
 

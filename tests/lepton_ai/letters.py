@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lepton_ai import AsyncClient, Client, topology, wire
+from lepton_ai import AsyncClient, Client, results, topology, wire
 from lepton_ai.errors import JobDead
 from lepton_ai.identity import new_id
 from lepton_ai.job import Options
@@ -61,7 +61,7 @@ def bury(connection: Connection, job: str | None = None, code: str = "poison", *
     )
     fields = {"job": job, "kernel": "a.b", "code": code, "reason": "it killed 3 workers", "attempts": "3"} | more
     words = [word for pair in (fields | {"message": message}).items() for word in pair]
-    record = wire.encode_meta(wire.failure(job, JobDead("it killed 3 workers")), "json")
+    record = results.encode(results.failure(job, JobDead("it killed 3 workers")), "json")
     connection.many([("SET", topology.result(job), record), ("HSET", topology.ATTEMPTS, job, 3)])
     entry: bytes = connection.call("XADD", topology.DEAD, "*", *words)
     return entry.decode(), job

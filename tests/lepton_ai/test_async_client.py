@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from lepton_ai import AsyncClient, AsyncJobHandle, event, topology, wire
+from lepton_ai import AsyncClient, AsyncJobHandle, event, results, topology, wire
 from lepton_ai.errors import (
     BrokerUnavailable,
     InvalidArguments,
@@ -72,7 +72,7 @@ def reply_list(connection: Connection) -> str:
 
 def finish(connection: Connection, metas: Sequence[Meta], *, reply: str | None = None) -> None:
     """What a commit leaves: each record in its key, and on the reply list where there is one."""
-    records = [(meta.task_id, wire.encode_meta(meta, "msgpack")) for meta in metas]
+    records = [(meta.task_id, results.encode(meta, "msgpack")) for meta in metas]
     commands: list[tuple[str | bytes, ...]] = [("SET", topology.result(job), record) for job, record in records]
     if reply is not None:
         commands.append(("RPUSH", reply, *(record for _, record in records)))
@@ -80,7 +80,7 @@ def finish(connection: Connection, metas: Sequence[Meta], *, reply: str | None =
 
 
 def succeeded(job: AsyncJobHandle, value: Any) -> Meta:
-    return wire.success(job.id, {"x": wire.to_value(value)}, None)
+    return results.success(job.id, {"x": wire.to_value(value)}, None)
 
 
 def cut_off(connection: Connection) -> None:
@@ -94,7 +94,7 @@ Answer = Callable[[str, dict[str, Any]], Meta | None]
 
 
 def echoed(job_id: str, arguments: dict[str, Any]) -> Meta:
-    return wire.success(job_id, {"x": arguments["x"]}, None)
+    return results.success(job_id, {"x": arguments["x"]}, None)
 
 
 @contextmanager
@@ -284,7 +284,7 @@ def test_a_failed_job_raises_its_own_error(
             with pytest.raises(type(error)):
                 await job
 
-    with answering(broker_url, lambda job_id, _: wire.failure(job_id, error)):
+    with answering(broker_url, lambda job_id, _: results.failure(job_id, error)):
         run(main)
 
 
@@ -471,7 +471,7 @@ def test_failed_jobs_and_rows_that_cannot_be_sent_are_handed_out(run: Run, broke
             assert [job async for job in lepton.map("a.b", [])] == []
 
     def answer(job_id: str, given: dict[str, Any]) -> Meta:
-        return echoed(job_id, given) if given["x"] else wire.failure(job_id, KernelFailed("by nought"))
+        return echoed(job_id, given) if given["x"] else results.failure(job_id, KernelFailed("by nought"))
 
     with answering(broker_url, answer):
         run(main)

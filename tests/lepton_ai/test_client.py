@@ -21,7 +21,19 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
-from lepton_ai import Announcement, Client, CloudEvent, JobHandle, KernelSpec, Peaks, event, sse, topology, wire
+from lepton_ai import (
+    Announcement,
+    Client,
+    CloudEvent,
+    JobHandle,
+    KernelSpec,
+    Peaks,
+    event,
+    results,
+    sse,
+    topology,
+    wire,
+)
 from lepton_ai.errors import (
     BrokerUnavailable,
     InvalidArguments,
@@ -64,7 +76,7 @@ def reply_list(connection: Connection) -> str:
 
 def finish(connection: Connection, metas: Sequence[Meta], *, reply: str | None = None) -> None:
     """What a commit leaves: each record in its key, and on the reply list where there is one."""
-    records = [(meta.task_id, wire.encode_meta(meta, "msgpack")) for meta in metas]
+    records = [(meta.task_id, results.encode(meta, "msgpack")) for meta in metas]
     commands: list[tuple[str | bytes, ...]] = [("SET", topology.result(job), record) for job, record in records]
     if reply is not None:
         commands.append(("RPUSH", reply, *(record for _, record in records)))
@@ -72,7 +84,7 @@ def finish(connection: Connection, metas: Sequence[Meta], *, reply: str | None =
 
 
 def succeeded(job: JobHandle, value: Any, record: Record | None = None) -> Meta:
-    return wire.success(job.id, {"x": wire.to_value(value)}, record)
+    return results.success(job.id, {"x": wire.to_value(value)}, record)
 
 
 # -- submit -----------------------------------------------------------------------------------------------------------
@@ -191,7 +203,7 @@ def test_an_array_comes_back_as_an_array(client: Client, connection: Connection)
 )
 def test_a_failed_job_raises_its_own_error(client: Client, connection: Connection, error: LeptonError) -> None:
     job = client.submit("a.b", {"x": 1})
-    finish(connection, [wire.failure(job.id, error)], reply=reply_list(connection))
+    finish(connection, [results.failure(job.id, error)], reply=reply_list(connection))
     with pytest.raises(type(error), match=error.message) as raised:
         job.result(timeout=5)
     assert raised.value.field == error.field
@@ -199,7 +211,7 @@ def test_a_failed_job_raises_its_own_error(client: Client, connection: Connectio
 
 def test_a_cancelled_job_raises_that_it_was(client: Client, connection: Connection) -> None:
     job = client.submit("a.b", {"x": 1})
-    finish(connection, [wire.failure(job.id, JobCancelled("revoked"))], reply=reply_list(connection))
+    finish(connection, [results.failure(job.id, JobCancelled("revoked"))], reply=reply_list(connection))
     with pytest.raises(JobCancelled, match=job.id):
         job.result(timeout=5)
     assert job.state == "cancelled"
@@ -323,7 +335,7 @@ def test_a_failed_jobs_record_has_error_and_placement(client: Client, connection
     job = client.submit("a.b", {"x": 1})
     place(connection, job, placement(job))
     error = KernelFailed("it broke")
-    finish(connection, [wire.failure(job.id, error)])
+    finish(connection, [results.failure(job.id, error)])
     assert job.record() == Record(placement(job), error=error.to_wire())
 
 
@@ -341,7 +353,7 @@ Answer = Callable[[str, dict[str, Any]], Meta | None]
 
 
 def echoed(job_id: str, arguments: dict[str, Any]) -> Meta:
-    return wire.success(job_id, {"x": arguments["x"]}, None)
+    return results.success(job_id, {"x": arguments["x"]}, None)
 
 
 @contextmanager
@@ -429,7 +441,7 @@ def test_rows_that_are_slow_to_come_hold_up_no_result_for_long(client: Client, b
 
 def test_a_failed_job_is_handed_out_like_any_other(client: Client, broker_url: str) -> None:
     def answer(job_id: str, given: dict[str, Any]) -> Meta:
-        return echoed(job_id, given) if given["x"] else wire.failure(job_id, KernelFailed("by nought"))
+        return echoed(job_id, given) if given["x"] else results.failure(job_id, KernelFailed("by nought"))
 
     with answering(broker_url, answer):
         zero, one = sorted(client.map("a.b", [{"x": 0}, {"x": 1}]), key=lambda job: job.row or 0)
@@ -577,7 +589,7 @@ def test_cancelling_leaves_a_mark_and_tells_of_it(client: Client, connection: Co
 @pytest.mark.parametrize("error", [None, KernelFailed("it broke"), JobCancelled("revoked")])
 def test_what_has_ended_is_not_cancelled(client: Client, connection: Connection, error: LeptonError | None) -> None:
     job = client.submit("a.b", {"x": 1})
-    finish(connection, [succeeded(job, 1) if error is None else wire.failure(job.id, error)])
+    finish(connection, [succeeded(job, 1) if error is None else results.failure(job.id, error)])
     assert (client.cancel(job.id), client.job(job.id).cancel(), job.cancel()) == (False, False, False)
     assert connection.call("EXISTS", topology.CANCELLED, topology.EVENTS) == 0
 

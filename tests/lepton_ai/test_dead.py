@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from lepton_ai import Client, topology, wire
+from lepton_ai import Client, results, topology, wire
 from lepton_ai.dead import DeadLetter, Settled, Steps, replay
 from lepton_ai.errors import (
     BrokerUnavailable,
@@ -127,7 +127,7 @@ def test_the_failure_that_a_letter_tells_of_is_forgotten(
 ) -> None:
     code = "poison" if isinstance(failure, JobDead) else "retries"
     _, job = bury(connection, code=code, reason=f"it failed 3 times, the last with {failure.message}")
-    connection.call("SET", topology.result(job), wire.encode_meta(wire.failure(job, failure, "Traceback"), "msgpack"))
+    connection.call("SET", topology.result(job), results.encode(results.failure(job, failure, "Traceback"), "msgpack"))
     assert client.replay([job]) == Settled(1)
     assert connection.call("EXISTS", topology.result(job)) == 0
 
@@ -136,10 +136,10 @@ def test_the_failure_that_a_letter_tells_of_is_forgotten(
 @pytest.mark.parametrize(
     ("record", "told"),
     [
-        (wire.success("x", {"y": 1}, None), "has succeeded"),
-        (wire.failure("x", JobCancelled("no")), "was cancelled"),
-        (wire.failure("x", JobExpired("late")), "has expired"),
-        (wire.failure("x", InvalidArguments("another")), "has failed in another way"),
+        (results.success("x", {"y": 1}, None), "has succeeded"),
+        (results.failure("x", JobCancelled("no")), "was cancelled"),
+        (results.failure("x", JobExpired("late")), "has expired"),
+        (results.failure("x", InvalidArguments("another")), "has failed in another way"),
         (Meta("FAILURE", {"exc_type": "X", "exc_message": [], "exc_module": "m"}), "has failed in another way"),
         (None, "cannot be read"),
     ],
@@ -148,7 +148,7 @@ def test_another_end_of_the_job_stands_and_its_letter_is_left(
     client: Asked, connection: Connection, record: Meta | None, told: str, code: str
 ) -> None:
     entry, job = bury(connection, job_id("k"), code)
-    stored = b"odd" if record is None else wire.encode_meta(record, "json")
+    stored = b"odd" if record is None else results.encode(record, "json")
     connection.call("SET", topology.result(job), stored, "EX", 100)
     settled = client.replay([entry])
     assert settled.count == 0
@@ -213,7 +213,7 @@ def test_a_job_that_ends_between_the_look_and_the_replay_is_seen(
                 return ended.value  # type: ignore[no-any-return]
             if step.transaction:
                 tried += 1
-                connection.call("SET", topology.result(job), wire.encode_meta(wire.success(job, {}, None), "json"))
+                connection.call("SET", topology.result(job), results.encode(results.success(job, {}, None), "json"))
             answer = yield step
 
     monkeypatch.setattr("lepton_ai.async_direct.replay" if is_async else "lepton_ai.direct.replay", slowly)

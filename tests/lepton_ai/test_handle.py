@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lepton_ai import AsyncJobHandle, JobHandle, wire
+from lepton_ai import AsyncJobHandle, JobHandle, results
 from lepton_ai.errors import (
     BrokerUnavailable,
     InvalidArguments,
@@ -107,7 +107,7 @@ def test_a_placed_job_shows_every_device_that_was_looked_at_in_milliseconds() ->
 
 
 def test_a_job_that_has_ended_shows_what_it_really_cost() -> None:
-    meta = wire.success("job", {"c": 1}, Record(PLACEMENT, COST))
+    meta = results.success("job", {"c": 1}, Record(PLACEMENT, COST))
     for found in (card(Knows(), meta), card(Knows(meta))):
         assert found.rows[0] == ["linalg.matmul", "succeeded", "on", "cpu.big", "job"]
         assert found.rows[-1] == ["really", "500", "125", "1,000", "1,625"]
@@ -115,7 +115,7 @@ def test_a_job_that_has_ended_shows_what_it_really_cost() -> None:
 
 @pytest.mark.parametrize("record", [None, Record(PLACEMENT, COST)])
 def test_a_failed_job_shows_its_error(record: Record | None) -> None:
-    meta = wire.failure("job", KernelFailed("ZeroDivisionError: by nought"), record=record)
+    meta = results.failure("job", KernelFailed("ZeroDivisionError: by nought"), record=record)
     found = card(Knows(), meta)
     assert found.rows[0][:2] == ["linalg.matmul", "failed"]
     assert found.rows[-1] == ["kernel_failed", ": ZeroDivisionError: by nought"]
@@ -127,7 +127,7 @@ def test_a_failure_that_celery_stored_shows_its_words() -> None:
 
 
 def test_a_cancelled_job_says_so() -> None:
-    assert card(Knows(wire.failure("job", JobCancelled("revoked")))).rows[0][:2] == ["linalg.matmul", "cancelled"]
+    assert card(Knows(results.failure("job", JobCancelled("revoked")))).rows[0][:2] == ["linalg.matmul", "cancelled"]
 
 
 @pytest.mark.parametrize("error", [BrokerUnavailable("nobody <there>"), InvalidArguments("not a result")])
@@ -138,7 +138,7 @@ def test_a_card_says_that_nothing_could_be_looked_up(error: LeptonError) -> None
 
 
 def test_what_was_seen_is_shown_while_the_broker_is_away() -> None:
-    found = card(Away(BrokerUnavailable("away")), wire.failure("job", KernelFailed("it broke")))
+    found = card(Away(BrokerUnavailable("away")), results.failure("job", KernelFailed("it broke")))
     assert found.rows[0][:2] == ["linalg.matmul", "failed"]
     assert [": it broke" in row for row in found.rows].count(True) == 1
 
@@ -168,7 +168,7 @@ def test_nothing_that_stands_in_a_card_is_taken_for_html(evil: str) -> None:
 def test_a_card_on_an_event_loop_shows_what_was_seen_and_asks_nobody() -> None:
     job = AsyncJobHandle("job", "a.b", None)  # type: ignore[arg-type]
     assert "await" in job._repr_html_()
-    job.meta = wire.success("job", {"c": 1}, Record(PLACEMENT, COST))
+    job.meta = results.success("job", {"c": 1}, Record(PLACEMENT, COST))
     assert Seen(job._repr_html_()).rows[0][:2] == ["a.b", "succeeded"]
     assert "await" not in job._repr_html_()
 
@@ -189,13 +189,13 @@ ENDINGS = [
 def test_an_end_is_the_same_error_and_state_for_everybody(
     error: LeptonError, status: str, state: str, way: str
 ) -> None:
-    meta: Meta | None = wire.failure("job", error)
+    meta: Meta | None = results.failure("job", error)
     assert meta is not None
     assert meta.status == status
     if way == "http":
         meta = final_meta(JobView("job", "a.b", state, error=error.to_wire()))
     else:
-        meta = wire.read_meta(wire.encode_meta(meta, way))
+        meta = results.read(results.encode(meta, way))
     assert meta is not None
     job = JobHandle("job", "a.b", Knows(meta))
     job.meta = meta

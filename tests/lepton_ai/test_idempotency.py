@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 import lepton_ai
-from lepton_ai import AsyncClient, Client, tensor, topology, wire
+from lepton_ai import AsyncClient, Client, results, tensor, topology, wire
 from lepton_ai.errors import InvalidArguments, KeyConflict
 from lepton_ai.idempotency import KEPT_S, fingerprint, job_id
 from queues.connection import Connection
@@ -244,7 +244,7 @@ def test_a_second_handle_of_a_key_has_the_result_too(client: Client, broker_url:
     with Client(broker_url) as other:
         third = other.submit("a.b", {"x": 1}, key="k")
         envelope = wire.read_envelope(connection.call("RPOP", topology.LANE))
-        record = wire.encode_meta(wire.success(first.id, {"y": 2}, None), "msgpack")
+        record = results.encode(results.success(first.id, {"y": 2}, None), "msgpack")
         connection.call("SET", topology.result(first.id), record)
         connection.call("RPUSH", wire.read_options(envelope.headers).reply_to or "", record)
         assert [each.result(5) for each in (first, second, third)] == [{"y": 2}] * 3

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lepton_ai import AsyncClient, Client, topology, wire
+from lepton_ai import AsyncClient, Client, results, topology, wire
 from lepton_ai.errors import InvalidArguments, OptionNotSupported
 from lepton_ai.job import Options
 from lepton_ai.terms import Terms, check_tenant
@@ -97,7 +97,7 @@ def test_rows_have_them_too(broker_url: str, connection: Connection) -> None:
             headers = wire.read_envelope(raw).headers
             assert headers.expires is not None
             assert wire.read_options(headers).limit_s == 2
-        record = wire.encode_meta(wire.success(headers.id, {"x": 3}, None), "msgpack")
+        record = results.encode(results.success(headers.id, {"x": 3}, None), "msgpack")
         connection.call("SET", topology.result(headers.id), record)
         thread.join(10)
 

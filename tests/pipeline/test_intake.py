@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lepton_ai import wire
+from lepton_ai import results, wire
 from lepton_ai.identity import new_id
 from lepton_ai.job import Options, state_of
 from pipeline import intake
@@ -43,14 +43,14 @@ def test_what_cannot_be_done_is_refused_and_says_why(headers: dict[str, Any], co
     found = intake.read(message(**headers), NOW)
     assert isinstance(found, Refused)
     assert (found.error.code, found.outcome.status) == (code, "failed")
-    assert wire.read_meta(found.outcome.record).status == "FAILURE"
+    assert results.read(found.outcome.record).status == "FAILURE"
 
 
 def test_a_refusal_reaches_him_who_waits_in_his_encoding() -> None:
     found = intake.read(message(eta="soon"), NOW)
     assert isinstance(found, Refused)
     assert found.outcome.reply_to == "lepton:reply:me"
-    assert wire.read_meta(found.outcome.record).status == "FAILURE"
+    assert results.read(found.outcome.record).status == "FAILURE"
     assert found.outcome.record[:1] != b"{", "msgpack, as the client asked"
 
 
@@ -109,11 +109,11 @@ def test_a_celery_priority_is_ours_where_ours_is_not_given(step: int, priority: 
 
 def test_a_cancelled_job_ends_as_revoked() -> None:
     outcome = intake.cancelled("one", Options(), "json")
-    assert (outcome.status, wire.read_meta(outcome.record).status) == ("cancelled", "REVOKED")
+    assert (outcome.status, results.read(outcome.record).status) == ("cancelled", "REVOKED")
 
 
 def test_an_expired_job_ends_as_revoked_and_says_that_it_expired() -> None:
     outcome = intake.expired("one", Options(), "json")
-    meta = wire.read_meta(outcome.record)
+    meta = results.read(outcome.record)
     assert (outcome.status, meta.status) == ("expired", "REVOKED")
     assert state_of(meta, None) == "expired"

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lepton_ai import cancellation, event, topology, wire
+from lepton_ai import cancellation, event, results, topology, wire
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import minute_of, new_id, new_ids
@@ -866,7 +866,7 @@ def test_a_time_that_is_none_or_too_far_away_is_refused(
     job = new_id()
     lane.push([altered(lane.message(job), eta=eta if eta == "soon" else at(31 * 86_400, connection))])
     assert lane.wait_for("job.rejected", 1) == [job]
-    record = wire.read_meta(connection.call("GET", topology.result(job)))
+    record = results.read(connection.call("GET", topology.result(job)))
     assert (record.status, record.lepton.error["code"], record.lepton.error["field"]) == (
         "FAILURE",
         "invalid_arguments",
@@ -920,7 +920,7 @@ def test_a_retry_runs_when_it_is_due_however_rare_the_heartbeat(start_router, ad
 
 
 def expired(connection: Connection, job: str) -> bool:
-    meta = wire.read_meta(connection.call("GET", topology.result(job)))
+    meta = results.read(connection.call("GET", topology.result(job)))
     return (meta.status, meta.lepton.error["code"]) == ("REVOKED", "expired")
 
 
@@ -936,7 +936,7 @@ def test_a_job_that_comes_too_late_is_expired_and_its_waiter_told(
     assert worker.take() == [fine]
     assert expired(connection, late)
     _, told = connection.call("BLPOP", topology.reply("me"), 5)
-    assert wire.read_meta(told).task_id == late
+    assert results.read(told).task_id == late
     assert connection.call("HGET", topology.COUNTERS, "expired") == b"1"
     assert sizes(connection)["difference"] == 0
 
@@ -976,7 +976,7 @@ def test_a_deadline_that_is_no_time_is_refused(start_router, lane: Lane, connect
     job = new_id()
     lane.push([altered(lane.message(job), expires="soon")])
     assert lane.wait_for("job.rejected", 1) == [job]
-    assert wire.read_meta(connection.call("GET", topology.result(job))).lepton.error["field"] == "expires"
+    assert results.read(connection.call("GET", topology.result(job))).lepton.error["field"] == "expires"
 
 
 # -- suspects -------------------------------------------------------------------------------------------------------
@@ -1130,7 +1130,7 @@ def ask_to_cancel(connection: Connection, *jobs: str) -> None:
 
 def stored(connection: Connection, job: str) -> str:
     found = connection.call("GET", topology.result(job))
-    return wire.read_meta(found).status if found else "none"
+    return results.read(found).status if found else "none"
 
 
 def test_a_job_that_waits_in_the_window_is_ended_at_once_and_the_others_stay(
@@ -1179,7 +1179,7 @@ def test_a_client_that_waits_hears_of_the_cancelling_on_its_reply_list(
     lane.wait_for("job.parked", 1)
     ask_to_cancel(connection, job)
     _, told = connection.call("BLPOP", topology.reply("me"), 5)
-    assert (wire.read_meta(told).task_id, wire.read_meta(told).status) == (job, "REVOKED")
+    assert (results.read(told).task_id, results.read(told).status) == (job, "REVOKED")
 
 
 def test_marks_of_jobs_that_nobody_has_harm_nobody(
@@ -1212,7 +1212,7 @@ def test_a_job_that_came_twice_and_has_its_result_is_not_ended_again(
     start_router()
     (job,) = lane.send(reply_to=topology.reply("me"))
     lane.wait_for("job.parked", 1)
-    record = wire.encode_meta(wire.success(job, {"y": 1}, None), "json")
+    record = results.encode(results.success(job, {"y": 1}, None), "json")
     connection.call("SET", topology.result(job), record)  # its other message has been run
     ask_to_cancel(connection, job)
     until(lambda: connection.call("HGET", topology.COUNTERS, "duplicate") == b"1", "the second message is counted")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lepton_ai import wire
+from lepton_ai import results, wire
 from lepton_ai.errors import BrokerUnavailable, JobCancelled
 from lepton_ai.identity import new_id
 from lepton_ai.job import Options
@@ -30,7 +30,7 @@ def sequels(broker_url: str) -> Sequels:
     return Sequels(Settings(redis_url=broker_url), lambda: ["t.kernel"])
 
 
-ENDED = wire.failure("a", JobCancelled("cancelled"))
+ENDED = results.failure("a", JobCancelled("cancelled"))
 
 
 @pytest.mark.parametrize("embed", [{"chord": {"task": "x", "n": 2**70}}, {"chain": [{"n": 2**70}]}, {"chord": 7}, {}])

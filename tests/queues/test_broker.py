@@ -12,7 +12,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import TaskRevokedError
 
-from lepton_ai import topology, wire
+from lepton_ai import results, topology
 from lepton_ai.errors import Fenced, InvalidArguments, JobCancelled, JobExpired, LeptonError
 from lepton_ai.settings import Settings
 from queues import functions
@@ -593,8 +593,8 @@ def test_an_ignored_result_is_counted_and_not_stored(
 def test_the_first_final_result_is_kept_and_the_second_counted_as_a_duplicate(
     connection: Connection, broker: Broker, heard: Callable[[str], Callable[[], list[bytes]]], encoding: str
 ) -> None:
-    first = wire.encode_meta(wire.success("one", {"x": 1}, None), encoding)
-    second = wire.encode_meta(wire.success("one", {"x": 2}, None), encoding)
+    first = results.encode(results.success("one", {"x": 1}, None), encoding)
+    second = results.encode(results.success("one", {"x": 2}, None), encoding)
     held_batch(connection, broker)
     commit(broker, succeeded("one", record=first))
     said = heard(topology.result("one"))
@@ -665,7 +665,7 @@ def test_a_revoke_that_a_celery_worker_noted_ends_nothing_and_what_follows_is_no
     celerys_record(broker_url, encoding, "REVOKED", TaskRevokedError(reason))
     assert broker.ended(["one"]) == set()
     held_batch(connection, broker)
-    ours = wire.encode_meta(wire.failure("one", JobCancelled("cancelled while it ran")), encoding)
+    ours = results.encode(results.failure("one", JobCancelled("cancelled while it ran")), encoding)
     assert broker.commit(Commit(0, 1, [Outcome("one", "cancelled", ours)], b"", chord_parts=[("one", b"part")])) == []
     assert connection.call("GET", topology.result("one")) == ours
     assert connection.call("HGET", topology.CHORD_PARTS, "one") == b"part"
@@ -676,7 +676,7 @@ def test_a_revoke_that_a_celery_worker_noted_ends_nothing_and_what_follows_is_no
 @pytest.mark.parametrize("encoding", ["json", "msgpack"])
 def test_a_revoke_of_ours_is_final(connection: Connection, broker: Broker, encoding: str, error: LeptonError) -> None:
     held_batch(connection, broker)
-    commit(broker, Outcome("one", "cancelled", wire.encode_meta(wire.failure("one", error), encoding)))
+    commit(broker, Outcome("one", "cancelled", results.encode(results.failure("one", error), encoding)))
     assert broker.ended(["one", "two"]) == {"one"}
     held_batch(connection, broker)
     assert commit(broker, succeeded("one")) == ["one"]
@@ -688,7 +688,7 @@ def test_a_failure_of_ours_is_final_too(
     connection: Connection, broker: Broker, encoding: str, error: InvalidArguments
 ) -> None:
     held_batch(connection, broker)
-    commit(broker, Outcome("one", "failed", wire.encode_meta(wire.failure("one", error), encoding)))
+    commit(broker, Outcome("one", "failed", results.encode(results.failure("one", error), encoding)))
     held_batch(connection, broker)
     assert commit(broker, succeeded("one")) == ["one"]
 

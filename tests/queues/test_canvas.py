@@ -19,7 +19,7 @@ from celery.exceptions import ChordError, TaskRevokedError
 from kombu import serialization
 from kombu.exceptions import OperationalError
 
-from lepton_ai import tensor, topology, wire
+from lepton_ai import results, tensor, topology, wire
 from lepton_ai.errors import BrokerUnavailable, InvalidArguments, JobCancelled, KernelFailed, TooLarge
 from lepton_ai.kernel import Kernel
 from lepton_ai.settings import Settings
@@ -201,7 +201,7 @@ def test_what_follows_a_failure_is_what_celery_sends(
 ) -> None:
     (message,) = send(make())
     found = sequel(message)
-    ours = canvas.after_failure(found, wire.failure(found.id, KernelFailed("broke")))
+    ours = canvas.after_failure(found, results.failure(found.id, KernelFailed("broke")))
     celerys(app, message, KernelFailed("broke"))
     assert alike(ours.pushes) == alike(pop())
     assert body(ours.pushes[0][1])[0][0] == found.id
@@ -209,7 +209,7 @@ def test_what_follows_a_failure_is_what_celery_sends(
 
 def test_a_revoked_job_calls_no_errbacks_as_in_celery(canvas: Canvas, app: Celery, send: Any) -> None:
     found = sequel(send(first(link_error=sig("p.oops")))[0])
-    assert canvas.after_failure(found, wire.failure(found.id, JobCancelled("cancelled"))) == FollowUps()
+    assert canvas.after_failure(found, results.failure(found.id, JobCancelled("cancelled"))) == FollowUps()
 
 
 # -- where it goes, and in what form ----------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def parts(canvas: Canvas, messages: list[bytes], outputs: Any = OUTPUTS) -> list
 
 def failed(canvas: Canvas, message: bytes, error: Exception | None = None) -> bytes:
     found = sequel(message)
-    part = canvas.after_failure(found, wire.failure(found.id, error or KernelFailed("broke"), "trace")).chord_part
+    part = canvas.after_failure(found, results.failure(found.id, error or KernelFailed("broke"), "trace")).chord_part
     assert part is not None
     return part
 
@@ -401,7 +401,7 @@ def test_a_signature_that_is_none_fails_the_job_and_says_so(bad: dict[str, Any],
 
 
 def test_an_errback_that_is_none_is_left_out_and_the_failure_stands(canvas: Canvas) -> None:
-    failure = wire.failure("a", KernelFailed("broke"))
+    failure = results.failure("a", KernelFailed("broke"))
     assert canvas.after_failure(Sequel("a", "a", errbacks=[{}]), failure) == FollowUps()
 
 
@@ -475,7 +475,7 @@ def test_a_chord_that_cannot_be_written_fails_the_job(canvas: Canvas) -> None:
 
 
 def test_a_part_that_cannot_be_written_is_left_out_and_the_failure_stands(canvas: Canvas) -> None:
-    failure = wire.failure("a", KernelFailed("broke"))
+    failure = results.failure("a", KernelFailed("broke"))
     assert canvas.after_failure(Sequel("a", "a", "g", 0, chain=[BEYOND], chord=BEYOND), failure) == FollowUps()
 
 
@@ -492,7 +492,7 @@ def test_a_chord_of_a_size_that_is_none_fails_the_job_and_is_not_tried_for_ever(
 def test_what_the_broker_says_of_a_part_is_over_and_the_rest_of_its_chain_ends(canvas: Canvas, app: Celery) -> None:
     placed = {"group_id": "g", "group_index": "abc", "chord": {"task": "y"}}  # a place that is no number
     links = [{"task": "x", "options": {"task_id": name} | place} for name, place in (("last", {}), ("next", placed))]
-    part = canvas.after_failure(Sequel("a", "a", chain=links), wire.failure("a", KernelFailed("broke"))).chord_part
+    part = canvas.after_failure(Sequel("a", "a", chain=links), results.failure("a", KernelFailed("broke"))).chord_part
     assert part is not None
     assert canvas.finish(part)
     assert [app.AsyncResult(name).state for name in ("next", "last")] == ["FAILURE", "FAILURE"]

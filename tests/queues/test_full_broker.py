@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lepton_ai import topology, wire
+from lepton_ai import results, topology
 from lepton_ai.errors import Fenced
 from lepton_ai.settings import Settings
 from queues import functions
@@ -135,7 +135,7 @@ def test_messages_are_dispatched_to_where_they_go(connection: Connection, broker
 
 def test_what_ends_in_a_router_ends_for_those_who_wait(connection: Connection, broker: Broker, fill) -> None:
     claim, messages = claimed(connection, broker, 3)
-    record = wire.encode_meta(wire.success("refused", {"y": 1}, None), "json")
+    record = results.encode(results.success("refused", {"y": 1}, None), "json")
     fill()
     broker.dispatch(
         Dispatch(
@@ -194,7 +194,7 @@ def test_a_batch_is_committed_with_all_that_it_sets_off(connection: Connection, 
     connection.call("LPUSH", "lepton.cpu", *numbered(3))
     fill()
     broker.take("cpu", 0, 3, 1, NOW)
-    records = [wire.encode_meta(wire.success(job, {"y": 1}, None), "json") for job in ("one", "two")]
+    records = [results.encode(results.success(job, {"y": 1}, None), "json") for job in ("one", "two")]
     step = Commit(
         0,
         3,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lepton_ai import event, topology, wire
+from lepton_ai import event, results, topology, wire
 from lepton_ai.accounts import accounts_of
 from lepton_ai.errors import JobFailed
 from lepton_ai.event import Event
@@ -71,7 +71,7 @@ def difference(connection: Connection) -> int:
 
 @cache
 def record(job: str, value: int = 1) -> bytes:
-    return wire.encode_meta(wire.success(job, {"y": value}, None), "json")
+    return results.encode(results.success(job, {"y": value}, None), "json")
 
 
 @pytest.fixture(autouse=True)
@@ -365,7 +365,7 @@ def test_a_second_copy_in_a_batch_is_counted_and_the_firsts_follow_ups_happen(
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "ignored"])
 def test_a_retry_is_held_until_its_time_and_accepted_again(connection: Connection, broker: Broker, kept: bool) -> None:
     hold(connection, broker, b"m1")
-    retrying = wire.encode_meta(wire.retrying("a", JobFailed("once more"), None), "json") if kept else b""
+    retrying = results.encode(results.retrying("a", JobFailed("once more"), None), "json") if kept else b""
     broker.commit(Commit(0, 1, [Outcome("a", "retried", retrying)], b"", retries=[("a", 60.0, b"m2")]))
     assert connection.call("HGETALL", topology.ETA_MESSAGES) == {b"a": b"m2"}
     due_s = float(connection.call("ZSCORE", topology.ETA, "a")) / 1000 - int(connection.call("TIME")[0])
@@ -489,9 +489,9 @@ def test_with_the_last_attempt_a_job_is_a_dead_letter_and_all_is_told_at_once(
             connection.call("DEL", topology.ALONE)
             connection.call("HINCRBY", topology.COUNTERS, "accepted", -1)  # it is the same one that goes on
     assert connection.call("EXISTS", topology.ALONE, topology.ATTEMPTS, topology.held("dead", 0)) == 0
-    found = wire.read_meta(connection.call("GET", topology.result("a")))
+    found = results.read(connection.call("GET", topology.result("a")))
     assert (found.status, found.result["exc_type"]) == ("FAILURE", "JobDead")
-    assert [wire.read_meta(each) for each in oldest_first(connection, "lepton:reply:me")] == [found]
+    assert [results.read(each) for each in oldest_first(connection, "lepton:reply:me")] == [found]
     assert [(each.type, each.jobs) for each in told(connection)] == [("job.dead", ("a",))]
     assert oldest_first(connection, "theirs") == [b"follow-up"]
     assert connection.call("HGETALL", topology.CHORD_PARTS) == {b"a": b"part"}

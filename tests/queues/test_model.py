@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from lepton_ai import topology, wire
+from lepton_ai import results, topology, wire
 from lepton_ai.errors import Fenced, JobCancelled, JobExpired, KernelFailed, TimeLimitExceeded
 from lepton_ai.job import Options
 from lepton_ai.settings import Settings
@@ -57,10 +57,10 @@ class Holder(msgspec.Struct):
 def record(job: str, status: str) -> bytes:
     """The record that goes with a status of ours."""
     if status == "succeeded":
-        return wire.encode_meta(wire.success(job, {"y": 1}, None), "json")
+        return results.encode(results.success(job, {"y": 1}, None), "json")
     if status == "retried":
-        return wire.encode_meta(wire.retrying(job, ERRORS["failed"], None), "json")
-    return wire.encode_meta(wire.failure(job, ERRORS[status]), "json")
+        return results.encode(results.retrying(job, ERRORS["failed"], None), "json")
+    return results.encode(results.failure(job, ERRORS[status]), "json")
 
 
 def job_of(message: bytes) -> str:
@@ -580,11 +580,11 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
         def every_job_ends_once(self) -> None:
             keys = self.connection.call("KEYS", "celery-task-meta-*")
             stored = {key.decode().removeprefix("celery-task-meta-"): self.connection.call("GET", key) for key in keys}
-            final = {job: raw for job, raw in stored.items() if wire.read_meta(raw).status != "RETRY"}
+            final = {job: raw for job, raw in stored.items() if results.read(raw).status != "RETRY"}
             assert final.keys() == self.results.keys()
             assert all(final[job] == told for job, told in self.results.items() if told)
             assert stored.keys() - final.keys() == self.retrying.keys()
-            replies = [wire.read_meta(raw).task_id for raw in self.connection.call("LRANGE", "lepton:reply:me", 0, -1)]
+            replies = [results.read(raw).task_id for raw in self.connection.call("LRANGE", "lepton:reply:me", 0, -1)]
             assert Counter(replies) == self.replies
 
         @invariant()

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
 
-from lepton_ai import topology, wire
+from lepton_ai import results, topology, wire
 from lepton_ai.identity import new_id
 from lepton_ai.job import Options
 from lepton_ai.settings import Settings
@@ -388,7 +388,7 @@ def result(connection: Connection, job: str, timeout_s: float = 20.0) -> Any:
     while (found := connection.call("GET", topology.result(job))) is None:
         assert time.monotonic() < deadline, f"{job} has not ended"
         time.sleep(0.01)
-    return wire.read_meta(found)
+    return results.read(found)
 
 
 def dead(connection: Connection) -> dict[bytes, bytes]:

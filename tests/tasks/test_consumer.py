@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from celery import Celery
 
-from lepton_ai import Client, services, topology, wire
+from lepton_ai import Client, results, services, topology
 from lepton_ai.handle import JobHandle
 from lepton_ai.identity import new_id
 from lepton_ai.settings import Settings
@@ -187,7 +187,7 @@ def test_a_job_that_is_revoked_before_it_runs_never_runs(
     ended(place, 61)
     running.result(timeout=5)
     until(lambda: revoked.state == "cancelled", "the job is cancelled")
-    stored = wire.read_meta(connection.call("GET", topology.result(revoked.id)))
+    stored = results.read(connection.call("GET", topology.result(revoked.id)))
     assert stored.status == "REVOKED"
     assert int(connection.call("HGET", topology.COUNTERS, "cancelled")) == cancelled + 1
     assert connection.call("ZCARD", topology.CANCELLED) == 0

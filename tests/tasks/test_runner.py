@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from lepton_ai import cancellation, event, topology, wire
+from lepton_ai import cancellation, event, results, topology, wire
 from lepton_ai.errors import BrokerUnavailable, InvalidArguments, Overloaded, RetryJob
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of, new_id, new_ids
@@ -42,7 +42,7 @@ def test_a_reply_goes_to_the_client_that_waits(worker: Worker) -> None:
     while len(replies) < 2:
         popped = worker.connection.call("BLPOP", "lepton:reply:me", 5)
         assert popped, "no reply came"
-        replies.append(wire.read_meta(popped[1]))
+        replies.append(results.read(popped[1]))
     assert [reply.task_id for reply in replies] == sent
 
 

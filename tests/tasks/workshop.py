@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lepton_ai import topology, wire
+from lepton_ai import results, topology, wire
 from lepton_ai.device import Peaks
 from lepton_ai.identity import new_id, new_ids
 from lepton_ai.job import Meta, Options
@@ -240,7 +240,7 @@ class Worker:
         while (raw := self.connection.call("GET", topology.result(job_id))) is None:
             assert time.monotonic() < deadline, f"job {job_id} has no result after {timeout_s} s"
             self.stream.read(50)  # a commit emits an event
-        return wire.read_meta(raw)
+        return results.read(raw)
 
     def double(self, job_id: str) -> list[float]:
         found = self.meta(job_id)

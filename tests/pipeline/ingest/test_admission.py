@@ -12,7 +12,7 @@ import httpx
 import msgspec
 import pytest
 
-from lepton_ai import AsyncClient, Client, event, topology, wire
+from lepton_ai import AsyncClient, Client, event, results, topology, wire
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.durability import Barrier
 from lepton_ai.errors import (
@@ -72,7 +72,7 @@ def waiting(connection: Connection, lane: str = topology.LANE) -> list[str]:
 
 
 def end(connection: Connection, job: str) -> None:
-    record = wire.encode_meta(wire.success(job, {"y": [2.0, 4.0]}, Record()), "msgpack")
+    record = results.encode(results.success(job, {"y": [2.0, 4.0]}, Record()), "msgpack")
     connection.call("SET", topology.result(job), record)
 
 
@@ -454,7 +454,7 @@ def drain(connection: Connection, lane: str, jobs: int, *, ends: bool) -> int:
             return taken
         envelope = wire.read_envelope(popped[1])
         if ends:
-            record = wire.encode_meta(wire.success(envelope.headers.id, {"y": [1.0]}, Record()), "msgpack")
+            record = results.encode(results.success(envelope.headers.id, {"y": [1.0]}, Record()), "msgpack")
             connection.call("SET", topology.result(envelope.headers.id), record)
             connection.call("RPUSH", wire.read_options(envelope.headers).reply_to or "", record)
     return jobs

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from lepton_ai import event, topology, wire
+from lepton_ai import event, results, topology, wire
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.errors import (
     BrokerUnavailable,
@@ -64,14 +64,14 @@ async def answer(connection: Connection, meta: Callable[[str], Any]) -> str:
     """Plays router and worker for one job: takes it off the lane and answers its waiter as a commit does."""
     _, message = await asyncio.to_thread(connection.call, "BRPOP", *topology.lane_lists(), 5)
     envelope = wire.read_envelope(message)
-    record = wire.encode_meta(meta(envelope.headers.id), "msgpack")
+    record = results.encode(meta(envelope.headers.id), "msgpack")
     connection.call("SET", topology.result(envelope.headers.id), record)
     connection.call("RPUSH", wire.read_options(envelope.headers).reply_to or "", record)
     return envelope.headers.id
 
 
 def success(job_id: str) -> Any:
-    return wire.success(job_id, {"y": [2.0, 4.0]}, Record())
+    return results.success(job_id, {"y": [2.0, 4.0]}, Record())
 
 
 # -- accept -----------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_each_of_two_waiting_requests_gets_its_own(broker_url: str, connection: 
     async def work(door: Door) -> Any:
         first = asyncio.create_task(door.accept([request([1.0])], 5))
         second = asyncio.create_task(door.accept([request([2.0])], 5))
-        ids = [await answer(connection, lambda job: wire.success(job, {"y": job}, Record())) for _ in range(2)]
+        ids = [await answer(connection, lambda job: results.success(job, {"y": job}, Record())) for _ in range(2)]
         return [(await first)[0], (await second)[0]], ids
 
     announce(connection)
@@ -247,7 +247,7 @@ def test_each_of_two_waiting_requests_gets_its_own(broker_url: str, connection: 
 
 def test_a_failure_is_told_with_its_code_and_field(broker_url: str, connection: Connection) -> None:
     async def work(door: Door) -> Any:
-        failed = answer(connection, lambda job: wire.failure(job, InvalidArguments("x is odd", "x")))
+        failed = answer(connection, lambda job: results.failure(job, InvalidArguments("x is odd", "x")))
         return await asyncio.gather(door.accept([request()], 5), failed)
 
     announce(connection)
@@ -264,7 +264,7 @@ def test_a_wait_that_ends_before_the_job_says_how_it_stands(broker_url: str, con
 
 def test_an_array_that_came_back_is_an_array_on_the_wire(broker_url: str, connection: Connection) -> None:
     def arrays(job: str) -> Any:
-        return wire.success(job, {"y": wire.to_value(np.array([2.0], "<f4"))}, Record())
+        return results.success(job, {"y": wire.to_value(np.array([2.0], "<f4"))}, Record())
 
     async def work(door: Door) -> Any:
         return await asyncio.gather(door.accept([request()], 5), answer(connection, arrays))
@@ -347,7 +347,7 @@ def test_looking_with_a_wait_returns_once_the_job_has_ended(broker_url: str, con
 
 def test_the_result_of_a_job_of_another_door_is_found(broker_url: str, connection: Connection) -> None:
     job = new_id()
-    connection.call("SET", topology.result(job), wire.encode_meta(success(job), "json"))
+    connection.call("SET", topology.result(job), results.encode(success(job), "json"))
     assert through(broker_url, lambda door: door.look(job, 0)).result == {"y": [2.0, 4.0]}
 
 

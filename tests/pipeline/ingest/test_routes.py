@@ -15,7 +15,7 @@ import httpx
 import msgspec
 import pytest
 
-from lepton_ai import event, topology, wire
+from lepton_ai import event, results, topology, wire
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.errors import InvalidArguments
 from lepton_ai.event import CloudEvent, Event
@@ -135,8 +135,8 @@ def worker(broker_url: str, jobs: int, end: Callable[[str, Any], Any] | None = N
         for first, job, reply_to in sorted(taken):
             if first < 0:
                 continue
-            meta = end(job, first) if end else wire.success(job, {"y": [2 * first]}, Record())
-            record = wire.encode_meta(meta, "msgpack")
+            meta = end(job, first) if end else results.success(job, {"y": [2 * first]}, Record())
+            record = results.encode(meta, "msgpack")
             told = event.encode(Event("job.succeeded", "worker-1", "test.double", "cpu", (job,)))
             connection.many(
                 [
@@ -296,7 +296,7 @@ def test_a_foreign_jobs_events_are_looked_for_in_all_that_is_kept(
 ) -> None:
     emit(connection, placed("foreign"))
     emit(connection, placed("other"))
-    meta = wire.encode_meta(wire.success("foreign", {"y": 1}, Record()), "json")
+    meta = results.encode(results.success("foreign", {"y": 1}, Record()), "json")
     connection.call("SET", topology.result("foreign"), meta)
     (only,) = listen("/v1/jobs/foreign/events").events(9)
     assert only.subject == "foreign"
@@ -414,8 +414,8 @@ def test_whoever_accepts_lines_gets_lines(http: httpx.Client, broker_url: str, f
 def test_a_failure_is_a_line_like_any_other_and_no_number_is_null(http: httpx.Client, broker_url: str) -> None:
     def end(job: str, first: float) -> Any:
         if first > 1:
-            return wire.failure(job, InvalidArguments("x is odd", "x"))
-        return wire.success(job, {"y": [float("nan"), float("inf")]}, Record())
+            return results.failure(job, InvalidArguments("x is odd", "x"))
+        return results.success(job, {"y": [float("nan"), float("inf")]}, Record())
 
     with worker(broker_url, 2, end):
         good, bad = read_lines(http.post("/v1/jobs?wait_s=5", content=lines_of(1, 2), headers=NDJSON))
