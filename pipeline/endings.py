@@ -89,6 +89,8 @@ class Endings:
 
     def expire(self, jobs: Sequence[ClaimedJob]) -> None:
         """Ends jobs of the window whose deadline has passed, unless they have been cancelled a moment ago."""
+        if not jobs:
+            return
         waiting = set(self._window.jobs())
         self._give_up([job for job in jobs if job in waiting], intake.expired)
 
