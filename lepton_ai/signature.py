@@ -46,7 +46,8 @@ def parse(name: str, text: str) -> Argument:
     """The Argument that a signature string describes; InvalidKernel names the string where it does not parse."""
     match = _PATTERN.fullmatch(text.strip())
     if match is None or match["dtype"] not in tensor.DTYPES:
-        raise InvalidKernel(f"{name}: {text!r} is not a signature such as float32[m,k] or int64 = 20", name)
+        told = f"{name}: {text!r} is not a signature such as float32[m,k], int64 = 20 or bool = true"
+        raise InvalidKernel(told, name)
     dims: tuple[str | int, ...] | None = None
     if match["dims"] is not None:
         parts = [part.strip() for part in match["dims"][1:-1].split(",")]

@@ -324,10 +324,23 @@ def _seconds(value: str | float, field: str) -> float:
 def read_body(envelope: Envelope, *, limit_bytes: int) -> Body:
     """The body of a message.
 
-    Raises TooLarge where it unpacks to more than `limit_bytes`, InvalidArguments where values that are no arguments
-    stand in it, Malformed where it is not what its headers say.
+    Raises TooLarge where it unpacks to more than `limit_bytes`, InvalidArguments naming a value that is no argument,
+    Malformed where it is not what its headers say.
     """
-    return _open_body(envelope, limit_bytes, _BODY)  # type: ignore[no-any-return]
+    try:
+        return _open_body(envelope, limit_bytes, _BODY)  # type: ignore[no-any-return]
+    except InvalidArguments as error:
+        raise _named(error, _open_body(envelope, limit_bytes, _ANY_BODY).kwargs) from None
+
+
+def _named(error: InvalidArguments, arguments: Any) -> InvalidArguments:
+    """The error of arguments that cannot be read, with the name of the first that is at fault."""
+    for name, value in arguments.items() if isinstance(arguments, dict) else ():
+        try:
+            msgspec.convert(value, Value)
+        except msgspec.ValidationError as why:
+            return InvalidArguments(f"argument {name!r} is not a valid value: {why}", str(name))
+    return error
 
 
 def read_embed(envelope: Envelope, *, limit_bytes: int) -> Any:

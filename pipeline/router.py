@@ -433,8 +433,7 @@ class _Session:
         if len(placements) < len(others):  # parked long ago, perhaps: its placement is looked for in vain
             kernels = self._broker.parked_kernels()
         for kernel in kernels:
-            self._broker.unpark(kernel)
-            self._more = True
+            self._more |= self._broker.unpark_jobs(kernel, asked) > 0
 
     def _tick(self) -> None:
         if not self._broker.renew():

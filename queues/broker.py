@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from itertools import chain
 from typing import Any, Final
 
-from lepton_ai import cancellation, topology
+from lepton_ai import cancellation, topology, wire
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import Fenced
 from lepton_ai.job import FINAL_STATES
@@ -36,6 +36,7 @@ CLAIM_LIMIT: Final = 256
 WAKE: Final = LISTS_EACH - 1
 _MOVED_AT_ONCE: Final = 64
 _MARKED_AT_ONCE: Final = 1024
+_LOOKED_AT_ONCE: Final = 256
 _DUE_AT_ONCE: Final = 256
 #: Where in a result its state is looked for.
 _STATE: Final = re.compile(rb"status[^A-Z]*([A-Z]+)")
@@ -239,6 +240,20 @@ class Broker:
         while more := self._call("unpark", (), (kernel, _MOVED_AT_ONCE)):
             moved += more
         return moved
+
+    def unpark_jobs(self, kernel: str, jobs: Container[str]) -> int:
+        """Moves these of the parked jobs of a kernel to `again`; returns how many that were."""
+        found: list[bytes] = []
+        for source in (topology.parked(kernel), topology.parked_alone(kernel)):
+            at = 0  # from the end, which what is parked meanwhile does not move
+            while messages := self.connection.call("LRANGE", source, -at - _LOOKED_AT_ONCE, -at - 1):
+                at += len(messages)
+                names = [(message, wire.read_names(message)) for message in messages]
+                found += [message for message, headers in names if headers is not None and headers.id in jobs]
+        return sum(
+            self._call("unpark", (), (kernel, 0, *found[start : start + _MOVED_AT_ONCE]))
+            for start in range(0, len(found), _MOVED_AT_ONCE)
+        )
 
     def overdue(self) -> list[str]:
         """Kernels among whose parked jobs one has passed its deadline."""

@@ -531,8 +531,8 @@ local function due(_, args)
   return { moved, first[2] and math.max(0, math.ceil(tonumber(first[2]) - now)) or -1 }
 end
 
--- unpark: parked jobs of a kernel go to `again`, its suspects to `again.alone`. ARGV kernel limit.
--- Returns how many moved.
+-- unpark: parked jobs of a kernel go to `again`, its suspects to `again.alone`; with messages, only those.
+-- ARGV kernel limit messages... Returns how many moved.
 local function unpark(_, args)
   local parked, alone, moved = 'lepton:parked:' .. args[1], 'lepton:parked.alone:' .. args[1], 0
   if not (is_list(parked) and is_list(alone)) then
@@ -541,7 +541,14 @@ local function unpark(_, args)
   local bad = wrong(AGAIN, ALONE)
   if bad then return bad end
   for source, target in pairs({ [parked] = AGAIN, [alone] = ALONE }) do
-    while moved < tonumber(args[2]) and redis.call('LMOVE', source, target, 'RIGHT', 'LEFT') do moved = moved + 1 end
+    for at = 3, #args do
+      if redis.call('LPOS', source, args[at]) then
+        redis.call('LPUSH', target, args[at])
+        redis.call('LREM', source, -1, args[at])
+        moved = moved + 1
+      end
+    end
+    while #args == 2 and moved < tonumber(args[2]) and redis.call('LMOVE', source, target, 'RIGHT', 'LEFT') do moved = moved + 1 end
   end
   if redis.call('EXISTS', parked, alone) == 0 then
     redis.pcall('SREM', PARKED, args[1])

@@ -204,6 +204,13 @@ def test_a_task_without_our_header_has_no_options(publish: Callable[..., bytes])
     assert wire.read_options(wire.read_envelope(publish()).headers) == Options()
 
 
+def test_a_value_that_is_no_argument_is_named(publish: Callable[..., bytes]) -> None:
+    found = wire.read_envelope(publish(kwargs={"a": [1.0], "b": np.ones(2).tolist(), "name": "junk"}))
+    with pytest.raises(InvalidArguments, match="'name'") as caught:
+        wire.read_body(found, limit_bytes=LIMIT)
+    assert caught.value.field == "name"
+
+
 def test_a_link_is_read_whatever_the_arguments_are(publish: Callable[..., bytes], celery_app: Celery) -> None:
     link = celery_app.signature("c.d", kwargs={"k": 1})
     for kwargs in ({"x": 1.5}, {"x": None}):
