@@ -280,6 +280,7 @@ class Ring:
         wanted = min(wanted, (self._most_bytes - taken) // _PAGE * _PAGE)
         if wanted < size:
             return None
+        sweep(self._folder)
         try:
             space = os.statvfs(self._folder)
             if (space.f_bavail - space.f_blocks / 2) * space.f_frsize < wanted:

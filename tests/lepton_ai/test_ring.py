@@ -454,6 +454,17 @@ def test_what_open_jobs_need_outlives_its_producer_for_an_hour(folder: Path) -> 
     assert segments(folder) == []
 
 
+def test_the_next_producer_removes_what_is_left_of_one_that_is_long_gone(folder: Path) -> None:
+    gone = Ring(4 * MIB, folder)
+    put(gone, numbers(9000), "a")
+    gone.close()
+    (left,) = segments(folder)
+    aged(left, ring.ORPHANED_S + 1)
+    put(producer := Ring(4 * MIB, folder), numbers(9000), "b")
+    assert left not in segments(folder)
+    producer.free("b")
+
+
 def test_a_forgotten_ring_closes_itself(folder: Path) -> None:
     producer = Ring(4 * MIB, folder)
     put(producer, numbers(9000), "a")
