@@ -142,11 +142,16 @@ class Meta(msgspec.Struct, frozen=True):
     task_id: str = ""
     lepton: Record | None = None
 
+    @property
+    def record(self) -> Record | None:
+        """What Lepton keeps beside the result."""
+        return self.lepton
+
 
 def state_of(meta: Meta | None, placement: Placement | None) -> str:
     """A job's state in our words: waiting, scheduled, placed, parked, succeeded, failed, cancelled or expired."""
     if meta is not None and meta.status in FINAL_STATES:
-        error = meta.lepton.error if meta.lepton is not None else None
+        error = meta.record.error if meta.record is not None else None
         expired = error is not None and error.get("code") == JobExpired.code
         return "expired" if expired else FINAL_STATES[meta.status]
     return placement.state if placement is not None else "waiting"

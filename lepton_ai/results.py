@@ -17,7 +17,7 @@ from lepton_ai.errors import InvalidArguments, JobCancelled, JobExpired, LeptonE
 from lepton_ai.job import Meta, Record
 from lepton_ai.wire import typed
 
-__all__ = ["encode", "failure", "read", "retrying", "success"]
+__all__ = ["encode", "failure", "read", "reply", "retrying", "success"]
 
 _ERRORS: Final = LeptonError.__module__
 _JSON = msgspec.json.Encoder()
@@ -73,19 +73,45 @@ def _has_non_finite(value: Any) -> bool:
     return isinstance(value, list) and any(map(_has_non_finite, value))
 
 
+class _Reply(Meta, frozen=True, gc=False):
+    """A result record whose own part is decoded when somebody asks for it: most never do, and it is the larger half."""
+
+    lepton: msgspec.Raw = msgspec.Raw()  # type: ignore[assignment]
+
+    @property
+    def record(self) -> Record | None:
+        raw = bytes(self.lepton)
+        return typed(_RECORD_JSON if raw[:1] in b"{n" else _RECORD_MSGPACK, raw) if raw else None
+
+
+_REPLY_JSON = msgspec.json.Decoder(_Reply)
+_REPLY_MSGPACK = msgspec.msgpack.Decoder(_Reply)
+_RECORD_JSON = msgspec.json.Decoder(Record | None)
+_RECORD_MSGPACK = msgspec.msgpack.Decoder(Record | None)
+
+
 def read(data: bytes) -> Meta:
     """A result record in whichever of the two encodings it was stored; array outputs come back as NumPy arrays."""
-    meta: Meta = typed(_FROM_JSON if data[:1] == b"{" else _FROM_MSGPACK, data)
-    if meta.status != "SUCCESS" or not isinstance(meta.result, dict):
-        return meta
-    outputs = {name: _output(value) for name, value in meta.result.items()}
-    return msgspec.structs.replace(meta, result=outputs)
+    return _with_arrays(typed(_FROM_JSON if data[:1] == b"{" else _FROM_MSGPACK, data))
 
 
-def _output(value: Any) -> Any:
-    if isinstance(value, dict) and value.keys() == {"dtype", "shape", "data"}:
-        try:
-            return tensor.from_wire(msgspec.convert(value, tensor.TensorMap))
-        except msgspec.ValidationError as error:
-            raise InvalidArguments(f"not a valid tensor map: {error}") from None
-    return value
+def reply(data: bytes) -> Meta:
+    """As `read`, for those of whom there are many: see `_Reply`. Only its `record` may be asked, and may raise."""
+    return _with_arrays(typed(_REPLY_JSON if data[:1] == b"{" else _REPLY_MSGPACK, data))
+
+
+def _with_arrays(meta: Meta) -> Meta:
+    if meta.status == "SUCCESS" and isinstance(meta.result, dict):
+        for name, value in meta.result.items():
+            if isinstance(value, dict):
+                meta.result[name] = _output(value)
+    return meta
+
+
+def _output(value: dict[Any, Any]) -> Any:
+    if value.keys() != {"dtype", "shape", "data"}:
+        return value
+    try:
+        return tensor.from_wire(msgspec.convert(value, tensor.TensorMap))
+    except msgspec.ValidationError as error:
+        raise InvalidArguments(f"not a valid tensor map: {error}") from None

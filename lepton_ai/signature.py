@@ -147,20 +147,17 @@ class Signature:
 def shapes_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What the header `shapes` says of arguments: a list of sizes for an array, the value itself for a number."""
     return {
-        name: value if isinstance(value, bool | int | float) else list(tensor.shape_of(value, name))
+        name: value if isinstance(value, (bool, int, float)) else list(tensor.shape_of(value, name))
         for name, value in arguments.items()
     }
 
 
-def describe(arguments: Mapping[str, Any]) -> str:
-    """The arguments for people and Flower: shapes and types, never the data."""
-    parts = []
-    for name, value in arguments.items():
-        if isinstance(value, bool | int | float):
-            parts.append(f"{name}={value!r}")
-        else:
-            sizes = ",".join(map(str, tensor.shape_of(value, name)))
-            parts.append(f"{name}=[{sizes}]")
+def describe(shapes: Mapping[str, Any]) -> str:
+    """Arguments for people and Flower, by what `shapes_of` says of them: sizes and numbers, never the data."""
+    parts = [
+        f"{name}=[{','.join(map(str, value))}]" if isinstance(value, list) else f"{name}={value!r}"
+        for name, value in shapes.items()
+    ]
     return f"{{{', '.join(parts)}}}"
 
 

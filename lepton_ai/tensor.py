@@ -35,6 +35,8 @@ DTYPES = {
     )
 }
 _BY_WIRE = {dtype.str: dtype for dtype in DTYPES.values()} | DTYPES
+#: The wire's name of a dtype that crosses it as it is.
+_WIRE_NAMES = {dtype: dtype.str for dtype in DTYPES.values()}
 _MAX_DIMS = 32
 #: The largest size of a dimension, as of any array.
 MOST = 2**63 - 1
@@ -51,12 +53,13 @@ class TensorMap(msgspec.Struct, forbid_unknown_fields=True):
 def to_wire(array: NDArray[Any]) -> TensorMap:
     """The tensor map of an array: a view of its memory, a copy only where it is not C-contiguous and little-endian."""
     array = np.asarray(array)
-    wire_dtype = DTYPES.get(array.dtype.name)
-    if wire_dtype is None:
-        raise InvalidArguments(f"dtype {array.dtype} cannot be sent; use one of {', '.join(DTYPES)}")
-    data = np.ascontiguousarray(array, dtype=wire_dtype)
-    raw = data.reshape(-1).view(np.uint8).data if data.size else memoryview(b"")
-    return TensorMap(wire_dtype.str, list(array.shape), raw)
+    name = _WIRE_NAMES.get(array.dtype)
+    if name is None or not array.flags.c_contiguous:
+        wire_dtype = DTYPES.get(array.dtype.name)
+        if wire_dtype is None:
+            raise InvalidArguments(f"dtype {array.dtype} cannot be sent; use one of {', '.join(DTYPES)}")
+        name, array = wire_dtype.str, np.asarray(array, dtype=wire_dtype, order="C")
+    return TensorMap(name, list(array.shape), array.data if array.size else memoryview(b""))
 
 
 def from_wire(value: TensorMap, field: str | None = None) -> NDArray[Any]:
@@ -98,5 +101,5 @@ def shape_of(value: Any, field: str | None = None) -> tuple[int, ...]:
 
 
 def _check_shape(shape: list[int], field: str | None) -> None:
-    if len(shape) > _MAX_DIMS or any(not 0 <= size <= MOST for size in shape):
+    if len(shape) > _MAX_DIMS or (shape and not (min(shape) >= 0 and max(shape) <= MOST)):
         raise InvalidArguments(f"shape must be at most {_MAX_DIMS} sizes, each 0 to 2**63 - 1", field)
