@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -26,6 +26,11 @@ _PATTERN = re.compile(
     r"(?P<dtype>[a-z]+[0-9]*)\s*(?P<dims>\[[^\[\]]*\])?\s*(=\s*(?P<default>-?[0-9.eE+-]+|true|false))?", re.ASCII
 )
 _DIM = re.compile(r"[a-z][a-z0-9_]*|[0-9]{1,18}", re.ASCII)
+_NATIVE: Final = {name: np.dtype(name) for name in tensor.DTYPES}
+_KINDS: Final = {name: dtype.kind for name, dtype in _NATIVE.items()}
+#: The least and the greatest whole number of each dtype of whole numbers.
+_RANGES: Final = {name: (int(np.iinfo(name).min), int(np.iinfo(name).max)) for name in _NATIVE if _KINDS[name] in "iu"}
+_NUMBERS: Final = frozenset({bool, int, float})
 
 
 class Argument(msgspec.Struct, frozen=True):
@@ -129,6 +134,8 @@ class Signature:
         return dims
 
     def _check_names(self, arguments: Mapping[str, Any]) -> None:
+        if arguments.keys() == self.inputs.keys():
+            return
         for name in arguments:
             if name not in self.inputs:
                 raise InvalidArguments(f"unknown argument {name!r}; the kernel takes {', '.join(self.inputs)}", name)
@@ -179,17 +186,18 @@ def _bind_shape(argument: Argument, shape: tuple[int, ...], dims: Dims) -> None:
 
 
 def _array(argument: Argument, value: Any) -> NDArray[Any]:
-    name, wanted = argument.name, np.dtype(argument.dtype)
-    if isinstance(value, tensor.TensorMap):
+    name = argument.name
+    by_wire = isinstance(value, tensor.TensorMap)
+    if by_wire:
         value = tensor.from_wire(value, name)
     if isinstance(value, np.ndarray):
-        if value.dtype != wanted:
+        if value.dtype != _NATIVE[argument.dtype]:
             raise InvalidArguments(
                 f"argument {name!r} must be {argument}, not {value.dtype.name}; use .astype({argument.dtype!r})",
                 name,
             )
-        return np.ascontiguousarray(value).reshape(value.shape)
-    if not isinstance(value, list | tuple):
+        return value if by_wire else np.ascontiguousarray(value).reshape(value.shape)
+    if not isinstance(value, (list, tuple)):
         raise InvalidArguments(f"argument {name!r} must be {argument}, not {type(value).__name__}", name)
     try:
         array = np.array(value)
@@ -200,36 +208,45 @@ def _array(argument: Argument, value: Any) -> NDArray[Any]:
 
 def _cast(argument: Argument, array: NDArray[Any]) -> NDArray[Any]:
     """Numbers from nested lists in the declared dtype, refused where a value would change its meaning."""
-    wanted, found = np.dtype(argument.dtype), array.dtype.kind
+    wanted, found = _NATIVE[argument.dtype], array.dtype.kind
     allowed = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[wanted.kind]
     if array.size and found not in allowed:
         raise InvalidArguments(
             f"argument {argument.name!r} must be {argument}; its values are {array.dtype.name}", argument.name
         )
     if array.size and wanted.kind in "iu":
-        limits = np.iinfo(wanted)
-        if array.min() < limits.min or array.max() > limits.max:
+        least, most = _RANGES[argument.dtype]
+        if array.min() < least or array.max() > most:
             raise InvalidArguments(f"argument {argument.name!r} holds values that do not fit {wanted}", argument.name)
     with np.errstate(over="ignore"):
         return array.astype(wanted)
 
 
 def _scalar(argument: Argument, value: Any) -> bool | int | float:
-    name, wanted = argument.name, np.dtype(argument.dtype)
-    if isinstance(value, tensor.TensorMap):
-        value = tensor.from_wire(value, name)
-    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
-        value = value.item()
-    if wanted.kind == "b" and isinstance(value, bool):
-        return value
-    if wanted.kind in "iu" and type(value) is int:
-        limits = np.iinfo(wanted)
-        if limits.min <= value <= limits.max:
+    name, kind = argument.name, _KINDS[argument.dtype]
+    if type(value) not in _NUMBERS:
+        value = _item(value, name)
+    if kind == "f":
+        if type(value) is float:
             return value
-        raise InvalidArguments(f"argument {name!r} must fit {wanted}, not {value}", name)
-    if wanted.kind == "f" and type(value) in (int, float):
-        try:
-            return float(value)
-        except OverflowError:
-            raise InvalidArguments(f"argument {name!r} must fit {wanted}, not {value}", name) from None
+        if type(value) is int:
+            try:
+                return float(value)
+            except OverflowError:
+                raise InvalidArguments(f"argument {name!r} must fit {argument.dtype}, not {value}", name) from None
+    elif kind == "b":
+        if type(value) is bool:
+            return value
+    elif type(value) is int:
+        least, most = _RANGES[argument.dtype]
+        if least <= value <= most:
+            return value
+        raise InvalidArguments(f"argument {name!r} must fit {argument.dtype}, not {value}", name)
     raise InvalidArguments(f"argument {name!r} must be {argument}, not {value!r:.80}", name)
+
+
+def _item(value: Any, field: str) -> Any:
+    """The number in an array or a tensor map of no dims; anything else as it is."""
+    if isinstance(value, tensor.TensorMap):
+        value = tensor.from_wire(value, field)
+    return value.item() if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0 else value
