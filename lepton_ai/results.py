@@ -6,8 +6,10 @@ Source: docs.celeryq.dev, "Result Backends"; `tests/lepton_ai/test_results.py` p
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -62,7 +64,12 @@ def retrying(job_id: str, error: LeptonError, trace: str | None) -> Meta:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat()
+    return _iso(int(time.time() * 1000))
+
+
+@lru_cache(maxsize=1)  # jobs end many to a millisecond
+def _iso(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def _has_non_finite(value: Any) -> bool:

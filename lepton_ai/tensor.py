@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lepton_ai.errors import InvalidArguments
 
-__all__ = ["DTYPES", "TensorMap", "from_wire", "shape_of", "to_wire"]
+__all__ = ["DTYPES", "SENDABLE", "TensorMap", "from_wire", "shape_of", "to_wire"]
 
 #: The dtypes that a signature may name, and their little-endian wire form.
 DTYPES = {
@@ -34,6 +34,8 @@ DTYPES = {
         "float64",
     )
 }
+#: NumPy's numbers of these dtypes: an array's `dtype.num` is among them where it can be sent.
+SENDABLE = frozenset(np.dtype(code).num for code in np.typecodes["All"] if np.dtype(code).name in DTYPES)
 _BY_WIRE = {dtype.str: dtype for dtype in DTYPES.values()} | DTYPES
 #: The wire's name of a dtype that crosses it as it is.
 _WIRE_NAMES = {dtype: dtype.str for dtype in DTYPES.values()}
