@@ -144,7 +144,8 @@ def write_commands(array: NDArray[Any], job: str, kept_s: int = WRITTEN_S) -> tu
     """
     wire = tensor.to_wire(array)
     nonce = secrets.token_hex(8)
-    parts = [wire.data[at : at + CHUNK_BYTES] for at in range(0, wire.data.nbytes, CHUNK_BYTES)]
+    data = wire.data.cast("B")
+    parts = [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
     reference = Reference(wire.dtype, tuple(wire.shape), f"redis:{nonce}:{len(parts)}")
     names = keys(job, [reference.blob])
     return reference, [("SET", name, part, "NX", "EX", kept_s) for name, part in zip(names, parts, strict=True)]
