@@ -164,12 +164,13 @@ class AsyncDirect:
 
         self._listen(job.id, tell)
         try:
-            await asyncio.wait((future,), timeout=timeout_s)
+            async with asyncio.timeout(timeout_s):
+                found = await future
+        except TimeoutError:
+            return await self._final(job.id)
         finally:
             self._unlisten(job.id, tell)
-        if not future.done():
-            return await self._final(job.id)
-        if isinstance(found := future.result(), Exception):
+        if isinstance(found, Exception):
             raise BrokerUnavailable(f"the result cannot be waited for: {found}") from found
         return found
 

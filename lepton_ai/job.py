@@ -151,7 +151,8 @@ class Meta(msgspec.Struct, frozen=True):
 def state_of(meta: Meta | None, placement: Placement | None) -> str:
     """A job's state in our words: waiting, scheduled, placed, parked, succeeded, failed, cancelled or expired."""
     if meta is not None and meta.status in FINAL_STATES:
-        error = meta.record.error if meta.record is not None else None
+        record = meta.record if meta.status == "REVOKED" else None
+        error = record.error if record is not None else None
         expired = error is not None and error.get("code") == JobExpired.code
         return "expired" if expired else FINAL_STATES[meta.status]
     return placement.state if placement is not None else "waiting"

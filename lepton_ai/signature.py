@@ -153,10 +153,11 @@ class Signature:
 
 def shapes_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What the header `shapes` says of arguments: a list of sizes for an array, the value itself for a number."""
-    return {
-        name: value if isinstance(value, (bool, int, float)) else list(tensor.shape_of(value, name))
-        for name, value in arguments.items()
-    }
+    shapes = dict(arguments)
+    for name, value in arguments.items():
+        if not isinstance(value, (bool, int, float)):
+            shapes[name] = list(tensor.shape_of(value, name))
+    return shapes
 
 
 def describe(shapes: Mapping[str, Any]) -> str:

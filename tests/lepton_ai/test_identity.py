@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lepton_ai.identity import minute_of, new_id, new_ids
+from lepton_ai.identity import ids, minute_of, new_id, new_ids
 
 
 @given(st.integers(0, 300))
@@ -27,11 +27,13 @@ def test_an_id_carries_the_minute_in_which_it_was_made() -> None:
 
 
 def test_a_later_millisecond_sorts_later() -> None:
-    first = new_id()
+    endless = ids()
+    first = next(endless)
     made_at = uuid.UUID(first).int >> 80
     while time.time_ns() // 1_000_000 <= made_at:
         pass
     assert first < new_id()
+    assert first < next(endless)
 
 
 @given(st.integers(0, 2**48 - 1), st.integers(0, 2**80 - 1))

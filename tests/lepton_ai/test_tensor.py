@@ -52,6 +52,11 @@ def test_big_endian_arrays_are_sent_as_little_endian() -> None:
     assert (sent.dtype, bytes(sent.data)) == ("<f4", b"\x00\x00\xc0\x3f")
 
 
+def test_an_array_of_another_class_is_sent_as_a_plain_one() -> None:
+    sent = tensor.to_wire(np.ma.masked_array([1.0, 2.0], mask=[True, False]))
+    np.testing.assert_array_equal(tensor.from_wire(sent), [1.0, 2.0])
+
+
 def test_neither_direction_copies() -> None:
     array = np.arange(4, dtype=np.float32)
     back = tensor.from_wire(tensor.to_wire(array))
