@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ __all__ = ["ids", "made_at", "minute_of", "new_id", "new_ids"]
 
 #: The digit that holds the variant, by a random one.
 _VARIANT: Final = {digit: "89ab"[number & 3] for number, digit in enumerate("0123456789abcdef")}
+#: An id as `ids` writes it; UUIDs are read in other spellings too.
+_OURS: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 #: Noise is asked of the system for so many ids at once.
 _AT_ONCE: Final = 64
 
@@ -48,6 +51,8 @@ def minute_of(job_id: str) -> int | None:
 
 def made_at(job_id: str) -> float | None:
     """When (seconds since the epoch) an id of ours was made, or None for a foreign id."""
+    if _OURS.fullmatch(job_id):
+        return int(job_id[:8] + job_id[9:13], 16) / 1000
     try:
         parsed = uuid.UUID(job_id)
     except ValueError:

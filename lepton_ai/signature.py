@@ -31,6 +31,11 @@ _KINDS: Final = {name: dtype.kind for name, dtype in _NATIVE.items()}
 #: The least and the greatest whole number of each dtype of whole numbers.
 _RANGES: Final = {name: (int(np.iinfo(name).min), int(np.iinfo(name).max)) for name in _NATIVE if _KINDS[name] in "iu"}
 _NUMBERS: Final = frozenset({bool, int, float})
+#: What a number of each dtype is in Python, and between what.
+_FORMS: Final = {
+    name: (float, -math.inf, math.inf) if kind == "f" else (bool, False, True) if kind == "b" else (int, *_RANGES[name])
+    for name, kind in _KINDS.items()
+}
 
 
 class Argument(msgspec.Struct, frozen=True):
@@ -82,6 +87,7 @@ class Signature:
         self.inputs = {name: parse(name, text) for name, text in inputs.items()}
         self.outputs = {name: parse(name, text) for name, text in outputs.items()}
         self.limits = {name: Formula(text) for name, text in limits.items()}
+        self._forms = [(name, each, *_FORMS[each.dtype]) for name, each in self.inputs.items()]
         known = self.names
         for name, limit in self.limits.items():
             if name not in self.inputs:
@@ -108,13 +114,15 @@ class Signature:
         self._check_names(arguments)
         inputs: dict[str, Any] = {}
         dims: Dims = {}
-        for name, argument in self.inputs.items():
+        for name, argument, number, least, most in self._forms:
             value = arguments.get(name, argument.default)
-            if argument.dims is None:
-                inputs[name] = dims[name] = _scalar(argument, value)
-            else:
+            if argument.dims is not None:
                 array = inputs[name] = _array(argument, value)
                 _bind_shape(argument, array.shape, dims)
+            elif type(value) is number and least <= value <= most:  # as it should be, which most are
+                inputs[name] = dims[name] = value
+            else:
+                inputs[name] = dims[name] = _scalar(argument, value)
         self._check_limits(dims)
         return inputs, dims
 

@@ -79,7 +79,7 @@ def from_wire(value: TensorMap, field: str | None = None) -> NDArray[Any]:
             f"shape {value.shape} of {dtype.name} takes {expected} bytes, data has {value.data.nbytes}", field
         )
     try:
-        array = np.frombuffer(value.data, dtype).reshape(value.shape)
+        array: NDArray[Any] = np.ndarray(value.shape, dtype, value.data)
     except (ValueError, OverflowError) as error:  # a size of 0 can hide others beyond any memory
         raise InvalidArguments(f"shape {value.shape} is too large: {error}", field) from None
     array.flags.writeable = False

@@ -27,7 +27,6 @@ from lepton_ai.errors import (
     Unavailable,
 )
 from lepton_ai.event import Event, Observation
-from lepton_ai.identity import minute_of
 from lepton_ai.job import LATEST_S, Cost, Placement, Record
 from lepton_ai.kernel import Retry
 from lepton_ai.settings import Settings
@@ -43,7 +42,7 @@ from tasks.warmup import Repertoire
 
 __all__ = ["Ending", "Observer", "Runner", "Running"]
 
-#: How long ago a job with a foreign id may have been placed.
+#: How long ago a job may have been placed whose id does not say when; a device's queue is short.
 _MINUTES_BACK = 10
 #: A kernel's progress is told so often at most.
 _PROGRESS_S = 0.2
@@ -217,12 +216,8 @@ class Runner:
         if not ids:
             return {}, set()
         now = int(broker.now()) // 60
-        ours = set(map(minute_of, ids))
-        # A foreign id does not say when it was placed; a device's queue is short.
-        back = _MINUTES_BACK if None in ours else 2
-        minutes = {minute for minute in ours if minute is not None} | set(range(now, now - back, -1))
         try:
-            return broker.known(ids, minutes)
+            return broker.known(ids, range(now, now - _MINUTES_BACK, -1))
         except CommandError as error:  # the jobs run all the same, unexplained
             log.error("placements_unreadable", reason=str(error))
             return {}, set()
