@@ -26,6 +26,7 @@ __all__ = [
 
 #: Celery's states that end a job, and ours.
 _LONGEST_REPLY_TO: Final = 200
+_REPLIES: Final = topology.reply("")
 
 FINAL_STATES: Final = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "cancelled"}
 #: The longest that a job may be held back, in seconds.
@@ -54,7 +55,7 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         if self.priority is not None and not 1 <= self.priority <= 9:
             raise OptionNotSupported(f"priority is 1 (low) to 9 (high), not {self.priority}", "priority")
         if self.reply_to is not None and not (
-            self.reply_to.startswith(topology.reply("")) and len(self.reply_to) <= _LONGEST_REPLY_TO
+            self.reply_to.startswith(_REPLIES) and len(self.reply_to) <= _LONGEST_REPLY_TO
         ):
             raise OptionNotSupported(f"reply_to must begin with {topology.reply('')}", "reply_to")
         if self.result not in (None, "json", "msgpack"):

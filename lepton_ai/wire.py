@@ -297,7 +297,10 @@ def read_envelope(raw: bytes) -> Envelope:
         envelope: Envelope = typed(_ENVELOPE, raw)
     except InvalidArguments as error:
         raise Malformed(f"not a Celery protocol 2 message: {error.message}") from None
-    for what, name in (("id", envelope.headers.id), ("task", envelope.headers.task)):
+    headers = envelope.headers
+    if 0 < len(headers.id) <= _LONGEST_NAME and 0 < len(headers.task) <= _LONGEST_NAME:
+        return envelope
+    for what, name in (("id", headers.id), ("task", headers.task)):
         if not 0 < len(name) <= _LONGEST_NAME:
             raise Malformed(
                 f"not a Celery protocol 2 message: {what} has {len(name)} characters, not 1 to {_LONGEST_NAME}"
@@ -326,11 +329,10 @@ def read_names(raw: bytes) -> Headers | None:
 
 def read_options(headers: Headers) -> Options:
     """The options of a job; OptionNotSupported names one that is unknown or out of range."""
-    raw = bytes(headers.lepton)
-    if not raw:
+    if not headers.lepton:
         return Options()
     try:
-        options: Options | None = _OPTIONS.decode(raw)
+        options: Options | None = _OPTIONS.decode(headers.lepton)
     except msgspec.ValidationError as error:
         raise OptionNotSupported(f"header lepton: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # the envelope's decoder skipped it

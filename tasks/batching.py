@@ -19,6 +19,7 @@ from lepton_ai.tensor import TensorMap
 
 __all__ = ["Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "split"]
 
+_NO_OPTIONS: Final = Options()
 _ARRAYS: Final = (TensorMap, np.ndarray)
 
 
@@ -90,7 +91,7 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
         envelope = wire.read_envelope(message)
     except LeptonError as error:
         return Unreadable(error, message)
-    headers, options = envelope.headers, Options()
+    headers, options = envelope.headers, _NO_OPTIONS
     keep = not headers.ignore_result
     try:
         options = wire.read_options(headers)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -40,6 +41,12 @@ def test_a_later_millisecond_sorts_later() -> None:
 def test_any_uuid_of_version_7_tells_its_minute(milliseconds: int, noise: int) -> None:
     bits = (milliseconds << 80 | noise) & ~(0xF << 76) & ~(3 << 62) | 7 << 76 | 2 << 62
     assert minute_of(str(uuid.UUID(int=bits))) == milliseconds // 60_000
+
+
+@pytest.mark.parametrize("spell", [str.upper, "{{{}}}".format, "urn:uuid:{}".format, lambda job: job.replace("-", "")])
+def test_an_id_that_is_spelled_otherwise_carries_the_same_minute(spell: Callable[[str], str]) -> None:
+    job = new_id()
+    assert minute_of(spell(job)) == minute_of(job)
 
 
 @pytest.mark.parametrize("foreign", ["", "job-1", str(uuid.uuid4()), str(uuid.uuid1()), "0" * 32, "\ud800"])

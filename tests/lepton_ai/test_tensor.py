@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from lepton_ai import tensor
 from lepton_ai.errors import InvalidArguments
-from lepton_ai.tensor import DTYPES, TensorMap
+from lepton_ai.tensor import DTYPES, SENDABLE, TensorMap
 
 arrays = hnp.arrays(
     dtype=st.sampled_from([np.dtype(name) for name in DTYPES]),
@@ -128,3 +128,9 @@ def test_a_list_that_holds_itself_has_a_shape_too() -> None:
     loop: list[Any] = []
     loop.append(loop)
     assert len(tensor.shape_of(loop)) <= 33
+
+
+@pytest.mark.parametrize("code", np.typecodes["All"])
+def test_an_array_of_any_type_is_known_to_be_sendable_or_not_by_its_number(code: str) -> None:
+    dtype = np.dtype(code)
+    assert (dtype.num in SENDABLE) == (dtype.newbyteorder().num in SENDABLE) == (dtype.name in DTYPES)
