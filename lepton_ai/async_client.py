@@ -88,7 +88,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         limit_s: float | None = None,
     ) -> list[AsyncJobHandle]:
-        """Submits one job for each row of arguments, in as few round trips as their size allows."""
+        """Submits one job for each row of arguments, many of them to a round trip."""
         terms = asked(priority, device, delay_s, deadline_s, limit_s)
         return await self._connection.submit(kernel, rows, terms, keys, patient=True)
 

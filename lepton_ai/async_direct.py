@@ -25,8 +25,9 @@ from lepton_ai.device import Announcement, read_leases
 from lepton_ai.direct_protocol import (
     CONNECTION,
     FIRST_LOOK_S,
+    KEYED_BYTES,
     LAST_LOOK_S,
-    PIPELINE_BYTES,
+    PIECE_BYTES,
     POP_AT_ONCE,
     Keyed,
     Lookout,
@@ -35,19 +36,19 @@ from lepton_ai.direct_protocol import (
     key_commands,
     keyed,
     look_commands,
-    message,
     push_commands,
     read_final,
     read_finals,
     read_look,
     read_replies,
     unknown,
+    writer,
 )
 from lepton_ai.errors import BrokerUnavailable
 from lepton_ai.event import Cursor
 from lepton_ai.event_stream import Follower, follow, follow_job
 from lepton_ai.flight import MOST_TOGETHER, part
-from lepton_ai.identity import new_id
+from lepton_ai.identity import ids
 from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import Patience
 from lepton_ai.terms import Terms
@@ -90,7 +91,7 @@ class AsyncDirect:
         *,
         patient: bool = False,
     ) -> list[AsyncJobHandle]:
-        """Publishes one job a row in pipelines of a few MiB; when this returns, the broker has them all.
+        """Publishes one job a row, many in a command; when this returns, the broker has them all.
 
         Patience is for an ingest that refuses what is too much: nobody does that here.
         """
@@ -98,19 +99,20 @@ class AsyncDirect:
         handles: list[AsyncJobHandle] = []
         if keys is not None:
             known: dict[str, AsyncJobHandle] = {}
-            for jobs in wire.batches(keyed(kernel, rows, keys, terms, self._tenant), PIPELINE_BYTES, bytes_of):
+            for jobs in wire.batches(keyed(kernel, rows, keys, terms, self._tenant), KEYED_BYTES, bytes_of):
                 handles += [known.setdefault(job.id, AsyncJobHandle(job.id, kernel, self)) for job in jobs]
                 await self._push_keyed(terms, jobs, known)
             return handles
 
         def messages() -> Iterator[bytes]:
-            for row in rows:
-                handle = AsyncJobHandle(new_id(), kernel, self)
-                yield message(handle.id, kernel, row, terms, self._tenant)
-                self._pending[handle.id] = handle
+            write = writer(kernel, terms, self._tenant)
+            for row, job_id in zip(rows, ids(), strict=False):  # in this order: an id carries the moment of its row
+                message = write(job_id, row)
+                self._pending[job_id] = handle = AsyncJobHandle(job_id, kernel, self)
                 handles.append(handle)
+                yield message
 
-        for batch in wire.batches(messages(), PIPELINE_BYTES):
+        for batch in wire.batches(messages(), PIECE_BYTES):
             await self._push(terms, batch)
         return handles
 
@@ -118,9 +120,7 @@ class AsyncDirect:
         """One job a row, handed out as they end."""
         terms = answered_to(terms, self._reply_to)
         flight = AsyncFlight(window)
-
-        def encode(job_id: str, row: Mapping[str, Any]) -> bytes:
-            return message(job_id, kernel, row, terms, self._tenant)
+        write, fresh_ids = writer(kernel, terms, self._tenant), ids()
 
         def told(job: AsyncJobHandle, found: Meta | Exception) -> None:
             if isinstance(found, Exception):
@@ -129,7 +129,7 @@ class AsyncDirect:
                 flight.end(job)
 
         def begin(number: int, row: Mapping[str, Any]) -> Part:
-            job, data = part(AsyncJobHandle(new_id(), kernel, self, number), row, encode)
+            job, data = part(AsyncJobHandle(next(fresh_ids), kernel, self, number), row, write)
             if data:
                 self._pending[job.id] = job
                 self._listen(job.id, partial(told, job))
@@ -138,7 +138,7 @@ class AsyncDirect:
         async def send() -> None:
             patience = Patience(was_there=self._was_there)
             while True:
-                messages = [data for _, data in await flight.batch(MOST_TOGETHER, PIPELINE_BYTES)]
+                messages = [data for _, data in await flight.batch(MOST_TOGETHER, PIECE_BYTES)]
                 while messages:  # perhaps more than once: a job that runs twice ends once
                     try:
                         await self._push(terms, messages)
@@ -164,12 +164,13 @@ class AsyncDirect:
 
         self._listen(job.id, tell)
         try:
-            await asyncio.wait((future,), timeout=timeout_s)
+            async with asyncio.timeout(timeout_s):
+                found = await future
+        except TimeoutError:
+            return await self._final(job.id)
         finally:
             self._unlisten(job.id, tell)
-        if not future.done():
-            return await self._final(job.id)
-        if isinstance(found := future.result(), Exception):
+        if isinstance(found, Exception):
             raise BrokerUnavailable(f"the result cannot be waited for: {found}") from found
         return found
 
@@ -227,7 +228,12 @@ class AsyncDirect:
         await self._redis.aclose()
 
     async def _push(self, terms: Terms, messages: list[bytes]) -> None:
-        await self._all(push_commands(messages, terms, self._tenant), transaction=self._tenant is not None)
+        commands = push_commands(messages, terms, self._tenant)
+        if len(commands) > 1:
+            await self._all(commands, transaction=True)
+            return
+        with self._asking():
+            await self._redis.execute_command(*commands[0])
 
     async def _push_keyed(self, terms: Terms, jobs: list[Keyed], handles: Mapping[str, AsyncJobHandle]) -> None:
         """Publishes those jobs that the broker does not have: all in one step with their keys, or none."""

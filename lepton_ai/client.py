@@ -111,7 +111,7 @@ class Client:
         deadline_s: float | None = None,
         limit_s: float | None = None,
     ) -> list[JobHandle]:
-        """Submits one job for each row of arguments, in as few round trips as their size allows: see `submit`.
+        """Submits one job for each row of arguments, many of them to a round trip: see `submit`.
 
         `keys` are one for each row. When this returns, the broker has them all. Where a row cannot be sent or is
         refused, the error is raised, and rows before it may have been accepted. Where an ingest takes no more for now

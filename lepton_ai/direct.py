@@ -20,9 +20,10 @@ from lepton_ai.device import Announcement, read_leases
 from lepton_ai.direct_protocol import (
     CONNECTION,
     FIRST_LOOK_S,
+    KEYED_BYTES,
     LAST_LOOK_S,
     LOOK_EVERY_S,
-    PIPELINE_BYTES,
+    PIECE_BYTES,
     POP_AT_ONCE,
     Keyed,
     Lookout,
@@ -31,20 +32,20 @@ from lepton_ai.direct_protocol import (
     key_commands,
     keyed,
     look_commands,
-    message,
     push_commands,
     read_final,
     read_finals,
     read_look,
     read_replies,
     unknown,
+    writer,
 )
 from lepton_ai.errors import BrokerUnavailable
 from lepton_ai.event import CloudEvent, Cursor
 from lepton_ai.event_stream import Follower, follow, follow_job
 from lepton_ai.flight import Flight, part, taken
 from lepton_ai.handle import JobHandle
-from lepton_ai.identity import new_id
+from lepton_ai.identity import ids
 from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import Patience, Pause
 from lepton_ai.terms import Terms
@@ -79,7 +80,7 @@ class Direct:
         *,
         patient: bool = False,
     ) -> list[JobHandle]:
-        """Publishes one job a row in pipelines of a few MiB; when this returns, the broker has them all.
+        """Publishes one job a row, many in a command; when this returns, the broker has them all.
 
         Patience is for an ingest that refuses what is too much: nobody does that here.
         """
@@ -87,19 +88,20 @@ class Direct:
         handles: list[JobHandle] = []
         if keys is not None:
             known: dict[str, JobHandle] = {}
-            for jobs in wire.batches(keyed(kernel, rows, keys, terms, self._tenant), PIPELINE_BYTES, bytes_of):
+            for jobs in wire.batches(keyed(kernel, rows, keys, terms, self._tenant), KEYED_BYTES, bytes_of):
                 handles += [known.setdefault(job.id, JobHandle(job.id, kernel, self)) for job in jobs]
                 self._push_keyed(terms, jobs, known)
             return handles
 
         def messages() -> Iterator[bytes]:
-            for row in rows:
-                handle = JobHandle(new_id(), kernel, self)
-                yield message(handle.id, kernel, row, terms, self._tenant)
-                self._pending[handle.id] = handle
+            write = writer(kernel, terms, self._tenant)
+            for row, job_id in zip(rows, ids(), strict=False):  # in this order: an id carries the moment of its row
+                message = write(job_id, row)
+                self._pending[job_id] = handle = JobHandle(job_id, kernel, self)
                 handles.append(handle)
+                yield message
 
-        for batch in wire.batches(messages(), PIPELINE_BYTES):
+        for batch in wire.batches(messages(), PIECE_BYTES):
             self._push(terms, batch)
         return handles
 
@@ -115,11 +117,9 @@ class Direct:
     ) -> Generator[JobHandle, None, None]:
         lookout, patience = Lookout(), Patience(was_there=self._was_there)
         unsent: list[tuple[JobHandle, bytes]] = []
-
-        def encode(job_id: str, row: Mapping[str, Any]) -> bytes:
-            return message(job_id, kernel, row, terms, self._tenant)
-
-        parts = (part(JobHandle(new_id(), kernel, self, number), row, encode) for number, row in enumerate(rows))
+        write = writer(kernel, terms, self._tenant)
+        numbered = zip(enumerate(rows), ids(), strict=False)
+        parts = (part(JobHandle(job_id, kernel, self, number), row, write) for (number, row), job_id in numbered)
         more = True
         try:
             while True:
@@ -127,7 +127,7 @@ class Direct:
                 # A push whose answer was lost may have arrived all the same, and so may all of its jobs' results.
                 unsent = [(job, data) for job, data in unsent if job.meta is None]
                 if more and not unsent and (room := flight.room):
-                    batch = taken(parts, room, PIPELINE_BYTES)
+                    batch = taken(parts, room, PIECE_BYTES)
                     more = bool(batch)
                     for job, _ in batch:
                         flight.start(job)
@@ -253,7 +253,12 @@ class Direct:
                 return ended.value  # type: ignore[no-any-return]
 
     def _push(self, terms: Terms, messages: list[bytes]) -> None:
-        self._all(push_commands(messages, terms, self._tenant), transaction=self._tenant is not None)
+        commands = push_commands(messages, terms, self._tenant)
+        if len(commands) > 1:
+            self._all(commands, transaction=True)
+            return
+        with self._asking():
+            self._redis.execute_command(*commands[0])  # type: ignore[no-untyped-call]
 
     def _push_keyed(self, terms: Terms, jobs: list[Keyed], handles: Mapping[str, JobHandle]) -> None:
         """Publishes those jobs that the broker does not have: all in one step with their keys, or none."""

@@ -18,6 +18,7 @@ LeptonError                     anything of ours
 │   ├── JobExpired              its deadline passed before it could run
 │   ├── TimeLimitExceeded       it ran longer than it may
 │   ├── JobDead                 it killed the workers that ran it, or its retries are used up
+│   ├── BlobLost                an argument or result that was kept outside the message is gone
 │   └── RetryJob                its kernel asks to be run again later
 ├── Unavailable                 try again later
 │   ├── BrokerUnavailable       Redis cannot be reached or refuses writes
@@ -35,6 +36,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Final
 
 __all__ = [
+    "BlobLost",
     "BrokerUnavailable",
     "Fenced",
     "InvalidArguments",
@@ -175,6 +177,11 @@ class TimeLimitExceeded(JobFailed):
 
 class JobDead(JobFailed):
     code = "dead"
+    status = 409
+
+
+class BlobLost(JobFailed):
+    code = "blob_lost"
     status = 409
 
 

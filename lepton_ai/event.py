@@ -52,10 +52,11 @@ __all__ = [
 
 
 class Observation(msgspec.Struct, frozen=True):
-    """What one launch taught: the measured times of a batch of `jobs` jobs of one kernel, compilation not counted.
+    """What one launch taught: the measured times of `jobs` jobs of one kernel, compilation not counted.
 
     `flops` and `bytes` are the Work of all its jobs, `transfer_bytes` the size of their array arguments. `transfer_s`
-    is everything between message and device: decoding, upload, download and encoding.
+    is everything between message and device: decoding, upload, download and encoding. Of launches that were alike the
+    mean is told.
     """
 
     kernel: str

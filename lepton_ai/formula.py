@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from types import CodeType
 from typing import Any, Final
 
 from lepton_ai.errors import InvalidKernel
@@ -29,17 +28,18 @@ _PLAIN = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Load, *_OPERA
 class Formula:
     """A parsed formula. `names` are the dims and scalars that it needs."""
 
-    __slots__ = ("_code", "names", "text")
+    __slots__ = ("_order", "_value", "names", "text")
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._code, self.names = _parse(text)
+        self._value, self._order = _parse(text)
+        self.names = frozenset(self._order)
 
     def __call__(self, values: Mapping[str, float]) -> float:
         """The value for these dims; NaN where it is not defined (a division by nought, a root of less than nought)."""
-        scope = {name: float(values[name]) for name in self.names}
+        given = [float(values[name]) for name in self._order]
         try:
-            return float(eval(self._code, _GLOBALS, scope))
+            return float(self._value(*given))
         except (ArithmeticError, ValueError, TypeError):
             return math.nan
 
@@ -51,7 +51,8 @@ _GLOBALS: dict[str, Any] = {"__builtins__": {}, **FUNCTIONS}
 
 
 @lru_cache(maxsize=4096)
-def _parse(text: str) -> tuple[CodeType, frozenset[str]]:
+def _parse(text: str) -> tuple[Callable[..., float], tuple[str, ...]]:
+    """The formula as a function of the names that it needs, in this order."""
     if len(text) > _MAX_LENGTH:
         raise InvalidKernel(f"a formula has at most {_MAX_LENGTH} characters, this one has {len(text)}")
     try:
@@ -60,7 +61,13 @@ def _parse(text: str) -> tuple[CodeType, frozenset[str]]:
         raise InvalidKernel(f"not a formula: {text!r} ({error})") from None
     names: set[str] = set()
     _check(tree, text, names)
-    return compile(tree, "<formula>", "eval"), frozenset(names)
+    order = tuple(sorted(names))
+    given = ast.arguments([], [ast.arg(name) for name in order], None, [], [], None, [])
+    function = ast.fix_missing_locations(ast.Expression(ast.Lambda(given, tree.body)))
+    try:
+        return eval(compile(function, "<formula>", "eval"), _GLOBALS), order
+    except SyntaxError as error:  # a name that no argument may have
+        raise InvalidKernel(f"not a formula: {text!r} ({error})") from None
 
 
 def _check(node: ast.AST, text: str, names: set[str]) -> None:

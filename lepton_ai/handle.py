@@ -53,9 +53,8 @@ class Handle:
 
     def _known_record(self) -> Record | None:
         """The record, where nobody has to be asked for it."""
-        if self.meta is not None and self.meta.lepton is not None and self.meta.lepton.placement is not None:
-            return self.meta.lepton
-        return None
+        record = self.meta.record if self.meta is not None else None
+        return record if record is not None and record.placement is not None else None
 
     def _card(self, meta: Meta | None, placement: Placement | None, note: str = "") -> str:
         record = joined(meta, placement)
@@ -148,13 +147,14 @@ class JobHandle(Handle):
 
 def joined(meta: Meta | None, placement: Placement | None) -> Record:
     """A job's record: what stands beside its result, and the placement where that is kept apart."""
-    if meta is None or meta.lepton is None:
+    record = meta.record if meta is not None else None
+    if record is None:
         return Record(placement=placement)
-    return meta.lepton if meta.lepton.placement else msgspec.structs.replace(meta.lepton, placement=placement)
+    return record if record.placement else msgspec.structs.replace(record, placement=placement)
 
 
 def _wire_error(meta: Meta) -> Any:
-    if meta.lepton is not None and meta.lepton.error is not None:
-        return meta.lepton.error
+    if (record := meta.record) is not None and record.error is not None:
+        return record.error
     result = meta.result if isinstance(meta.result, dict) else {"exc_message": meta.result}
     return {"code": "job_failed", "message": f"{result.get('exc_type', 'error')}: {result.get('exc_message')}"}

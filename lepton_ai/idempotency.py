@@ -78,7 +78,8 @@ def paired(rows: Iterable[R], keys: Sequence[str]) -> list[tuple[R, str]]:
 
 def conflict(key: str) -> KeyConflict:
     """The error of a key that stands for another job already."""
-    return KeyConflict(f"the key {key!r} stands for another job: its kernel, arguments or device differ", "key")
+    told = f"the key {key!r} stands for another job: its kernel, arguments or device differ; use another key"
+    return KeyConflict(told, "key")
 
 
 def _canonical(name: str, value: Any) -> tuple[NDArray[Any], str]:

@@ -26,6 +26,7 @@ __all__ = [
 
 #: Celery's states that end a job, and ours.
 _LONGEST_REPLY_TO: Final = 200
+_REPLIES: Final = topology.reply("")
 
 FINAL_STATES: Final = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "cancelled"}
 #: The longest that a job may be held back, in seconds.
@@ -54,7 +55,7 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         if self.priority is not None and not 1 <= self.priority <= 9:
             raise OptionNotSupported(f"priority is 1 (low) to 9 (high), not {self.priority}", "priority")
         if self.reply_to is not None and not (
-            self.reply_to.startswith(topology.reply("")) and len(self.reply_to) <= _LONGEST_REPLY_TO
+            self.reply_to.startswith(_REPLIES) and len(self.reply_to) <= _LONGEST_REPLY_TO
         ):
             raise OptionNotSupported(f"reply_to must begin with {topology.reply('')}", "reply_to")
         if self.result not in (None, "json", "msgpack"):
@@ -142,11 +143,17 @@ class Meta(msgspec.Struct, frozen=True):
     task_id: str = ""
     lepton: Record | None = None
 
+    @property
+    def record(self) -> Record | None:
+        """What Lepton keeps beside the result."""
+        return self.lepton
+
 
 def state_of(meta: Meta | None, placement: Placement | None) -> str:
     """A job's state in our words: waiting, scheduled, placed, parked, succeeded, failed, cancelled or expired."""
     if meta is not None and meta.status in FINAL_STATES:
-        error = meta.lepton.error if meta.lepton is not None else None
+        record = meta.record if meta.status == "REVOKED" else None
+        error = record.error if record is not None else None
         expired = error is not None and error.get("code") == JobExpired.code
         return "expired" if expired else FINAL_STATES[meta.status]
     return placement.state if placement is not None else "waiting"

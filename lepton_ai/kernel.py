@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
@@ -49,6 +49,7 @@ Builder = Callable[[Any], Run]
 Reference = Callable[..., Outputs]
 Samples = Callable[[], Iterable[dict[str, Any]]]
 
+_formula = lru_cache(maxsize=4096)(Formula)
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 
@@ -108,8 +109,8 @@ class KernelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def work(self, dims: Dims) -> Work:
         """The Work of a job with these dims; a formula that is not defined there counts as nought."""
-        values = [Formula(text)(dims) for text in (self.flops, self.bytes)]
-        return Work(*(value if value > 0 and math.isfinite(value) else 0.0 for value in values))
+        flops, size = _formula(self.flops)(dims), _formula(self.bytes)(dims)
+        return Work(flops if 0 < flops < math.inf else 0.0, size if 0 < size < math.inf else 0.0)
 
     def signature(self) -> Signature:
         """The parsed signature; InvalidKernel where a string does not parse."""

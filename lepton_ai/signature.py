@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -26,6 +26,16 @@ _PATTERN = re.compile(
     r"(?P<dtype>[a-z]+[0-9]*)\s*(?P<dims>\[[^\[\]]*\])?\s*(=\s*(?P<default>-?[0-9.eE+-]+|true|false))?", re.ASCII
 )
 _DIM = re.compile(r"[a-z][a-z0-9_]*|[0-9]{1,18}", re.ASCII)
+_NATIVE: Final = {name: np.dtype(name) for name in tensor.DTYPES}
+_KINDS: Final = {name: dtype.kind for name, dtype in _NATIVE.items()}
+#: The least and the greatest whole number of each dtype of whole numbers.
+_RANGES: Final = {name: (int(np.iinfo(name).min), int(np.iinfo(name).max)) for name in _NATIVE if _KINDS[name] in "iu"}
+_NUMBERS: Final = frozenset({bool, int, float})
+#: What a number of each dtype is in Python, and between what.
+_FORMS: Final = {
+    name: (float, -math.inf, math.inf) if kind == "f" else (bool, False, True) if kind == "b" else (int, *_RANGES[name])
+    for name, kind in _KINDS.items()
+}
 
 
 class Argument(msgspec.Struct, frozen=True):
@@ -46,7 +56,8 @@ def parse(name: str, text: str) -> Argument:
     """The Argument that a signature string describes; InvalidKernel names the string where it does not parse."""
     match = _PATTERN.fullmatch(text.strip())
     if match is None or match["dtype"] not in tensor.DTYPES:
-        raise InvalidKernel(f"{name}: {text!r} is not a signature such as float32[m,k] or int64 = 20", name)
+        told = f"{name}: {text!r} is not a signature such as float32[m,k], int64 = 20 or bool = true"
+        raise InvalidKernel(told, name)
     dims: tuple[str | int, ...] | None = None
     if match["dims"] is not None:
         parts = [part.strip() for part in match["dims"][1:-1].split(",")]
@@ -76,6 +87,7 @@ class Signature:
         self.inputs = {name: parse(name, text) for name, text in inputs.items()}
         self.outputs = {name: parse(name, text) for name, text in outputs.items()}
         self.limits = {name: Formula(text) for name, text in limits.items()}
+        self._forms = [(name, each, *_FORMS[each.dtype]) for name, each in self.inputs.items()]
         known = self.names
         for name, limit in self.limits.items():
             if name not in self.inputs:
@@ -102,13 +114,15 @@ class Signature:
         self._check_names(arguments)
         inputs: dict[str, Any] = {}
         dims: Dims = {}
-        for name, argument in self.inputs.items():
+        for name, argument, number, least, most in self._forms:
             value = arguments.get(name, argument.default)
-            if argument.dims is None:
-                inputs[name] = dims[name] = _scalar(argument, value)
-            else:
+            if argument.dims is not None:
                 array = inputs[name] = _array(argument, value)
                 _bind_shape(argument, array.shape, dims)
+            elif type(value) is number and least <= value <= most:  # as it should be, which most are
+                inputs[name] = dims[name] = value
+            else:
+                inputs[name] = dims[name] = _scalar(argument, value)
         self._check_limits(dims)
         return inputs, dims
 
@@ -128,6 +142,8 @@ class Signature:
         return dims
 
     def _check_names(self, arguments: Mapping[str, Any]) -> None:
+        if arguments.keys() == self.inputs.keys():
+            return
         for name in arguments:
             if name not in self.inputs:
                 raise InvalidArguments(f"unknown argument {name!r}; the kernel takes {', '.join(self.inputs)}", name)
@@ -145,21 +161,19 @@ class Signature:
 
 def shapes_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What the header `shapes` says of arguments: a list of sizes for an array, the value itself for a number."""
-    return {
-        name: value if isinstance(value, bool | int | float) else list(tensor.shape_of(value, name))
-        for name, value in arguments.items()
-    }
-
-
-def describe(arguments: Mapping[str, Any]) -> str:
-    """The arguments for people and Flower: shapes and types, never the data."""
-    parts = []
+    shapes = dict(arguments)
     for name, value in arguments.items():
-        if isinstance(value, bool | int | float):
-            parts.append(f"{name}={value!r}")
-        else:
-            sizes = ",".join(map(str, tensor.shape_of(value, name)))
-            parts.append(f"{name}=[{sizes}]")
+        if not isinstance(value, (bool, int, float)):
+            shapes[name] = list(tensor.shape_of(value, name))
+    return shapes
+
+
+def describe(shapes: Mapping[str, Any]) -> str:
+    """Arguments for people and Flower, by what `shapes_of` says of them: sizes and numbers, never the data."""
+    parts = [
+        f"{name}=[{','.join(map(str, value))}]" if isinstance(value, list) else f"{name}={value!r}"
+        for name, value in shapes.items()
+    ]
     return f"{{{', '.join(parts)}}}"
 
 
@@ -181,17 +195,18 @@ def _bind_shape(argument: Argument, shape: tuple[int, ...], dims: Dims) -> None:
 
 
 def _array(argument: Argument, value: Any) -> NDArray[Any]:
-    name, wanted = argument.name, np.dtype(argument.dtype)
-    if isinstance(value, tensor.TensorMap):
+    name = argument.name
+    by_wire = isinstance(value, tensor.TensorMap)
+    if by_wire:
         value = tensor.from_wire(value, name)
     if isinstance(value, np.ndarray):
-        if value.dtype != wanted:
+        if value.dtype != _NATIVE[argument.dtype]:
             raise InvalidArguments(
                 f"argument {name!r} must be {argument}, not {value.dtype.name}; use .astype({argument.dtype!r})",
                 name,
             )
-        return np.ascontiguousarray(value).reshape(value.shape)
-    if not isinstance(value, list | tuple):
+        return value if by_wire else np.ascontiguousarray(value).reshape(value.shape)
+    if not isinstance(value, (list, tuple)):
         raise InvalidArguments(f"argument {name!r} must be {argument}, not {type(value).__name__}", name)
     try:
         array = np.array(value)
@@ -202,36 +217,45 @@ def _array(argument: Argument, value: Any) -> NDArray[Any]:
 
 def _cast(argument: Argument, array: NDArray[Any]) -> NDArray[Any]:
     """Numbers from nested lists in the declared dtype, refused where a value would change its meaning."""
-    wanted, found = np.dtype(argument.dtype), array.dtype.kind
+    wanted, found = _NATIVE[argument.dtype], array.dtype.kind
     allowed = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[wanted.kind]
     if array.size and found not in allowed:
         raise InvalidArguments(
             f"argument {argument.name!r} must be {argument}; its values are {array.dtype.name}", argument.name
         )
     if array.size and wanted.kind in "iu":
-        limits = np.iinfo(wanted)
-        if array.min() < limits.min or array.max() > limits.max:
+        least, most = _RANGES[argument.dtype]
+        if array.min() < least or array.max() > most:
             raise InvalidArguments(f"argument {argument.name!r} holds values that do not fit {wanted}", argument.name)
     with np.errstate(over="ignore"):
         return array.astype(wanted)
 
 
 def _scalar(argument: Argument, value: Any) -> bool | int | float:
-    name, wanted = argument.name, np.dtype(argument.dtype)
-    if isinstance(value, tensor.TensorMap):
-        value = tensor.from_wire(value, name)
-    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
-        value = value.item()
-    if wanted.kind == "b" and isinstance(value, bool):
-        return value
-    if wanted.kind in "iu" and type(value) is int:
-        limits = np.iinfo(wanted)
-        if limits.min <= value <= limits.max:
+    name, kind = argument.name, _KINDS[argument.dtype]
+    if type(value) not in _NUMBERS:
+        value = _item(value, name)
+    if kind == "f":
+        if type(value) is float:
             return value
-        raise InvalidArguments(f"argument {name!r} must fit {wanted}, not {value}", name)
-    if wanted.kind == "f" and type(value) in (int, float):
-        try:
-            return float(value)
-        except OverflowError:
-            raise InvalidArguments(f"argument {name!r} must fit {wanted}, not {value}", name) from None
+        if type(value) is int:
+            try:
+                return float(value)
+            except OverflowError:
+                raise InvalidArguments(f"argument {name!r} must fit {argument.dtype}, not {value}", name) from None
+    elif kind == "b":
+        if type(value) is bool:
+            return value
+    elif type(value) is int:
+        least, most = _RANGES[argument.dtype]
+        if least <= value <= most:
+            return value
+        raise InvalidArguments(f"argument {name!r} must fit {argument.dtype}, not {value}", name)
     raise InvalidArguments(f"argument {name!r} must be {argument}, not {value!r:.80}", name)
+
+
+def _item(value: Any, field: str) -> Any:
+    """The number in an array or a tensor map of no dims; anything else as it is."""
+    if isinstance(value, tensor.TensorMap):
+        value = tensor.from_wire(value, field)
+    return value.item() if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0 else value

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lepton_ai.errors import InvalidArguments
 
-__all__ = ["DTYPES", "TensorMap", "from_wire", "shape_of", "to_wire"]
+__all__ = ["DTYPES", "SENDABLE", "TensorMap", "from_wire", "shape_of", "to_wire"]
 
 #: The dtypes that a signature may name, and their little-endian wire form.
 DTYPES = {
@@ -34,7 +34,11 @@ DTYPES = {
         "float64",
     )
 }
+#: NumPy's numbers of these dtypes: an array's `dtype.num` is among them where it can be sent.
+SENDABLE = frozenset(np.dtype(code).num for code in np.typecodes["All"] if np.dtype(code).name in DTYPES)
 _BY_WIRE = {dtype.str: dtype for dtype in DTYPES.values()} | DTYPES
+#: The wire's name of a dtype that crosses it as it is.
+_WIRE_NAMES = {dtype: dtype.str for dtype in DTYPES.values()}
 _MAX_DIMS = 32
 #: The largest size of a dimension, as of any array.
 MOST = 2**63 - 1
@@ -51,12 +55,13 @@ class TensorMap(msgspec.Struct, forbid_unknown_fields=True):
 def to_wire(array: NDArray[Any]) -> TensorMap:
     """The tensor map of an array: a view of its memory, a copy only where it is not C-contiguous and little-endian."""
     array = np.asarray(array)
-    wire_dtype = DTYPES.get(array.dtype.name)
-    if wire_dtype is None:
-        raise InvalidArguments(f"dtype {array.dtype} cannot be sent; use one of {', '.join(DTYPES)}")
-    data = np.ascontiguousarray(array, dtype=wire_dtype)
-    raw = data.reshape(-1).view(np.uint8).data if data.size else memoryview(b"")
-    return TensorMap(wire_dtype.str, list(array.shape), raw)
+    name = _WIRE_NAMES.get(array.dtype)
+    if name is None or not array.flags.c_contiguous:
+        wire_dtype = DTYPES.get(array.dtype.name)
+        if wire_dtype is None:
+            raise InvalidArguments(f"dtype {array.dtype} cannot be sent; use one of {', '.join(DTYPES)}")
+        name, array = wire_dtype.str, np.asarray(array, dtype=wire_dtype, order="C")
+    return TensorMap(name, list(array.shape), array.data if array.size else memoryview(b""))
 
 
 def from_wire(value: TensorMap, field: str | None = None) -> NDArray[Any]:
@@ -74,7 +79,7 @@ def from_wire(value: TensorMap, field: str | None = None) -> NDArray[Any]:
             f"shape {value.shape} of {dtype.name} takes {expected} bytes, data has {value.data.nbytes}", field
         )
     try:
-        array = np.frombuffer(value.data, dtype).reshape(value.shape)
+        array: NDArray[Any] = np.ndarray(value.shape, dtype, value.data)
     except (ValueError, OverflowError) as error:  # a size of 0 can hide others beyond any memory
         raise InvalidArguments(f"shape {value.shape} is too large: {error}", field) from None
     array.flags.writeable = False
@@ -98,5 +103,5 @@ def shape_of(value: Any, field: str | None = None) -> tuple[int, ...]:
 
 
 def _check_shape(shape: list[int], field: str | None) -> None:
-    if len(shape) > _MAX_DIMS or any(not 0 <= size <= MOST for size in shape):
+    if len(shape) > _MAX_DIMS or (shape and not (min(shape) >= 0 and max(shape) <= MOST)):
         raise InvalidArguments(f"shape must be at most {_MAX_DIMS} sizes, each 0 to 2**63 - 1", field)

@@ -6,7 +6,6 @@ Protocol", version 2; kombu's virtual transport.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import json
 import os
@@ -35,6 +34,7 @@ __all__ = [
     "Body",
     "Envelope",
     "Headers",
+    "Template",
     "Value",
     "batches",
     "deadline_at",
@@ -62,6 +62,9 @@ _MOST_PARTS: Final = 500
 #: Characters of a job's id and of a kernel's name: both become names of keys.
 _LONGEST_NAME: Final = 255
 _GZIP: Final = "application/x-gzip"
+#: Stands in a template where each message has its own; random, so that it stands nowhere else.
+_SLOT: Final = uuid.uuid4().hex
+_NUMBERS: Final = frozenset({bool, int, float})
 _NO_CALLBACKS: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 #: An argument or output on the wire: a number, a tensor map, or nested lists of numbers up to six deep.
@@ -188,13 +191,90 @@ def batches(parts: Iterable[P], most_bytes: int, bytes_of: Callable[[P], int] = 
     batch: list[P] = []
     size = 0
     for part in parts:
-        if batch and (size + bytes_of(part) > most_bytes or len(batch) >= _MOST_PARTS):
+        own = bytes_of(part)
+        if batch and (size + own > most_bytes or len(batch) >= _MOST_PARTS):
             yield batch
             batch, size = [], 0
         batch.append(part)
-        size += bytes_of(part)
+        size += own
     if batch:
         yield batch
+
+
+class Template:
+    """Messages that are the same in all but their job's id, its arguments and its times."""
+
+    __slots__ = ("_before_body", "_behind_body", "_shapes")
+
+    def __init__(self, kernel: str, options: Options, lane: str = LANE) -> None:
+        slot: Any = _SLOT
+        self._shapes = None if options.shapes is None else _JSON.encode(options.shapes)
+        message = _JSON.encode(
+            {
+                "body": slot,
+                "content-encoding": "binary",
+                "content-type": MSGPACK,
+                "headers": {
+                    "lang": "py",
+                    "task": kernel,
+                    "id": slot,
+                    "shadow": None,
+                    "eta": slot,
+                    "expires": slot,
+                    "group": None,
+                    "group_index": None,
+                    "retries": 0,
+                    "timelimit": (None, None),
+                    "root_id": slot,
+                    "parent_id": None,
+                    "argsrepr": "()",
+                    "kwargsrepr": slot,
+                    "origin": _ORIGIN,
+                    # null and not false: an explicit value would override the task's own setting (Celery >= 5.6.3).
+                    "ignore_result": None,
+                    "replaced_task_nesting": 0,
+                    "stamped_headers": None,
+                    "stamps": {},
+                    "lepton": msgspec.structs.replace(options, shapes=slot),
+                },
+                "properties": {
+                    "correlation_id": slot,
+                    "reply_to": "",
+                    "delivery_mode": 2,
+                    "delivery_info": {"exchange": "", "routing_key": lane},
+                    "priority": 0,
+                    "body_encoding": "base64",
+                    # kombu wants it to be the message's own, and so is the id: one that is sent again gets another.
+                    "delivery_tag": slot,
+                },
+            }
+        )
+        before, *behind = message.replace(b"%", b"%%").split(_JSON.encode(slot))
+        self._before_body = before + b'"'
+        self._behind_body = b'"' + b"%b".join(behind)
+
+    def envelope(
+        self, job_id: str, arguments: Mapping[str, Any], *, eta: str | None = None, expires: str | None = None
+    ) -> bytes:
+        """The message of a job, ready for LPUSH. Shapes are filled into the options where they are missing.
+
+        `eta` and `expires` are ISO 8601: not before, and not after.
+        """
+        values = {name: value if type(value) in _NUMBERS else to_value(value) for name, value in arguments.items()}
+        shapes = shapes_of(values)
+        body = binascii.b2a_base64(pack(((), values, _NO_CALLBACKS)), newline=False)
+        its_id = _JSON.encode(job_id)
+        behind = self._behind_body % (
+            its_id,
+            b"null" if eta is None else _JSON.encode(eta),
+            b"null" if expires is None else _JSON.encode(expires),
+            its_id,
+            _JSON.encode(describe(shapes)),
+            self._shapes or _JSON.encode(shapes),
+            its_id,
+            its_id,
+        )
+        return b"".join((self._before_body, body, behind))
 
 
 def envelope(
@@ -207,53 +287,8 @@ def envelope(
     eta: str | None = None,
     expires: str | None = None,
 ) -> bytes:
-    """The message of a job, ready for LPUSH. Shapes are filled into the options where they are missing.
-
-    `eta` and `expires` are ISO 8601: not before, and not after.
-    """
-    wire = {name: to_value(value) for name, value in arguments.items()}
-    if options.shapes is None:
-        options = msgspec.structs.replace(options, shapes=shapes_of(wire))
-    body = pack(((), wire, _NO_CALLBACKS))
-    return _JSON.encode(
-        {
-            "body": base64.b64encode(body).decode(),
-            "content-encoding": "binary",
-            "content-type": MSGPACK,
-            "headers": {
-                "lang": "py",
-                "task": kernel,
-                "id": job_id,
-                "shadow": None,
-                "eta": eta,
-                "expires": expires,
-                "group": None,
-                "group_index": None,
-                "retries": 0,
-                "timelimit": (None, None),
-                "root_id": job_id,
-                "parent_id": None,
-                "argsrepr": "()",
-                "kwargsrepr": describe(wire),
-                "origin": _ORIGIN,
-                # null and not false: an explicit value would override the task's own setting (Celery >= 5.6.3).
-                "ignore_result": None,
-                "replaced_task_nesting": 0,
-                "stamped_headers": None,
-                "stamps": {},
-                "lepton": options,
-            },
-            "properties": {
-                "correlation_id": job_id,
-                "reply_to": "",
-                "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": lane},
-                "priority": 0,
-                "body_encoding": "base64",
-                "delivery_tag": str(uuid.uuid4()),
-            },
-        }
-    )
+    """The message of one job: see Template."""
+    return Template(kernel, options, lane).envelope(job_id, arguments, eta=eta, expires=expires)
 
 
 def read_envelope(raw: bytes) -> Envelope:
@@ -262,7 +297,10 @@ def read_envelope(raw: bytes) -> Envelope:
         envelope: Envelope = typed(_ENVELOPE, raw)
     except InvalidArguments as error:
         raise Malformed(f"not a Celery protocol 2 message: {error.message}") from None
-    for what, name in (("id", envelope.headers.id), ("task", envelope.headers.task)):
+    headers = envelope.headers
+    if 0 < len(headers.id) <= _LONGEST_NAME and 0 < len(headers.task) <= _LONGEST_NAME:
+        return envelope
+    for what, name in (("id", headers.id), ("task", headers.task)):
         if not 0 < len(name) <= _LONGEST_NAME:
             raise Malformed(
                 f"not a Celery protocol 2 message: {what} has {len(name)} characters, not 1 to {_LONGEST_NAME}"
@@ -291,11 +329,10 @@ def read_names(raw: bytes) -> Headers | None:
 
 def read_options(headers: Headers) -> Options:
     """The options of a job; OptionNotSupported names one that is unknown or out of range."""
-    raw = bytes(headers.lepton)
-    if not raw:
+    if not headers.lepton:
         return Options()
     try:
-        options: Options | None = _OPTIONS.decode(raw)
+        options: Options | None = _OPTIONS.decode(headers.lepton)
     except msgspec.ValidationError as error:
         raise OptionNotSupported(f"header lepton: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # the envelope's decoder skipped it
@@ -324,10 +361,23 @@ def _seconds(value: str | float, field: str) -> float:
 def read_body(envelope: Envelope, *, limit_bytes: int) -> Body:
     """The body of a message.
 
-    Raises TooLarge where it unpacks to more than `limit_bytes`, InvalidArguments where values that are no arguments
-    stand in it, Malformed where it is not what its headers say.
+    Raises TooLarge where it unpacks to more than `limit_bytes`, InvalidArguments naming a value that is no argument,
+    Malformed where it is not what its headers say.
     """
-    return _open_body(envelope, limit_bytes, _BODY)  # type: ignore[no-any-return]
+    try:
+        return _open_body(envelope, limit_bytes, _BODY)  # type: ignore[no-any-return]
+    except InvalidArguments as error:
+        raise _named(error, _open_body(envelope, limit_bytes, _ANY_BODY).kwargs) from None
+
+
+def _named(error: InvalidArguments, arguments: Any) -> InvalidArguments:
+    """The error of arguments that cannot be read, with the name of the first that is at fault."""
+    for name, value in arguments.items() if isinstance(arguments, dict) else ():
+        try:
+            msgspec.convert(value, Value)
+        except msgspec.ValidationError as why:
+            return InvalidArguments(f"argument {name!r} is not a valid value: {why}", str(name))
+    return error
 
 
 def read_embed(envelope: Envelope, *, limit_bytes: int) -> Any:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 
 import msgspec
 
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.errors import InvalidKernel
+from lepton_ai.formula import Formula
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.signature import Signature
 
-__all__ = ["Cluster", "ServedDevice"]
+__all__ = ["Cluster", "Offer", "ServedDevice"]
 
 #: Work of a device whose queue is empty is forgotten so long after it was dispatched: its event has been missed.
 _FORGET_S = 30.0
@@ -39,10 +41,27 @@ class ServedDevice(msgspec.Struct, frozen=True):
         return wanted is None or wanted in (self.name, self.kind)
 
 
+class Offer(msgspec.Struct, frozen=True):
+    """A kernel that live workers announce."""
+
+    spec: KernelSpec
+    signature: Signature
+    sized_by: tuple[str, ...]
+    """The inputs by whose shapes (of arrays) and values (of scalars) the size of its jobs is known."""
+
+
 class _Outstanding(msgspec.Struct, frozen=True):
     device: str
     seconds: float
     since: float
+
+
+class _Load(msgspec.Struct):
+    """What a device has still to do: our jobs and their predicted seconds, and how many jobs others put there."""
+
+    seconds: float = 0.0
+    jobs: int = 0
+    foreign: int = 0
 
 
 class Cluster:
@@ -51,12 +70,10 @@ class Cluster:
     def __init__(self) -> None:
         self.devices: tuple[ServedDevice, ...] = ()
         self._workers: dict[str, Announcement] = {}
-        self._specs: dict[str, tuple[KernelSpec, Signature]] = {}
+        self._offers: dict[str, Offer] = {}
         self._outstanding: dict[str, _Outstanding] = {}
-        self._seconds: dict[str, float] = {}
-        self._jobs: dict[str, int] = {}
-        self._foreign: dict[str, int] = {}
-        """Jobs in each device's queue that others put there: other routers, or we in an earlier life."""
+        self._loads: defaultdict[str, _Load] = defaultdict(_Load)
+        """Foreign jobs are other routers', or ours in an earlier life."""
 
     def refresh(self, announcements: Iterable[Announcement]) -> bool:
         """Takes over who is alive now; True where that changed what can run."""
@@ -64,11 +81,11 @@ class Cluster:
         if workers.keys() == self._workers.keys():
             return False
         self._workers = workers
-        self._specs = {}
+        self._offers = {}
         for spec in itertools.chain.from_iterable(each.kernels for each in workers.values()):
-            if spec.name not in self._specs:
+            if spec.name not in self._offers:
                 try:
-                    self._specs[spec.name] = spec, spec.signature()
+                    self._offers[spec.name] = _offer(spec)
                 except InvalidKernel:
                     continue  # a worker of another release: its kernel cannot be priced here, so it is not offered
         by_device = sorted(workers.values(), key=lambda each: each.device)
@@ -80,39 +97,45 @@ class Cluster:
     @property
     def kernels(self) -> Collection[str]:
         """The kernels that a live worker announces."""
-        return self._specs.keys()
+        return self._offers.keys()
 
-    def spec(self, kernel: str) -> tuple[KernelSpec, Signature] | None:
+    def offer(self, kernel: str) -> Offer | None:
         """What is known of a kernel, or None where no live worker announces it."""
-        return self._specs.get(kernel)
+        return self._offers.get(kernel)
 
     def device(self, name: str) -> ServedDevice | None:
         return next((device for device in self.devices if device.name == name), None)
 
     def dispatched(self, job: str, device: str, seconds: float) -> None:
         """A job was given to a device, and was predicted to take so long there."""
-        self.finished(job)
+        if job in self._outstanding:
+            self.finished(job)
         self._outstanding[job] = _Outstanding(device, seconds, time.monotonic())
-        self._seconds[device] = self._seconds.get(device, 0.0) + seconds
-        self._jobs[device] = self._jobs.get(device, 0) + 1
+        load = self._loads[device]
+        load.seconds += seconds
+        load.jobs += 1
 
     def finished(self, job: str, device: str | None = None) -> None:
         """A job has ended, on a device; unknown ones are other routers'."""
-        if (known := self._outstanding.pop(job, None)) is not None:
-            self._jobs[known.device] -= 1
+        known = self._outstanding.pop(job, None)
+        if known is not None:
+            load = self._loads[known.device]
+            load.jobs -= 1
             # Exactly nought when nothing is left, so that rounding never adds up.
-            left = self._seconds[known.device] - known.seconds
-            self._seconds[known.device] = left if self._jobs[known.device] else 0.0
-        elif device is not None and self._foreign.get(device, 0) > 0:
-            self._foreign[device] -= 1
+            load.seconds = load.seconds - known.seconds if load.jobs else 0.0
+        elif device is not None and (load := self._loads[device]).foreign > 0:
+            load.foreign -= 1
 
     def outstanding_s(self, device: str) -> float:
         """Predicted seconds of work that a device has still to do, for one slot; others' jobs count as our mean one."""
-        seconds, jobs = self._seconds.get(device, 0.0), self._jobs.get(device, 0)
-        return seconds + self._foreign.get(device, 0) * (seconds / jobs if jobs else _FOREIGN_S)
+        load = self._loads[device]
+        if not load.foreign:
+            return load.seconds
+        return load.seconds + load.foreign * (load.seconds / load.jobs if load.jobs else _FOREIGN_S)
 
     def outstanding_jobs(self, device: str) -> int:
-        return self._jobs.get(device, 0) + self._foreign.get(device, 0)
+        load = self._loads[device]
+        return load.jobs + load.foreign
 
     def reconcile(self, device: str, depth: int) -> None:
         """Corrects the picture by the length of a device's queue.
@@ -120,7 +143,8 @@ class Cluster:
         What is more than we put there is others'; and where it is empty, our own old work is forgotten: the event that
         ended it was missed.
         """
-        self._foreign[device] = max(0, depth - self._jobs.get(device, 0))
+        load = self._loads[device]
+        load.foreign = max(0, depth - load.jobs)
         if depth == 0:
             before = time.monotonic() - _FORGET_S
             for job in [j for j, o in self._outstanding.items() if o.device == device and o.since < before]:
@@ -129,6 +153,13 @@ class Cluster:
     def _served(self, name: str, workers: list[Announcement]) -> ServedDevice:
         # What every worker can run: any of them may take the job, and one without the kernel would fail it.
         each_runs = [{spec.name for spec in each.kernels} for each in workers]
-        kernels = frozenset(self._specs).intersection(*each_runs)
+        kernels = frozenset(self._offers).intersection(*each_runs)
         slots = sum(each.slots for each in workers)
         return ServedDevice(name, workers[0].kind, slots, workers[0].peaks, kernels)
+
+
+def _offer(spec: KernelSpec) -> Offer:
+    signature = spec.signature()
+    used = frozenset().union(*(Formula(text).names for text in (spec.flops, spec.bytes, *spec.limits.values())))
+    arrays = (name for name, argument in signature.inputs.items() if argument.dims is not None)
+    return Offer(spec, signature, (*arrays, *sorted(used & signature.inputs.keys())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import structlog
@@ -89,6 +89,8 @@ class Endings:
 
     def expire(self, jobs: Sequence[ClaimedJob]) -> None:
         """Ends jobs of the window whose deadline has passed, unless they have been cancelled a moment ago."""
+        if not jobs:
+            return
         waiting = set(self._window.jobs())
         self._give_up([job for job in jobs if job in waiting], intake.expired)
 
@@ -129,16 +131,22 @@ class Endings:
         self._broker.dispatch(step)
 
 
-def leave(step: Dispatch, leaving: Sequence[tuple[Claim, bytes]]) -> None:
+def leave(step: Dispatch, leaving: Iterable[tuple[Claim, bytes]]) -> None:
     """Notes in a step which claims these messages leave, and what stays in each."""
-    gone = {id(message) for _, message in leaving}
+    by_claim: dict[str, tuple[Claim, list[bytes]]] = {}
     for claim, message in leaving:
-        if claim.kind is Kind.NEW:  # from here on it is counted
-            step.counts["accepted"] = step.counts.get("accepted", 0) + 1
-        step.claims[claim.key] = len(claim.messages)
-        step.leaving.setdefault(claim.key, []).append(message)
-        if claim.key not in step.rests:
-            step.rests[claim.key] = [each for each in claim.messages if id(each) not in gone]
+        if (found := by_claim.get(claim.key)) is None:
+            found = by_claim[claim.key] = (claim, [])
+        found[1].append(message)
+    for key, (claim, messages) in by_claim.items():
+        if claim.kind is Kind.NEW:  # from here on they are counted
+            step.counts["accepted"] = step.counts.get("accepted", 0) + len(messages)
+        step.claims[key], step.leaving[key] = len(claim.messages), messages
+        if len(messages) == len(claim.messages):
+            step.rests[key] = []
+        else:
+            gone = set(map(id, messages))
+            step.rests[key] = [each for each in claim.messages if id(each) not in gone]
 
 
 def noted_in(job: str, now: float) -> int:

@@ -82,4 +82,6 @@ def _outcome(job_id: str, status: str, error: LeptonError, options: Options, ser
 
 def _celery_priority(step: int | None) -> int | None:
     """Our priority for kombu's, None for unset: its 9 is the lowest, and its 0 is also what it writes for unset."""
-    return next((ours for least, ours in ((9, 1), (6, 2), (3, 3)) if step is not None and step >= least), None)
+    if not step:
+        return None
+    return next((ours for least, ours in ((9, 1), (6, 2), (3, 3)) if step >= least), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import structlog
@@ -79,14 +79,16 @@ class Narrator:
             events.append(_sent(job.id, job.sent_at, headers, topology.LANE))
         self._audience.heard_by(self._connection.call(*self._message.tasks(events)), now)
 
-    def placed(self, jobs: Iterable[tuple[ClaimedJob, str]]) -> Command | None:
-        """The message that shows on which device's queue each job waits now."""
+    def placed(self, jobs: Mapping[str, Sequence[ClaimedJob]]) -> Command | None:
+        """The message that shows on which device's queue jobs wait now; `jobs` by device."""
         events = []
-        for job, device in jobs:
-            self._placed += 1
-            if job.sent_at:
-                queue = topology.device_queue(device)
-                events.append(task_event("sent", job.id, job.sent_at, name=job.kernel, queue=queue, routing_key=queue))
+        for device, here in jobs.items():
+            self._placed += len(here)
+            queue = topology.device_queue(device)
+            for job in here:
+                if job.sent_at:
+                    where = {"name": job.kernel, "queue": queue, "routing_key": queue}
+                    events.append(task_event("sent", job.id, job.sent_at, **where))
         return self._message.tasks(events) if events else None
 
     def ended(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import msgspec
@@ -11,13 +11,13 @@ import numpy as np
 
 from lepton_ai import wire
 from lepton_ai.job import Candidate, Estimate
-from lepton_ai.kernel import KernelSpec, Work
+from lepton_ai.kernel import Work
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.problem import Problem
 from lepton_ai.signature import Signature, shapes_of
 from lepton_ai.succession import inherit
 from lepton_ai.tensor import DTYPES
-from pipeline.cluster import Cluster, ServedDevice
+from pipeline.cluster import Cluster, Offer, ServedDevice
 from pipeline.window import ClaimedJob
 
 __all__ = ["Pricing", "price"]
@@ -28,22 +28,49 @@ _UNKNOWN_WORK = Work(0.0, 0.0)
 
 
 class Pricing(msgspec.Struct, frozen=True):
-    """The Problem of some jobs, and the candidates behind its numbers: `candidates[job][device]`, without waits."""
+    """The Problem of some jobs, and the candidates behind its numbers, once for all jobs that cost the same."""
 
     problem: Problem
+    kinds: list[int]
+    """[job]: which of the candidates are its own."""
     candidates: list[tuple[Candidate, ...]]
+    """[kind][device], without waits."""
 
 
 def price(jobs: Sequence[ClaimedJob], cluster: Cluster, model: CostModel) -> Pricing:
     """What each job would cost on each device of the cluster."""
     devices = cluster.devices
-    rows = [_candidates(job, devices, cluster.spec(job.kernel), model) for job in jobs]
-    seconds = np.array([[_seconds(candidate.estimate) for candidate in row] for row in rows], np.float64).reshape(
-        len(jobs), len(devices)
-    )
+    known: dict[Hashable, int] = {}
+    candidates: list[tuple[Candidate, ...]] = []
+    kinds: list[int] = []
+    for job in jobs:
+        offer = cluster.offer(job.kernel)
+        shapes, size = _shapes(job, offer)
+        key = (job.kernel, job.options.device, size)
+        if (kind := known.get(key)) is None:
+            kind = known[key] = len(candidates)
+            work, transfer_bytes = _work(shapes, offer) if offer is not None else (_UNKNOWN_WORK, 0.0)
+            candidates.append(_candidates(job, devices, work, transfer_bytes, model))
+        kinds.append(kind)
+    table = [[_seconds(candidate.estimate) for candidate in row] for row in candidates]
+    seconds = np.array(table, np.float64).reshape(len(table), len(devices))[kinds]
     slots = np.array([device.slots for device in devices], np.float64)
     ready = np.array([cluster.outstanding_s(device.name) / device.slots for device in devices], np.float64)
-    return Pricing(Problem(seconds, ready, slots), rows)
+    return Pricing(Problem(seconds, ready, slots), kinds, candidates)
+
+
+def _shapes(job: ClaimedJob, offer: Offer | None) -> tuple[dict[str, Any] | None, Hashable]:
+    """The declared shapes of a job, and of them what its cost depends on; None for both where they cannot be told."""
+    if offer is None:
+        return None, None
+    try:
+        shapes = job.options.shapes or _shapes_in_body(job.message, offer.signature)
+        found = map(shapes.get, offer.sized_by)
+        size = tuple([tuple(each) if type(each) is list else each for each in found])
+        hash(size)
+    except Exception:  # noqa: BLE001 - whatever stands there, it must not stop the router
+        return None, None
+    return shapes, size
 
 
 def _seconds(estimate: Estimate | None) -> float:
@@ -51,14 +78,8 @@ def _seconds(estimate: Estimate | None) -> float:
 
 
 def _candidates(
-    job: ClaimedJob,
-    devices: tuple[ServedDevice, ...],
-    known: tuple[KernelSpec, Signature] | None,
-    model: CostModel,
+    job: ClaimedJob, devices: tuple[ServedDevice, ...], work: Work, transfer_bytes: float, model: CostModel
 ) -> tuple[Candidate, ...]:
-    work, transfer_bytes = _UNKNOWN_WORK, 0.0
-    if known is not None:
-        work, transfer_bytes = _work(job, *known)
     found = []
     for device in devices:
         if job.kernel not in device.kernels:
@@ -71,16 +92,17 @@ def _candidates(
     return tuple(found)
 
 
-def _work(job: ClaimedJob, spec: KernelSpec, signature: Signature) -> tuple[Work, float]:
+def _work(shapes: dict[str, Any] | None, offer: Offer) -> tuple[Work, float]:
     """The Work of a job and the bytes of its arrays. What cannot be told here is the worker's to refuse."""
+    if shapes is None:
+        return _UNKNOWN_WORK, 0.0
     try:
-        shapes = job.options.shapes or _shapes_in_body(job.message, signature)
-        dims = signature.dims(shapes)
+        dims = offer.signature.dims(shapes)
         size = 0.0
-        for name, argument in signature.inputs.items():
+        for name, argument in offer.signature.inputs.items():
             if argument.dims is not None:
                 size += math.prod(shapes[name]) * DTYPES[argument.dtype].itemsize
-        return spec.work(dims), size
+        return offer.spec.work(dims), size
     # Declared sizes may be beyond any number; whatever they are, they must not stop the router.
     except Exception:  # noqa: BLE001
         return _UNKNOWN_WORK, 0.0

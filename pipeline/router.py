@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from functools import cache
+from itertools import chain
 
 import msgspec
 import structlog
@@ -30,6 +30,7 @@ from pipeline.cluster import Cluster, ServedDevice
 from pipeline.endings import Endings, leave, noted_in
 from pipeline.intake import Dead, Incoming, Refused
 from pipeline.node import Narrator, RemoteControl
+from pipeline.notes import Note, packed
 from pipeline.pricing import price
 from pipeline.sequels import Sequels
 from pipeline.telemetry import learn
@@ -51,7 +52,6 @@ _CLAIM_S = 0.05
 _FULL_S = 0.1
 #: Jobs that are asked to be cancelled are looked for among the scheduled ones so many at a time.
 _ASKED_AT_ONCE = 1024
-_MESSAGE = msgspec.msgpack.Encoder()
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 log = structlog.get_logger()
@@ -99,6 +99,16 @@ class Router:
                 connection.call("DEL", topology.lease(self._left[-1]))
                 moved = recovery.give_back(connection, self._left[-1])
                 log.info("claims_given_back", router=self._left.pop(), messages=moved)
+
+
+class _Placed(msgspec.Struct):
+    """What one step gives to one device."""
+
+    messages: dict[str, list[bytes]]
+    """By kernel, but for suspects."""
+    jobs: list[ClaimedJob]
+    seconds: list[float]
+    """[job]: predicted transfer and run time."""
 
 
 class _Session:
@@ -276,91 +286,99 @@ class _Session:
                 break
         self._more |= self._full and self._window.room > 0
 
-    def _worth_placing(self) -> Callable[[ClaimedJob], bool]:
-        """Says of a job whether a device that can run it has room, or none can run it at all (and it is parked).
+    def _worth_placing(self) -> Callable[[str, str | None], bool]:
+        """Says of a kernel and a pin whether a device that can run both has room, or none can (and they are parked).
 
         The others stay out of the step, so that many jobs for a full device do not keep an idle one from theirs.
         """
         devices = self._cluster.devices
         free = [device for device in devices if self._has_room(device)]
 
-        @cache
         def may_go(kernel: str, pin: str | None) -> bool:
             able = any(device.can_run(kernel, pin) for device in devices)
             return not able or any(device.can_run(kernel, pin) for device in free)
 
-        return lambda job: may_go(job.kernel, job.options.device)
+        return may_go
 
     def _dispatch(self, jobs: Sequence[ClaimedJob]) -> list[ClaimedJob]:
         pricing = price(jobs, self._cluster, self._model)
         plan = self._policy.place(pricing.problem)
+        devices, now = self._cluster.devices, self._broker.now()
         step = Dispatch({}, {})
         left: list[ClaimedJob] = []
-        devices: dict[str, str] = {}
-        seconds: dict[str, float] = {}
-        now = self._broker.now()
+        placed = [_Placed({}, [], []) for _ in devices]
+        notes: dict[tuple[str, int, int, bool], Note] = {}
         ready = pricing.problem.ready.tolist()
-        for at, job in enumerate(jobs):
-            chosen = int(plan.device[at])
-            candidates = _waited(pricing.candidates[at], ready)
+        waits = [packed(each) for each in ready]
+        seconds, wait = pricing.problem.seconds.tolist(), plan.wait.tolist()
+        for at, (job, kind, chosen) in enumerate(zip(jobs, pricing.kinds, plan.device.tolist(), strict=True)):
+            if chosen != UNPLACED and not self._has_room(devices[chosen]):
+                ready[chosen] += seconds[at][chosen] / devices[chosen].slots
+                waits[chosen] = packed(ready[chosen])
+                continue
+            alike = (job.kernel, kind, chosen, job.sent_at > 0)
+            if (note := notes.get(alike)) is None:
+                note = notes[alike] = Note(self._placement(job, pricing.candidates[kind], chosen, now))
+            noted = note.of(job.id, packed(wait[at]), waits)
+            step.placements.setdefault(noted_in(job.id, now), {})[job.id] = noted
+            left.append(job)
             if chosen == UNPLACED:
-                placement = self._park(job, candidates, now)
                 self._cluster.finished(job.id)  # it may have come back from a device that died
                 (step.parked_alone if job.alone else step.parked).setdefault(job.kernel, []).append(job.message)
                 if job.deadline_at is not None:
                     step.deadlines[job.kernel] = min(job.deadline_at, step.deadlines.get(job.kernel, job.deadline_at))
+                continue
+            device, need_s, here = devices[chosen], seconds[at][chosen], placed[chosen]
+            ready[chosen] += need_s / device.slots
+            waits[chosen] = packed(ready[chosen])
+            if job.alone:
+                step.alone.setdefault(device.name, []).append(job.message)
             else:
-                device = self._cluster.devices[chosen]
-                ready[chosen] += float(pricing.problem.seconds[at, chosen]) / device.slots
-                if not self._has_room(device):
-                    continue
-                placement = self._placement(job, candidates, chosen, float(plan.wait[at]), now)
-                (step.alone if job.alone else step.queued).setdefault(device.name, []).append(job.message)
-                devices[job.id] = device.name
-                seconds[job.id] = float(pricing.problem.seconds[at, chosen])
-                self._cluster.dispatched(job.id, device.name, seconds[job.id])
-            step.placements.setdefault(noted_in(job.id, now), {})[job.id] = _MESSAGE.encode(placement)
-            left.append(job)
+                here.messages.setdefault(job.kernel, []).append(job.message)
+            here.jobs.append(job)
+            here.seconds.append(need_s)
+            self._cluster.dispatched(job.id, device.name, need_s)
         if left:
-            self._send(step, left, devices, seconds)
+            going = {device.name: here for device, here in zip(devices, placed, strict=True) if here.jobs}
+            self._send(step, left, going)
         return left
 
-    def _send(
-        self, step: Dispatch, left: Sequence[ClaimedJob], devices: Mapping[str, str], seconds: Mapping[str, float]
-    ) -> None:
-        leave(step, [(job.claim, job.message) for job in left])
-        placed = [job for job in left if job.id in devices]
-        parked = [job for job in left if job.id not in devices]
-        step.queued = {device: _by_kernel(messages, placed) for device, messages in step.queued.items()}
-        step.counts |= {"placed": len(placed), "parked": len(parked)}
+    def _send(self, step: Dispatch, left: Sequence[ClaimedJob], placed: Mapping[str, _Placed]) -> None:
+        leave(step, ((job.claim, job.message) for job in left))
         events = []
-        for device in step.queued.keys() | step.alone.keys():
-            here = [job.id for job in placed if devices[job.id] == device]
-            data = {"seconds": [seconds[job] for job in here]}
-            events.append(Event("job.placed", self._incarnation, device=device, jobs=tuple(here), data=data))
-        if parked:
+        for device, here in placed.items():
+            if here.messages:  # those of one kernel side by side, so that a worker can batch them
+                step.queued[device] = list(chain.from_iterable(here.messages.values()))
+            jobs = tuple([job.id for job in here.jobs])
+            events.append(
+                Event("job.placed", self._incarnation, device=device, jobs=jobs, data={"seconds": here.seconds})
+            )
+        count = sum(len(here.jobs) for here in placed.values())
+        step.counts |= {"placed": count, "parked": len(left) - count}
+        if count < len(left):
+            going = {id(job) for here in placed.values() for job in here.jobs}
+            parked = [job for job in left if id(job) not in going]
             events.append(Event("job.parked", self._incarnation, jobs=tuple(job.id for job in parked)))
             log.warning("jobs_parked", jobs=len(parked), kernels=sorted({job.kernel for job in parked}))
         step.event = event.encode(*events)
-        step.told = self._narrator.placed((job, devices[job.id]) for job in placed)
+        step.told = self._narrator.placed({device: here.jobs for device, here in placed.items()})
         self._broker.dispatch(step)
 
     def _has_room(self, device: ServedDevice) -> bool:
         """A device may have `credit_s` of predicted work a slot, but always two batches."""
-        waiting_s = self._cluster.outstanding_s(device.name)
         jobs = self._cluster.outstanding_jobs(device.name)
         if jobs < 2 * device.slots:
             return True
         return (
-            waiting_s < self._settings.credit_s * device.slots and jobs < 2 * self._settings.batch_jobs * device.slots
+            jobs < 2 * self._settings.batch_jobs * device.slots
+            and self._cluster.outstanding_s(device.name) < self._settings.credit_s * device.slots
         )
 
-    def _placement(
-        self, job: ClaimedJob, candidates: tuple[Candidate, ...], chosen: int, wait_s: float, now: float
-    ) -> Placement:
+    def _placement(self, job: ClaimedJob, candidates: tuple[Candidate, ...], chosen: int, now: float) -> Placement:
+        """Where a job goes and why, as if it had not to wait there."""
+        if chosen == UNPLACED:
+            return self._park(job, candidates, now)
         best = candidates[chosen]
-        assert best.estimate is not None
-        estimate = msgspec.structs.replace(best.estimate, wait_s=wait_s)
         able = sum(candidate.estimate is not None for candidate in candidates)
         reason = f"finishes first of {able} able devices" if able > 1 else "the only device that can run it"
         return Placement(
@@ -371,7 +389,7 @@ class _Session:
             now,
             self._incarnation,
             best.device,
-            estimate,
+            best.estimate,
             candidates,
             self._policy.name,
             job.sent_at > 0,
@@ -415,8 +433,7 @@ class _Session:
         if len(placements) < len(others):  # parked long ago, perhaps: its placement is looked for in vain
             kernels = self._broker.parked_kernels()
         for kernel in kernels:
-            self._broker.unpark(kernel)
-            self._more = True
+            self._more |= self._broker.unpark_jobs(kernel, asked) > 0
 
     def _tick(self) -> None:
         if not self._broker.renew():
@@ -442,7 +459,7 @@ class _Session:
             return
         log.info("fleet_changed", devices={device.name: device.slots for device in self._cluster.devices})
         for kernel in self._broker.parked_kernels():
-            if self._cluster.spec(kernel) is not None:
+            if self._cluster.offer(kernel) is not None:
                 log.info("jobs_unparked", kernel=kernel, jobs=self._broker.unpark(kernel))
                 self._more = True
 
@@ -451,22 +468,3 @@ def _placements(known: Iterable[bytes]) -> Iterator[Placement]:
     for raw in known:
         with suppress(msgspec.DecodeError):  # anybody with the broker's password may write there
             yield _PLACEMENT.decode(raw)
-
-
-def _waited(candidates: tuple[Candidate, ...], ready: Sequence[float]) -> tuple[Candidate, ...]:
-    """Each candidate's estimate with the wait that its device has, counting the jobs placed before in this step."""
-    return tuple(
-        candidate
-        if candidate.estimate is None
-        else Candidate(candidate.device, msgspec.structs.replace(candidate.estimate, wait_s=wait_s))
-        for candidate, wait_s in zip(candidates, ready, strict=True)
-    )
-
-
-def _by_kernel(messages: Sequence[bytes], jobs: Sequence[ClaimedJob]) -> list[bytes]:
-    """The messages with those of one kernel side by side, so that a worker can batch them."""
-    kernel_of = {id(job.message): job.kernel for job in jobs}
-    order: dict[str, int] = {}
-    for message in messages:
-        order.setdefault(kernel_of[id(message)], len(order))
-    return sorted(messages, key=lambda message: order[kernel_of[id(message)]])

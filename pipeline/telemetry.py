@@ -37,6 +37,10 @@ def learn(seen: Event, cluster: Cluster, model: CostModel) -> None:
     if seen.type in _ENDED:
         for job in seen.jobs:
             cluster.finished(job, seen.device)
+    _teach(seen, cluster, model)
+
+
+def _teach(seen: Event, cluster: Cluster, model: CostModel) -> None:
     if seen.observation is not None and (device := cluster.device(seen.observation.device)) is not None:
         model.learn(seen.observation, device.peaks)
 
@@ -94,7 +98,7 @@ class Telemetry:
             log.info(each.type.replace(".", "_"), device=each.device, worker=each.source)
             self._cluster.refresh(announcements(connection))
         self._seen[each.type] += max(1, len(each.jobs))
-        learn(each, self._cluster, self._model)
+        _teach(each, self._cluster, self._model)  # it dispatches nothing, so it has no jobs to see end
 
     def _report(self, connection: Connection) -> None:
         connection.call("SET", topology.MODEL, self._model.snapshot())

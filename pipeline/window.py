@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
@@ -17,9 +18,15 @@ __all__ = ["Claim", "ClaimedJob", "Window"]
 
 #: A claim is written again when a part of it leaves, so it is bounded in bytes as well as in messages.
 _CLAIM_BYTES = 8 * 1024 * 1024
-#: What a message is taken to be before one was seen, and the weight of the newest in the mean. A large one counts at
-#: once: the next claim must not take hundreds of its kind.
+#: What a message is taken to be before one was seen, and the weight of the newest in the mean.
 _FIRST_BYTES, _WEIGHT = 128 * 1024.0, 0.05
+#: One that is larger than the mean counts at once, while it is among so many: the next claim must not take hundreds of
+#: its kind.
+_LAST = 32
+
+
+#: What jobs share that are looked at in the order of their arrival: urgency, kernel, and the device they are pinned to.
+Line = tuple[int, str, str | None]
 
 
 class ClaimedJob(msgspec.Struct, eq=False):
@@ -31,6 +38,7 @@ class ClaimedJob(msgspec.Struct, eq=False):
     message: bytes
     claim: Claim
     order: int
+    line: Line
     deadline_at: float | None = None
     """After when it must not run any more, in seconds since the epoch."""
     sent_at: float = 0.0
@@ -69,11 +77,13 @@ class Window:
         self._limit_bytes = limit_bytes
         self._mean_bytes = _FIRST_BYTES
         self._claims: dict[tuple[Kind, int], Claim] = {}
-        self._jobs: dict[int, ClaimedJob] = {}
+        self._lines: dict[Line, dict[int, ClaimedJob]] = {}
+        """The jobs of each line by their order, the oldest first."""
         self._order = itertools.count()
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return self._count
 
     @property
     def room(self) -> int:
@@ -99,9 +109,13 @@ class Window:
     def hold(self, claim: Claim, messages: Sequence[bytes]) -> None:
         """These messages have been moved to a claim."""
         claim.messages.extend(messages)
-        for message in messages:
-            claim.size_bytes += len(message)
-            self._mean_bytes = max(float(len(message)), (1 - _WEIGHT) * self._mean_bytes + _WEIGHT * len(message))
+        sizes = list(map(len, messages))
+        claim.size_bytes += sum(sizes)
+        if not sizes:
+            return
+        kept = (1 - _WEIGHT) ** len(sizes)
+        mean_bytes = kept * self._mean_bytes + (1 - kept) * sum(sizes) / len(sizes)
+        self._mean_bytes = max(mean_bytes, *sizes[-_LAST:])
 
     def add(
         self,
@@ -114,27 +128,42 @@ class Window:
     ) -> ClaimedJob:
         """A message of a claim has been read and waits for its device."""
         order = next(self._order)
-        job = self._jobs[order] = ClaimedJob(job_id, kernel, options, message, claim, order, deadline_at)
+        line = (options.urgency, kernel, options.device)
+        job = ClaimedJob(job_id, kernel, options, message, claim, order, line, deadline_at)
+        self._lines.setdefault(line, {})[order] = job
+        self._count += 1
         return job
 
     def expired(self, now: float) -> list[ClaimedJob]:
         """The jobs whose deadline has passed."""
-        return [job for job in self._jobs.values() if job.deadline_at is not None and job.deadline_at <= now]
+        return [job for job in self.jobs() if job.deadline_at is not None and job.deadline_at <= now]
 
     def jobs(self) -> list[ClaimedJob]:
         """Every job that waits, in the order of their arrival. May be called from any thread."""
-        return list(self._jobs.values())
+        found = [job for line in list(self._lines.values()) for job in list(line.values())]
+        return sorted(found, key=_order)
 
-    def first(self, count: int, wanted: Callable[[ClaimedJob], bool] = lambda _: True) -> list[ClaimedJob]:
-        """The wanted jobs to look at next: most urgent first, then in the order of their arrival."""
-        found = filter(wanted, self._jobs.values())
-        return heapq.nsmallest(count, found, key=lambda job: (-job.options.urgency, job.order))
+    def first(self, count: int, wanted: Callable[[str, str | None], bool] = lambda *_: True) -> list[ClaimedJob]:
+        """The jobs to look at next: the most urgent first, then in the order of their arrival.
+
+        `wanted` says of a kernel and a pin (a device, a kind, or None) whether jobs with both are looked at.
+        """
+        by_urgency: dict[int, list[Iterable[ClaimedJob]]] = {}
+        for (urgency, kernel, pin), line in self._lines.items():
+            if wanted(kernel, pin):
+                by_urgency.setdefault(urgency, []).append(line.values())
+        lines = (lines for _, lines in sorted(by_urgency.items(), reverse=True))
+        return list(itertools.islice(itertools.chain.from_iterable(map(_merged, lines)), count))
 
     def left(self, jobs: Iterable[ClaimedJob]) -> None:
         """These jobs have been dispatched."""
         gone = list(jobs)
         for job in gone:
-            del self._jobs[job.order]
+            line = self._lines[job.line]
+            del line[job.order]
+            if not line:
+                del self._lines[job.line]
+        self._count -= len(gone)
         self.forget((job.claim, job.message) for job in gone)
 
     def forget(self, messages: Iterable[tuple[Claim, bytes]]) -> None:
@@ -144,7 +173,17 @@ class Window:
             by_claim.setdefault((claim.kind, claim.number), set()).add(id(message))
         for name, gone in by_claim.items():
             claim = self._claims[name]
-            claim.messages = [message for message in claim.messages if id(message) not in gone]
-            claim.size_bytes = sum(map(len, claim.messages))
-            if not claim.messages:
+            if len(gone) == len(claim.messages):
+                claim.messages, claim.size_bytes = [], 0
                 del self._claims[name]
+            else:
+                claim.messages = [message for message in claim.messages if id(message) not in gone]
+                claim.size_bytes = sum(map(len, claim.messages))
+
+
+_order = operator.attrgetter("order")
+
+
+def _merged(lines: list[Iterable[ClaimedJob]]) -> Iterable[ClaimedJob]:
+    """The jobs of lines of one urgency in the order of their arrival."""
+    return lines[0] if len(lines) == 1 else heapq.merge(*lines, key=_order)

@@ -12,22 +12,23 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from itertools import chain
 from typing import Any, Final
 
-from lepton_ai import cancellation, topology
+from lepton_ai import cancellation, topology, wire
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import Fenced
+from lepton_ai.identity import minute_of
 from lepton_ai.job import FINAL_STATES
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps
 from queues import functions, recovery
 from queues.connection import Command, CommandError, Connection
 from queues.recovery import LISTS_EACH, Recovered, Sequels
-from queues.steps import Commit, Dispatch
+from queues.steps import Commit, Dispatch, Outcome
 
 __all__ = ["CLAIM_LIMIT", "LISTS_EACH", "WAKE", "Broker", "Kind", "announcements", "event_command"]
 
@@ -36,6 +37,7 @@ CLAIM_LIMIT: Final = 256
 WAKE: Final = LISTS_EACH - 1
 _MOVED_AT_ONCE: Final = 64
 _MARKED_AT_ONCE: Final = 1024
+_LOOKED_AT_ONCE: Final = 256
 _DUE_AT_ONCE: Final = 256
 #: Where in a result its state is looked for.
 _STATE: Final = re.compile(rb"status[^A-Z]*([A-Z]+)")
@@ -240,6 +242,20 @@ class Broker:
             moved += more
         return moved
 
+    def unpark_jobs(self, kernel: str, jobs: Container[str]) -> int:
+        """Moves these of the parked jobs of a kernel to `again`; returns how many that were."""
+        found: list[bytes] = []
+        for source in (topology.parked(kernel), topology.parked_alone(kernel)):
+            at = 0  # from the end, which what is parked meanwhile does not move
+            while messages := self.connection.call("LRANGE", source, -at - _LOOKED_AT_ONCE, -at - 1):
+                at += len(messages)
+                names = [(message, wire.read_names(message)) for message in messages]
+                found += [message for message, headers in names if headers is not None and headers.id in jobs]
+        return sum(
+            self._call("unpark", (), (kernel, 0, *found[start : start + _MOVED_AT_ONCE]))
+            for start in range(0, len(found), _MOVED_AT_ONCE)
+        )
+
     def overdue(self) -> list[str]:
         """Kernels among whose parked jobs one has passed its deadline."""
         return _names(self.connection.call("ZRANGEBYSCORE", topology.DEADLINES, "-inf", f"{self.now():.3f}"))
@@ -416,15 +432,31 @@ class Broker:
         return found[::-1]
 
     def known(self, jobs: Sequence[str], minutes: Iterable[int]) -> tuple[dict[str, bytes], set[str]]:
-        """The placements of these jobs, looked for in the hashes of these minutes, and which are to be cancelled."""
-        commands: list[Command] = [("HMGET", topology.jobs(minute), *jobs) for minute in minutes]
-        sent = self.connection.send([("TIME",), *commands, ("ZMSCORE", topology.CANCELLED, *jobs)])
-        clock, *found, scores = self.connection.receive(sent)
+        """The placements of these jobs, and which are to be cancelled.
+
+        A job is looked for in the hash of its own minute, and in those of `minutes` where it is not found there.
+        """
+        by_minute: dict[int, list[str]] = {}
+        for job in jobs:
+            if (minute := minute_of(job)) is not None:
+                by_minute.setdefault(minute, []).append(job)
+        sent = self.connection.send(
+            [
+                ("TIME",),
+                ("ZCARD", topology.CANCELLED),
+                *(("HMGET", topology.jobs(minute), *each) for minute, each in by_minute.items()),
+            ]
+        )
+        clock, marks, *answers = self.connection.receive(sent)
         self._look_at_clock(*clock)
         placements: dict[str, bytes] = {}
-        for values in _checked(found):
-            placements.update((job, value) for job, value in zip(jobs, values, strict=True) if value is not None)
-        return placements, _scored(jobs, scores)
+        for each, values in zip(by_minute.values(), _checked(answers), strict=True):
+            placements.update(_found(each, values))
+        if missing := [job for job in jobs if job not in placements]:
+            for values in self.connection.many([("HMGET", topology.jobs(minute), *missing) for minute in minutes]):
+                placements.update(_found(missing, values))
+        # Nobody's job waits for marks that are not as they should be.
+        return placements, self.marked(jobs) if marks and not isinstance(marks, CommandError) else set()
 
     def ended(self, jobs: Sequence[str]) -> set[str]:
         """Which of these jobs have a final result. Reads no more of it than its state, but for revoked ones."""
@@ -447,7 +479,7 @@ class Broker:
         cancelled = [outcome.job for outcome in step.outcomes if outcome.status == "cancelled"]
         arguments = (
             *(step.held, self._ttl_s, settings.events_kept, settings.dead_bytes, step.event),
-            *_section((each.job, each.status, each.record, each.reply_to) for each in step.outcomes),
+            *_grouped(step.outcomes),
             *_section(step.pushes),
             *_section((job, round(delay_s * 1000), message) for job, delay_s, message in step.retries),
             *_section(step.chord_parts),
@@ -517,6 +549,17 @@ def announcements(connection: Connection) -> list[Announcement]:
     return read_leases(connection.call("MGET", *map(topology.lease, holders)) if holders else [])
 
 
+def _grouped(outcomes: Iterable[Outcome]) -> list[str | bytes | int]:
+    """Outcomes for `commit`: how many groups, and of each its status, reply list, size, and jobs with their records."""
+    groups: dict[tuple[str, str], list[str | bytes]] = {}
+    for each in outcomes:
+        groups.setdefault((each.status, each.reply_to), []).extend((each.job, each.record))
+    found: list[str | bytes | int] = [len(groups)]
+    for group, words in groups.items():
+        found += (*group, len(words) // 2, *words)
+    return found
+
+
 def _section(rows: Iterable[Sequence[str | bytes | int | float]]) -> list[str | bytes | int | float]:
     """Rows for a function: how many, and then their words."""
     found = list(rows)
@@ -548,6 +591,10 @@ def _is_aborted(reply: Any) -> bool:
 
 def _names(found: Iterable[bytes]) -> list[str]:
     return [name.decode(errors="replace") for name in found]  # anybody with the broker's password may write there
+
+
+def _found(jobs: Sequence[str], values: Sequence[bytes | None]) -> dict[str, bytes]:
+    return {job: value for job, value in zip(jobs, values, strict=True) if value is not None}
 
 
 def _scored(jobs: Sequence[str], scores: Any) -> set[str]:

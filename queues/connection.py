@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -63,7 +63,12 @@ class Connection:
 
     def send(self, commands: Iterable[Command]) -> int:
         """Writes commands without waiting; returns how many replies will come."""
-        packed = [hiredis.pack_command(tuple(command)) for command in commands]
+        packed: list[bytes] = []
+        last: Command | None = None
+        for command in commands:
+            # One that is repeated, as in `[move] * 256`, is packed once.
+            packed.append(packed[-1] if command is last else hiredis.pack_command(tuple(command)))
+            last = command
         try:
             self._socket.sendall(b"".join(packed))
         except OSError as error:
@@ -74,13 +79,14 @@ class Connection:
         """The next replies, errors among them as CommandError values. Pushes go to `pushes`."""
         replies: list[Any] = []
         while len(replies) < count:
-            reply = self._next()
-            if reply is _NOTHING:
-                self._fill(timeout_s)
-            elif isinstance(reply, hiredis.PushNotification):
-                self.pushes.append(reply)
-            else:
-                replies.append(reply)
+            for reply in self._arrived():
+                if isinstance(reply, hiredis.PushNotification):
+                    self.pushes.append(reply)
+                else:
+                    replies.append(reply)
+                    if len(replies) == count:
+                        return replies
+            self._fill(timeout_s)
         return replies
 
     def drain_pushes(self) -> list[Any]:
@@ -96,8 +102,7 @@ class Connection:
             raise BrokerUnavailable(f"the connection to the broker broke: {error}") from error
         finally:
             self._socket.setblocking(True)
-        while (reply := self._next()) is not _NOTHING:
-            self.pushes.append(reply)
+        self.pushes.extend(self._arrived())
         pushes, self.pushes = self.pushes, []
         return pushes
 
@@ -107,9 +112,10 @@ class Connection:
     def close(self) -> None:
         self._socket.close()
 
-    def _next(self) -> Any:
+    def _arrived(self) -> Iterator[Any]:
+        """What has been read and not handed out."""
         try:
-            return self._reader.gets()
+            yield from iter(self._reader.gets, _NOTHING)
         except hiredis.HiredisError as error:
             raise BrokerUnavailable(f"what answers there is no broker: {error}") from error
 

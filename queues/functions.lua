@@ -8,6 +8,7 @@
 
 local FINAL = { SUCCESS = true, FAILURE = true, REVOKED = true }
 local LANE, LANES = 'lepton.ingest', 'lepton:lanes'
+local RESULT, ENDED = 'celery-task-meta-', 'lepton:ended'
 local SUFFIXES = { '\6\22high', '', '\6\0223', '\6\0226', '\6\0229' }
 local AGAIN, ALONE = 'lepton:again', 'lepton:again.alone'
 local ETA, ETA_MESSAGES = 'lepton:eta', 'lepton:eta.messages'
@@ -54,13 +55,17 @@ local function is_final(record)
 end
 
 -- Stores a job's record; false where it has a final one already, which stands. Of an ignored result (an empty record)
--- only that it was there.
-local function store(id, record, ttl)
-  local key = 'celery-task-meta-' .. id
+-- only that it was there, in a key of its own; `lepton:ended` is there as long as any of these.
+local function store(id, record, ttl, has_ended)
+  local key = RESULT .. id
   if record == '' then
-    return not is_final(redis.pcall('GET', key)) and redis.call('SET', 'lepton:ended:' .. id, '', 'NX', 'EX', ttl) ~= false
+    if is_final(redis.pcall('GET', key)) or not redis.call('SET', 'lepton:ended:' .. id, '', 'NX', 'EX', ttl) then
+      return false
+    end
+    if not redis.call('SET', ENDED, '', 'NX', 'EX', ttl) then redis.pcall('EXPIRE', ENDED, ttl, 'GT') end
+    return true
   end
-  if redis.call('EXISTS', 'lepton:ended:' .. id) == 1 then return false end
+  if has_ended and redis.call('EXISTS', 'lepton:ended:' .. id) == 1 then return false end
   if redis.call('SET', key, record, 'NX', 'EX', ttl) then return true end
   if is_final(redis.pcall('GET', key)) then return false end
   redis.pcall('SET', key, record, 'EX', ttl)
@@ -70,7 +75,8 @@ end
 -- What is remembered of a job only until it ends: its attempts, where any job has some, and its key.
 local function forget(id, ttl, has_attempts)
   if has_attempts then redis.pcall('HDEL', ATTEMPTS, id) end
-  if string.sub(id, 15, 15) == '5' then redis.pcall('EXPIRE', 'lepton:key:' .. id, ttl) end
+  local is_keyed = string.byte(id, 15) == 53 -- '5', the version of a UUID that was made of a key
+  if is_keyed then redis.pcall('EXPIRE', 'lepton:key:' .. id, ttl) end
 end
 
 local function tell(id, record, reply, ttl)
@@ -248,8 +254,9 @@ end
 
 -- commit: how one held batch ended: results, acknowledgement, follow-ups, counters and event, in one step.
 -- KEYS held lease
--- ARGV n ttl_s events_kept dead_bytes event, then counted sections:
---   jobs: id status record reply_key (an empty record: ignored; an empty reply_key: published for Celery's own clients)
+-- ARGV n ttl_s events_kept dead_bytes event, then how many groups of jobs, each with its
+--   status reply_key n, and n times id record (an empty record: ignored; no reply_key: published for Celery's clients);
+--   then counted sections:
 --   pushes: id list message        retries: id delay_ms message
 --   chord parts: id part           dead letters: id kernel code reason attempts trace message
 -- What a duplicate would have set off does not happen. Returns the ids that had a final result already. Refused whole,
@@ -264,36 +271,35 @@ local function commit(keys, args)
   if not is_list(held) then return redis.error_reply('WRONGTYPE ' .. held .. ' holds something else') end
   local bad = wrong(EVENTS, COUNTERS, ETA, ETA_MESSAGES, ATTEMPTS, DEAD, PARTS) or fenced(held, keys[2], n)
   if bad then return bad end
-  local at = 6
+  local has_attempts, has_ended = redis.call('EXISTS', ATTEMPTS) == 1, redis.call('EXISTS', ENDED) == 1
+  local counts, duplicates, late = {}, {}, {}
+  local at = 7
+  for _ = 1, tonumber(args[6]) do
+    local status, reply, size = args[at], args[at + 1], tonumber(args[at + 2])
+    local ends, awaited = status ~= 'retried', string.sub(reply, 1, 13) == 'lepton:reply:'
+    local told, again = {}, 0
+    for first = at + 3, at + 1 + 2 * size, 2 do
+      local id, record = args[first], args[first + 1]
+      if id ~= '' and status ~= 'duplicate' and not (record == '' and not ends) and not store(id, record, ttl, has_ended) then
+        again, late[id] = again + 1, true
+        duplicates[#duplicates + 1] = id
+      elseif record ~= '' and ends then -- a retried one is not waited for
+        if awaited then told[#told + 1] = record else redis.pcall('PUBLISH', RESULT .. id, record) end
+      end
+      if ends or late[id] then forget(id, ttl, has_attempts) end
+    end
+    if #told > 0 then
+      redis.pcall('RPUSH', reply, unpack(told))
+      redis.pcall('EXPIRE', reply, ttl)
+    end
+    counts[status] = (counts[status] or 0) + size - again
+    counts.duplicate = (counts.duplicate or 0) + again
+    at = at + 3 + 2 * size
+  end
   local function section(width, each)
     local last = at + width * tonumber(args[at])
     for first = at + 1, last, width do each(first) end
     at = last + 1
-  end
-  local has_attempts = redis.call('EXISTS', ATTEMPTS) == 1
-  local counts, replies, order, duplicates, late = {}, {}, {}, {}, {}
-  section(4, function(first)
-    local id, status, record, reply = args[first], args[first + 1], args[first + 2], args[first + 3]
-    if id ~= '' and status ~= 'duplicate' and not (record == '' and status == 'retried') and not store(id, record, ttl) then
-      status, late[id] = 'duplicate', true
-      duplicates[#duplicates + 1] = id
-    elseif record == '' or status == 'retried' then
-      status = status -- nobody waits for it
-    elseif string.sub(reply, 1, 13) ~= 'lepton:reply:' then
-      redis.pcall('PUBLISH', 'celery-task-meta-' .. id, record)
-    else
-      if replies[reply] == nil then
-        replies[reply] = {}
-        order[#order + 1] = reply
-      end
-      table.insert(replies[reply], record)
-    end
-    if status ~= 'retried' then forget(id, ttl, has_attempts) end
-    counts[status] = (counts[status] or 0) + 1
-  end)
-  for _, reply in ipairs(order) do
-    redis.pcall('RPUSH', reply, unpack(replies[reply]))
-    redis.pcall('EXPIRE', reply, ttl)
   end
   section(3, function(first)
     if not late[args[first]] then follow(args[first], args[first + 1], args[first + 2], args[4]) end
@@ -311,7 +317,9 @@ local function commit(keys, args)
   section(7, function(first)
     if not late[args[first]] then bury(args[4], unpack(args, first, first + 6)) end
   end)
-  for status, number in pairs(counts) do count(status, number) end
+  for status, number in pairs(counts) do
+    if number > 0 then count(status, number) end
+  end
   local event = args[5]
   if #duplicates > 0 then
     local readable, rest = pcall(without, event, late)
@@ -328,7 +336,7 @@ end
 local function finish(_, args)
   local ttl, id, status, record = tonumber(args[1]), args[2], args[3], args[4]
   forget(id, ttl, true)
-  if not store(id, record, ttl) then
+  if not store(id, record, ttl, true) then
     count('duplicate', 1)
     return 0
   end
@@ -531,8 +539,8 @@ local function due(_, args)
   return { moved, first[2] and math.max(0, math.ceil(tonumber(first[2]) - now)) or -1 }
 end
 
--- unpark: parked jobs of a kernel go to `again`, its suspects to `again.alone`. ARGV kernel limit.
--- Returns how many moved.
+-- unpark: parked jobs of a kernel go to `again`, its suspects to `again.alone`; with messages, only those.
+-- ARGV kernel limit messages... Returns how many moved.
 local function unpark(_, args)
   local parked, alone, moved = 'lepton:parked:' .. args[1], 'lepton:parked.alone:' .. args[1], 0
   if not (is_list(parked) and is_list(alone)) then
@@ -541,7 +549,14 @@ local function unpark(_, args)
   local bad = wrong(AGAIN, ALONE)
   if bad then return bad end
   for source, target in pairs({ [parked] = AGAIN, [alone] = ALONE }) do
-    while moved < tonumber(args[2]) and redis.call('LMOVE', source, target, 'RIGHT', 'LEFT') do moved = moved + 1 end
+    for at = 3, #args do
+      if redis.call('LPOS', source, args[at]) then
+        redis.call('LPUSH', target, args[at])
+        redis.call('LREM', source, -1, args[at])
+        moved = moved + 1
+      end
+    end
+    while #args == 2 and moved < tonumber(args[2]) and redis.call('LMOVE', source, target, 'RIGHT', 'LEFT') do moved = moved + 1 end
   end
   if redis.call('EXISTS', parked, alone) == 0 then
     redis.pcall('SREM', PARKED, args[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -18,6 +18,9 @@ from lepton_ai.succession import Sequel, inherit, sequel_of
 from lepton_ai.tensor import TensorMap
 
 __all__ = ["Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "split"]
+
+_NO_OPTIONS: Final = Options()
+_ARRAYS: Final = (TensorMap, np.ndarray)
 
 
 class TakenJob(msgspec.Struct, eq=False):
@@ -43,11 +46,6 @@ class TakenJob(msgspec.Struct, eq=False):
     """What is to follow it; None where nothing is."""
     decode_s: float = 0.0
     """What reading it from its message took."""
-
-    @property
-    def size_bytes(self) -> int:
-        """The size of its array arguments."""
-        return sum(value.nbytes for value in self.inputs.values() if isinstance(value, np.ndarray))
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -93,7 +91,7 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
         envelope = wire.read_envelope(message)
     except LeptonError as error:
         return Unreadable(error, message)
-    headers, options = envelope.headers, Options()
+    headers, options = envelope.headers, _NO_OPTIONS
     keep = not headers.ignore_result
     try:
         options = wire.read_options(headers)
@@ -122,15 +120,14 @@ def _read(
     sequel = sequel_of(headers, body.embed)
     arguments = inherit(kernel.signature, body)
     inputs, dims = kernel.signature.bind(arguments)
-    arrays = [value for value in arguments.values() if isinstance(value, TensorMap | np.ndarray | list)]
-    lists = all(isinstance(value, list) for value in arrays)
+    forms = set(map(type, arguments.values()))
     return TakenJob(
         headers.id,
         kernel,
         inputs,
         kernel.spec.work(dims),
         options,
-        not lists or (not arrays and options.result == "msgpack"),
+        not forms.isdisjoint(_ARRAYS) or (list not in forms and options.result == "msgpack"),
         keep,
         message,
         max(0, headers.retries or 0),
@@ -145,9 +142,11 @@ def _limit_s(options: Options, headers: wire.Headers) -> float | None:
     if options.limit_s is not None:
         return options.limit_s
     limits = [limit for limit in headers.timelimit or () if limit is not None]
+    if not limits:
+        return None
     if any(not 0 < limit < math.inf for limit in limits):
         raise OptionNotSupported(f"a time limit must be above 0 and finite, not {limits}", "timelimit")
-    return min(limits, default=None)
+    return min(limits)
 
 
 def groups(jobs: Iterable[TakenJob], limit: int) -> list[Group]:
@@ -216,4 +215,4 @@ def answer(job: TakenJob, outputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def names(jobs: Sequence[TakenJob]) -> tuple[str, ...]:
-    return tuple(job.id for job in jobs)
+    return tuple([job.id for job in jobs])

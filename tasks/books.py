@@ -1,7 +1,7 @@
 """Celery's books, kept by the slots: what `celery inspect`, `celery control` and Flower read of a worker.
 
-Celery's own sets hold its requests, and ours are light stand-ins. Its sets are meant for one thread and the slots are
-several, so an iteration over them looks at a copy.
+In the places of Celery's sets of requests stand views of what the slots hold: a request is made when somebody looks.
+Slots are several threads, so whoever looks gets a copy.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
@@ -37,26 +37,55 @@ _ENDINGS = {
 }
 
 
-class _SteadySet(WeakSet):  # type: ignore[type-arg]
-    """A WeakSet that other threads may change while it is looked through."""
+class _Seen(WeakSet):  # type: ignore[type-arg]
+    """One of Celery's sets of requests, as a view of the jobs that `jobs` names. Celery changes nothing in it."""
+
+    jobs: Collection[str]
+    request: Callable[[str], _Request | None]
 
     def __iter__(self) -> Iterator[Any]:
-        found = (reference() for reference in self.__dict__["data"].copy())
+        found = map(self.request, list(self.jobs))
         return iter([each for each in found if each is not None])
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __contains__(self, item: Any) -> bool:
+        return item.id in self.jobs
+
+    def copy(self) -> set[Any]:  # type: ignore[override]
+        """What differences are made of, as `inspect reserved` does."""
+        return set(self)
+
+    def add(self, item: Any) -> None: ...
+
+    def discard(self, item: Any) -> None: ...
+
+    def update(self, other: Any) -> None: ...
+
+    def clear(self) -> None: ...
 
 
 class _Request:
     """What Celery's remote control wants to know of a job that a slot has taken."""
 
-    def __init__(self, job: str, kernel: str, hostname: str, queue: str, backend: Any) -> None:
+    def __init__(
+        self, job: str, kernel: str, time_start: float | None, hostname: str, queue: str, backend: Any
+    ) -> None:
         self.id = job
         self.name = kernel
-        self.time_start: float | None = None
+        self.time_start = time_start
         self.acknowledged = False
         # A commit is what acknowledges: to Celery such a task is acknowledged late.
         self.task = SimpleNamespace(name=kernel, backend=backend, acks_late=True)
         self._hostname = hostname
         self._queue = queue
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Request) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
 
     def info(self, safe: bool = False) -> dict[str, Any]:
         """As Celery's own Request.info, without the arguments: they may be large, and are nobody's business."""
@@ -92,42 +121,52 @@ class Books:
         self._teller = teller
         self._lock = threading.Lock()
         self._shown: set[str] = set()
-        for requests in (state.reserved_requests, state.active_requests):
-            requests.__class__ = _SteadySet
+        self._taken: dict[str, str] = {}
+        """The kernel of each job that a slot holds."""
+        self._started: dict[str, float] = {}
+        """When each of them that runs, or has run, was started."""
+        for requests, jobs in ((state.reserved_requests, self._taken), (state.active_requests, self._started)):
+            requests.__class__ = _Seen
+            requests.jobs, requests.request = jobs, self.request
+
+    def request(self, job: str) -> _Request | None:
+        """What Celery may know of a job, None where no slot holds it."""
+        if (kernel := self._taken.get(job)) is None:
+            return None
+        queue = device_queue(self._device)
+        return _Request(job, kernel, self._started.get(job), self._hostname, queue, self._app.backend)
 
     def taken(self, jobs: Sequence[tuple[str, str]], shown: Collection[str]) -> None:
         """Jobs are reserved; Celery counts a task as accepted from here on."""
-        now, queue = time.time(), device_queue(self._device)
+        self._taken.update(jobs)
         with self._lock:
-            for job, kernel in jobs:
-                state.task_reserved(_Request(job, kernel, self._hostname, queue, self._app.backend))
-                state.total_count[kernel] += 1
+            state.total_count.update(kernel for _, kernel in jobs)
             state.all_total_count[0] += len(jobs)
-            self._shown.update(job for job, _ in jobs if job in shown)
-        self._teller.tell([task_event("received", job, now, name=kernel) for job, kernel in jobs if job in shown])
+        if shown:
+            self._shown.update(shown)
+            now = time.time()
+            self._teller.tell([task_event("received", job, now, name=kernel) for job, kernel in jobs if job in shown])
 
     def started(self, jobs: Sequence[str]) -> None:
         """Jobs are active."""
         now = time.time()
-        with self._lock:
-            for job in jobs:
-                if (request := state.requests.get(job)) is not None:
-                    request.time_start = now
-                    state.active_requests.add(request)
-        self._teller.tell([task_event("started", job, now) for job in jobs if job in self._shown])
+        for job in jobs:
+            self._started[job] = now
+        if self._shown:
+            self._teller.tell([task_event("started", job, now) for job in jobs if job in self._shown])
 
     def ended(self, endings: Sequence[Ending]) -> None:
         """Jobs have ended."""
-        self._teller.tell([_event(ending) for ending in endings if ending.job in self._shown])
+        if self._shown:
+            self._teller.tell([_event(ending) for ending in endings if ending.job in self._shown])
         self.lost([ending.job for ending in endings])
 
     def lost(self, jobs: Sequence[str]) -> None:
         """Jobs are this worker's no longer."""
-        with self._lock:
-            for job in jobs:
-                if (request := state.requests.pop(job, None)) is not None:
-                    state.reserved_requests.discard(request)
-                    state.active_requests.discard(request)
+        for job in jobs:
+            self._started.pop(job, None)
+            self._taken.pop(job, None)
+        if self._shown:
             self._shown.difference_update(jobs)
 
     def progressed(self, jobs: Sequence[str], kernel: str, fraction: float) -> None:
@@ -151,7 +190,7 @@ def _event(ending: Ending) -> dict[str, Any]:
     return task_event(kind, ending.job, ending.at, terminated=False, signum=None, expired=ending.status == "expired")
 
 
-def install_commands(settings: Settings, url: str, announcement: Announcement) -> None:
+def install_commands(settings: Settings, url: str, announcement: Announcement, books: Books) -> None:
     """Puts our remote control commands in the places of Celery's, which know nothing of devices and kernels.
 
     Celery's revoke writes a result itself where a job waits, and forgets what it was told when the worker restarts:
@@ -184,7 +223,13 @@ def install_commands(settings: Settings, url: str, announcement: Announcement) -
             },
         }
 
+    def query_task(panel: Any, ids: Any = (), **_: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+        asked = [ids] if isinstance(ids, str) else ids
+        found = [request for job in asked or () if (request := books.request(job)) is not None]
+        return {each.id: ("reserved" if each.time_start is None else "active", each.info()) for each in found}
+
     def registered(panel: Any, taskinfoitems: Any = None, builtins: bool = False, **_: Any) -> list[str]:
         return sorted(spec.name for spec in announcement.kernels)
 
-    control.Panel.data.update(revoke=revoke, terminate=terminate, stats=stats, registered=registered)
+    ours = (revoke, terminate, stats, query_task, registered)
+    control.Panel.data.update({each.__name__: each for each in ours})

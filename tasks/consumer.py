@@ -9,6 +9,7 @@ events and shutdown stay Celery's.
 from __future__ import annotations
 
 import contextlib
+import gc
 import secrets
 import time
 from typing import Any
@@ -126,10 +127,13 @@ class DeviceStep(bootsteps.StartStopStep):
             tuple(kernel.spec for kernel in repertoire.kernels.values()),
             time.time(),
         )
-        install_commands(self.settings, url, announcement)
+        install_commands(self.settings, url, announcement, books)
         self._heartbeat = Heartbeat(self.settings, url, announcement, self._slots)
         self._take_lease(self._heartbeat)
         self._tell_refused(url, incarnation, device, repertoire.refused)
+        # What has been loaded by now stays: the collector would look through all of it again and again.
+        gc.collect()
+        gc.freeze()
         self._slots.start()
         self._watchdog = Watchdog(self.settings, self._slots)
         self._watchdog.start()

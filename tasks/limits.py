@@ -32,5 +32,9 @@ def kill_after_s(
 
 def own_limit_s(limits: Iterable[float | None]) -> float | None:
     """How long a launch of jobs with these limits may take; None where one of them has none."""
-    found = list(limits)
-    return None if None in found else sum(limit for limit in found if limit is not None)
+    together_s = 0.0
+    for limit in limits:
+        if limit is None:
+            return None
+        together_s += limit
+    return together_s

@@ -27,12 +27,11 @@ from lepton_ai.errors import (
     Unavailable,
 )
 from lepton_ai.event import Event, Observation
-from lepton_ai.identity import minute_of
 from lepton_ai.job import LATEST_S, Cost, Placement, Record
 from lepton_ai.kernel import Retry
 from lepton_ai.settings import Settings
 from lepton_ai.succession import PUT_OFF_S, Canvas, FollowUps
-from lepton_ai.tensor import DTYPES
+from lepton_ai.tensor import SENDABLE
 from queues.broker import Broker
 from queues.connection import CommandError
 from queues.steps import Commit, DeadLetter, Outcome
@@ -43,7 +42,7 @@ from tasks.warmup import Repertoire
 
 __all__ = ["Ending", "Observer", "Runner", "Running"]
 
-#: How long ago a job with a foreign id may have been placed.
+#: How long ago a job may have been placed whose id does not say when; a device's queue is short.
 _MINUTES_BACK = 10
 #: A kernel's progress is told so often at most.
 _PROGRESS_S = 0.2
@@ -102,11 +101,50 @@ class Running(msgspec.Struct, frozen=True):
     """Whether that is what the job asked for, and not its kernel's limit."""
 
 
+class _Launch(msgspec.Struct):
+    """The times of one launch, and the size of its array arguments."""
+
+    transfer_s: float
+    run_s: float
+    transfer_bytes: int
+
+
+class _Lesson(msgspec.Struct):
+    """What the launches of a batch that were alike have taught together, and whose jobs succeeded in them."""
+
+    succeeded: list[str] = []
+    launches: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    transfer_s: float = 0.0
+    run_s: float = 0.0
+    transfer_bytes: int = 0
+
+    def add(self, jobs: Sequence[TakenJob], launch: _Launch) -> None:
+        """Folds in one launch."""
+        self.launches += 1
+        for job in jobs:
+            self.flops += job.work.flops
+            self.bytes += job.work.bytes
+        self.transfer_s += launch.transfer_s
+        self.run_s += launch.run_s
+        self.transfer_bytes += launch.transfer_bytes
+
+    def observation(self, kernel: str, device: str, jobs: int) -> Observation:
+        """One launch, of so many jobs: the mean of all of them."""
+        sums = (self.flops, self.bytes, self.transfer_s, self.run_s, self.transfer_bytes)
+        return Observation(kernel, device, jobs, *(each / self.launches for each in sums))
+
+
 class _Batch(msgspec.Struct):
     """What is known of a batch while it runs, and how its jobs have ended."""
 
     placements: dict[str, Placement]
+    notes: dict[str, bytes]
+    """The placements as they came, in msgpack."""
     taken_at: float
+    lessons: dict[tuple[str, int, int, int], _Lesson] = {}
+    """By the kernel, the jobs of a launch, and the orders of magnitude of its flops and bytes."""
     outcomes: list[Outcome] = []
     events: list[Event] = []
     endings: list[Ending] = []
@@ -146,13 +184,13 @@ class Runner:
         taken_at = time.time()
         try:
             found = self._read(messages)
-            placements, marked = self._known(broker, [job.id for job in found if not isinstance(job, Unreadable)])
-            batch = _Batch(placements, taken_at)
+            notes, marked = self._known(broker, [job.id for job in found if not isinstance(job, Unreadable)])
+            batch = _Batch(_placements(notes), notes, taken_at)
             for group in groups(self._begin(found, marked, broker.now(), batch), self._settings.batch_jobs):
                 self._run_group(group, batch)
         finally:
             self.running = None
-        told = event.encode(*batch.events)
+        told = event.encode(*self._learned(batch), *batch.events)
         step = Commit(
             self._slot, len(messages), batch.outcomes, told, batch.pushes, batch.retries, batch.chord_parts, batch.dead
         )
@@ -163,27 +201,24 @@ class Runner:
     def _read(self, messages: Sequence[bytes]) -> list[TakenJob | Refused | Unreadable]:
         kernels, limit = self._repertoire.kernels, self._settings.body_limit_bytes
         found: list[TakenJob | Refused | Unreadable] = []
+        start = time.perf_counter()
         for message in messages:
-            start = time.perf_counter()
             job = read(message, kernels, limit)
+            end = time.perf_counter()
             if isinstance(job, TakenJob):
-                job.decode_s = time.perf_counter() - start
+                job.decode_s = end - start
+            start = end
             found.append(job)
         return found
 
-    def _known(self, broker: Broker, ids: Sequence[str]) -> tuple[dict[str, Placement], set[str]]:
-        """The jobs' placements, and which of them are marked as cancelled."""
+    def _known(self, broker: Broker, ids: Sequence[str]) -> tuple[dict[str, bytes], set[str]]:
+        """The jobs' placements, in msgpack, and which of them are marked as cancelled."""
         if not ids:
             return {}, set()
         now = int(broker.now()) // 60
-        ours = [minute_of(job) for job in ids]
-        # A foreign id does not say when it was placed; a device's queue is short.
-        back = _MINUTES_BACK if None in ours else 2
-        minutes = {minute for minute in ours if minute is not None} | set(range(now, now - back, -1))
         try:
-            placements, marked = broker.known(ids, minutes)
-            return {job: _PLACEMENT.decode(raw) for job, raw in placements.items()}, marked
-        except (CommandError, msgspec.DecodeError) as error:  # the jobs run all the same, unexplained
+            return broker.known(ids, range(now, now - _MINUTES_BACK, -1))
+        except CommandError as error:  # the jobs run all the same, unexplained
             log.error("placements_unreadable", reason=str(error))
             return {}, set()
 
@@ -199,16 +234,16 @@ class Runner:
         jobs: list[TakenJob] = []
         seen: set[str] = set()
         for job in found:
-            if not isinstance(job, Unreadable):
-                if job.id in seen:  # its message was pushed twice, and both copies were taken at once
-                    batch.outcomes.append(Outcome(job.id, "duplicate", b""))
-                    continue
-                seen.add(job.id)
             if isinstance(job, Unreadable):
                 log.error("message_unreadable", reason=job.error.message)
                 batch.dead.append(DeadLetter("", "", "unreadable", job.error.message, 0, job.message))
                 batch.outcomes.append(Outcome("", "dead", b""))
-            elif isinstance(job, Refused):
+                continue
+            if job.id in seen:  # its message was pushed twice, and both copies were taken at once
+                batch.outcomes.append(Outcome(job.id, "duplicate", b""))
+                continue
+            seen.add(job.id)
+            if isinstance(job, Refused):
                 self._fail(job, job.error, batch)
             elif job.id in marked or self._observer.is_revoked(job.id):
                 self._fail(job, JobCancelled("cancelled"), batch)
@@ -227,11 +262,12 @@ class Runner:
             kill_after_s(job.limit_s, kernel.spec, batch.placements.get(job.id), self._settings) for job in group.jobs
         ]
         longest, own = max(limits)
-        self.running = Running(self._slot, jobs, time.monotonic(), longest, own)
+        started = time.monotonic()
+        self.running = Running(self._slot, jobs, started, longest, own)
         self._observer.started(jobs)
-        context = _Context(group, self._observer)
+        context = _Context(group, jobs, started, self._observer)
         try:
-            outputs, observation = self._launch(group, context)
+            outputs, launch = self._launch(group, context)
             parts = split(group, outputs)
         # What a kernel raises, even sys.exit(), is its job's failure and never the worker's.
         except (Exception, SystemExit) as error:  # noqa: BLE001
@@ -241,7 +277,8 @@ class Runner:
                 return
             self._kernel_raised(group.jobs[0], error, context, batch)
             return
-        count = len(group.jobs)
+        count = len(jobs)
+        each_transfer_s, each_run_s = launch.transfer_s / count, launch.run_s / count
         start = time.perf_counter()
         succeeded: list[str] = []
         for job, part in zip(group.jobs, parts, strict=True):
@@ -249,19 +286,17 @@ class Runner:
             if context.cancel_told or self._observer.is_revoked(job.id):
                 self._fail(job, JobCancelled("cancelled while it ran"), batch)
                 continue
-            if job.limit_s is not None and (context.limit_told or observation.run_s / count > job.limit_s):
+            if job.limit_s is not None and (context.limit_told or each_run_s > job.limit_s):
                 self._fail(job, _over(job), batch)
                 continue
             placement = batch.placements.get(job.id)
-            cost = Cost(
-                self._incarnation,
-                self._device,
-                max(0.0, batch.taken_at - placement.placed_at) if placement else 0.0,
-                observation.transfer_s / count,
-                observation.run_s / count,
-                count,
-            )
-            meta = results.success(job.id, answer(job, part), Record(placement, cost))
+            wait_s = max(0.0, batch.taken_at - placement.placed_at) if placement is not None else 0.0
+            cost = Cost(self._incarnation, self._device, wait_s, each_transfer_s, each_run_s, count)
+            encoding = self._encoding(job)
+            shown_placement: Any = placement
+            if placement is not None and encoding == "msgpack":  # as it came: it is not written anew
+                shown_placement = msgspec.Raw(batch.notes[job.id])
+            meta = results.success(job.id, answer(job, part), Record(shown_placement, cost))
             if job.sequel is not None:
                 try:
                     follow_ups = self._canvas.after_success(job.sequel, meta.result)
@@ -279,31 +314,26 @@ class Runner:
                     continue
                 meta = msgspec.structs.replace(meta, children=list(follow_ups.children))
                 self._note(job.id, follow_ups, batch)
-            record = results.encode(meta, self._encoding(job)) if job.keep else b""
+            record = results.encode(meta, encoding) if job.keep else b""
             batch.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
             shapes = _shapes(part) if placement is not None and placement.shown else ""
-            batch.endings.append(Ending(job.id, "succeeded", time.time(), cost.run_s, shapes))
+            batch.endings.append(Ending(job.id, "succeeded", time.time(), each_run_s, shapes))
             succeeded.append(job.id)
-        if not succeeded:
-            return
-        batch.events.append(
-            Event(
-                "job.succeeded",
-                self._incarnation,
-                kernel.name,
-                self._device,
-                tuple(succeeded),
-                msgspec.structs.replace(observation, transfer_s=observation.transfer_s + time.perf_counter() - start),
-            )
-        )
+        if succeeded:
+            launch.transfer_s += time.perf_counter() - start
+            self._note_launch(group, launch, succeeded, batch)
 
-    def _launch(self, group: Group, context: _Context) -> tuple[dict[str, np.ndarray[Any, Any]], Observation]:
+    def _launch(self, group: Group, context: _Context) -> tuple[dict[str, np.ndarray[Any, Any]], _Launch]:
         driver, name = self._driver, group.kernel.name
+        size = 0
         start = time.perf_counter()
-        inputs = {
-            name: driver.upload(value) if isinstance(value, np.ndarray) else value
-            for name, value in group.inputs.items()
-        }
+        inputs = {}
+        for key, value in group.inputs.items():
+            if isinstance(value, np.ndarray):
+                size += value.nbytes
+                inputs[key] = driver.upload(value)
+            else:
+                inputs[key] = value
         uploaded = time.perf_counter()
         found = self._repertoire.runs[name](inputs, context)
         driver.synchronize()
@@ -312,13 +342,37 @@ class Runner:
             raise KernelFailed(f"{name} returned {sorted(found)}, not {sorted(group.kernel.signature.outputs)}")
         outputs = {key: driver.download(value) for key, value in found.items()}
         for key, value in outputs.items():
-            if value.dtype.name not in DTYPES:  # found out here it fails a job; at the commit, the slot for ever
+            if value.dtype.num not in SENDABLE:  # found out here it fails a job; at the commit, the slot for ever
                 raise KernelFailed(f"{name} returned {key!r} of dtype {value.dtype}, which cannot be sent")
-        transfer_s = uploaded - start + time.perf_counter() - ran + sum(job.decode_s for job in group.jobs)
-        flops, moved = sum(job.work.flops for job in group.jobs), sum(job.work.bytes for job in group.jobs)
-        device = self._device
-        size = sum(job.size_bytes for job in group.jobs)
-        return outputs, Observation(name, device, len(group.jobs), flops, moved, transfer_s, ran - uploaded, size)
+        transfer_s = uploaded - start + time.perf_counter() - ran
+        for job in group.jobs:
+            transfer_s += job.decode_s
+        return outputs, _Launch(transfer_s, ran - uploaded, size)
+
+    @staticmethod
+    def _note_launch(group: Group, launch: _Launch, succeeded: Sequence[str], batch: _Batch) -> None:
+        """Launches of one kernel that are alike in size are told of together: a batch may have hundreds."""
+        first = group.jobs[0].work
+        alike = group.kernel.name, len(group.jobs), math.frexp(first.flops)[1], math.frexp(first.bytes)[1]
+        lesson = batch.lessons.get(alike)
+        if lesson is None:
+            lesson = batch.lessons[alike] = _Lesson()
+        lesson.succeeded += succeeded
+        lesson.add(group.jobs, launch)
+
+    def _learned(self, batch: _Batch) -> list[Event]:
+        """What tells of the jobs that succeeded, and of what their launches taught."""
+        return [
+            Event(
+                "job.succeeded",
+                self._incarnation,
+                kernel,
+                self._device,
+                tuple(lesson.succeeded),
+                lesson.observation(kernel, self._device, jobs),
+            )
+            for (kernel, jobs, _, _), lesson in batch.lessons.items()
+        ]
 
     # -- other ends ---------------------------------------------------------------------------------------------
 
@@ -414,6 +468,14 @@ class Runner:
 _STATUSES: Mapping[type[LeptonError], str] = {JobCancelled: "cancelled", JobExpired: "expired"}
 
 
+def _placements(notes: Mapping[str, bytes]) -> dict[str, Placement]:
+    try:
+        return {job: _PLACEMENT.decode(note) for job, note in notes.items()}
+    except msgspec.DecodeError as error:  # the jobs run all the same, unexplained
+        log.error("placements_unreadable", reason=str(error))
+        return {}
+
+
 def _over(job: TakenJob) -> TimeLimitExceeded:
     return TimeLimitExceeded(f"it ran longer than its limit of {job.limit_s:g} s")
 
@@ -434,11 +496,11 @@ class _Context:
 
     stream = None
 
-    def __init__(self, group: Group, observer: Observer) -> None:
-        self._jobs = names(group.jobs)
+    def __init__(self, group: Group, jobs: tuple[str, ...], started: float, observer: Observer) -> None:
+        self._jobs = jobs
         self._kernel = group.kernel.name
         self._observer = observer
-        self._started = self._told_at = time.monotonic()
+        self._started = self._told_at = started
         self._limit_s = own_limit_s(job.limit_s for job in group.jobs)
         self.cancel_told = False
         """The kernel has been told that all its jobs are cancelled."""

@@ -274,6 +274,9 @@ def _queues(facts: Facts) -> Iterator[Finding]:
     parts += [f"{count} for {device}" for device, count in fleet.queued.items()]
     if fleet.again:
         parts.append(f"{fleet.again} to be placed again")
+    terms = facts.accounts.terms if facts.accounts is not None else {}
+    if with_routers := terms.get("claimed", 0) + terms.get("reclaimed", 0):
+        parts.append(f"{with_routers} in the routers' windows")
     if fleet.scheduled:
         parts.append(f"{fleet.scheduled} wait for their time")
     yield Finding("queues", "ok", ", ".join(parts))

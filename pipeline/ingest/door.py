@@ -293,8 +293,9 @@ class Door:
         if kernel not in self._kernels:
             await self._refresh()
         if (known := self._kernels.get(kernel)) is None:
-            names = ", ".join(sorted(self._kernels)) or "no worker is online"
-            raise UnknownKernel(f"no live worker announces {kernel!r}; known: {names}", "kernel")
+            names = ", ".join(sorted(self._kernels))
+            known_ones = f"known: {names}" if names else "no worker is online yet; `lepton doctor` says who is alive"
+            raise UnknownKernel(f"no live worker announces {kernel!r}; {known_ones}", "kernel")
         return known
 
     @asynccontextmanager

@@ -67,8 +67,8 @@ def view(job_id: str, kernel: str, meta: Meta | None, placement: Placement | Non
     record = meta.lepton if meta is not None else None
     if record is not None and record.placement is not None:
         placement = record.placement
-    if placement is not None and record is None and placement.state != "waiting":
-        record = Record(placement)
+    elif placement is not None and placement.state != "waiting":
+        record = msgspec.structs.replace(record or Record(), placement=placement)
     found = JobView(job_id, kernel or (placement.kernel if placement else ""), state_of(meta, placement), record=record)
     if meta is None or meta.status not in FINAL_STATES:
         return found

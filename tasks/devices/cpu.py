@@ -59,6 +59,9 @@ class CpuDriver:
 
         Arrays off the wire start at any byte. Every kernel sees one array type, so it compiles once.
         """
+        flags = array.flags
+        if flags.c_contiguous and flags.aligned and not flags.writeable:
+            return array
         view = np.require(array, requirements=("C", "A")).view()
         view.flags.writeable = False
         return view

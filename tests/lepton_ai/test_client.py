@@ -111,6 +111,25 @@ def test_many_jobs_wait_in_the_order_of_their_rows(client: Client, connection: C
     assert [each.headers.id for each in waiting(connection)] == [job.id for job in jobs]
 
 
+def test_many_jobs_are_few_commands(client: Client, connection: Connection) -> None:
+    connection.call("CONFIG", "RESETSTAT")
+    client.submit_many("a.b", ({"x": at} for at in range(1000)))
+    stats = connection.call("INFO", "commandstats").decode().splitlines()
+    (pushes,) = (line for line in stats if line.startswith("cmdstat_lpush:"))
+    assert int(pushes.partition("calls=")[2].partition(",")[0]) <= 10
+
+
+def test_what_is_encoded_goes_out_while_more_is_to_come(client: Client, connection: Connection) -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        for at in range(1000):
+            seen.append(connection.call("LLEN", topology.LANE))
+            yield {"x": at}
+
+    seen: list[int] = []
+    client.submit_many("a.b", rows())
+    assert 0 < seen[600] <= 600
+
+
 def test_no_rows_are_no_jobs(client: Client, connection: Connection) -> None:
     assert client.submit_many("a.b", []) == []
     assert connection.call("DBSIZE") == 0

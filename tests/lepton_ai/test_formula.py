@@ -75,6 +75,7 @@ def test_where_a_formula_is_not_defined_its_value_is_nan(text: str, n: float) ->
         "(n, n)",
         "{n: n}",
         "lambda: n",
+        "__debug__",
         "n if n else n",
         "n and n",
         "not n",

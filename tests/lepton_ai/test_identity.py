@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lepton_ai.identity import minute_of, new_id, new_ids
+from lepton_ai.identity import ids, minute_of, new_id, new_ids
 
 
 @given(st.integers(0, 300))
@@ -27,17 +28,25 @@ def test_an_id_carries_the_minute_in_which_it_was_made() -> None:
 
 
 def test_a_later_millisecond_sorts_later() -> None:
-    first = new_id()
+    endless = ids()
+    first = next(endless)
     made_at = uuid.UUID(first).int >> 80
     while time.time_ns() // 1_000_000 <= made_at:
         pass
     assert first < new_id()
+    assert first < next(endless)
 
 
 @given(st.integers(0, 2**48 - 1), st.integers(0, 2**80 - 1))
 def test_any_uuid_of_version_7_tells_its_minute(milliseconds: int, noise: int) -> None:
     bits = (milliseconds << 80 | noise) & ~(0xF << 76) & ~(3 << 62) | 7 << 76 | 2 << 62
     assert minute_of(str(uuid.UUID(int=bits))) == milliseconds // 60_000
+
+
+@pytest.mark.parametrize("spell", [str.upper, "{{{}}}".format, "urn:uuid:{}".format, lambda job: job.replace("-", "")])
+def test_an_id_that_is_spelled_otherwise_carries_the_same_minute(spell: Callable[[str], str]) -> None:
+    job = new_id()
+    assert minute_of(spell(job)) == minute_of(job)
 
 
 @pytest.mark.parametrize("foreign", ["", "job-1", str(uuid.uuid4()), str(uuid.uuid1()), "0" * 32, "\ud800"])

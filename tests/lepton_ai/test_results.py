@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from celery import Celery
@@ -146,6 +147,32 @@ def test_a_record_that_celery_wrote_is_read(
 def test_a_record_that_is_none_raises_our_error(raw: bytes) -> None:
     with pytest.raises(LeptonError):
         results.read(raw)
+
+
+RECORDS = [None, Record(), Record(cost=COST), Record(error={"code": "internal"})]
+
+
+@given(outputs, st.sampled_from(RECORDS), st.sampled_from(["json", "msgpack"]))
+def test_a_reply_says_the_same_as_the_record_that_is_stored(
+    sent: dict[str, Any], record: Record | None, encoding: str
+) -> None:
+    values = {name: wire.to_value(value) for name, value in sent.items()}
+    raw = results.encode(results.success(ID, values, record), encoding)
+    stored, reply = results.read(raw), results.reply(raw)
+    assert all(same(reply.result[name], value) for name, value in sent.items())
+    assert (reply.status, reply.task_id, reply.record) == (stored.status, stored.task_id, record)
+
+
+@pytest.mark.parametrize("raw", [b'{"status":"SUCCESS"}', b"\x81\xa6status\xa7SUCCESS"], ids=["json", "msgpack"])
+def test_a_reply_of_a_program_that_has_never_heard_of_us_has_no_record(raw: bytes) -> None:
+    assert results.reply(raw).record is None
+
+
+def test_a_reply_whose_own_part_cannot_be_read_has_its_result_all_the_same() -> None:
+    reply = results.reply(msgspec.msgpack.encode({"status": "SUCCESS", "result": {"c": 1}, "lepton": {"cost": []}}))
+    assert reply.result == {"c": 1}
+    with pytest.raises(InvalidArguments):
+        _ = reply.record
 
 
 @given(st.binary(max_size=200))

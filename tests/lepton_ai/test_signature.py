@@ -189,5 +189,5 @@ def test_hostile_shapes_are_refused_and_nothing_else_is_raised(shape: list[Any])
 
 
 def test_a_description_shows_shapes_and_never_data() -> None:
-    text = describe({"a": np.full((2, 3), 12345.0, np.float32), "k": 7})
+    text = describe(shapes_of({"a": np.full((2, 3), 12345.0, np.float32), "k": 7}))
     assert text == "{a=[2,3], k=7}"

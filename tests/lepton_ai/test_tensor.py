@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from lepton_ai import tensor
 from lepton_ai.errors import InvalidArguments
-from lepton_ai.tensor import DTYPES, TensorMap
+from lepton_ai.tensor import DTYPES, SENDABLE, TensorMap
 
 arrays = hnp.arrays(
     dtype=st.sampled_from([np.dtype(name) for name in DTYPES]),
@@ -50,6 +50,11 @@ def test_an_array_that_is_not_contiguous_comes_back_by_value(array: np.ndarray) 
 def test_big_endian_arrays_are_sent_as_little_endian() -> None:
     sent = tensor.to_wire(np.array([1.5], ">f4"))
     assert (sent.dtype, bytes(sent.data)) == ("<f4", b"\x00\x00\xc0\x3f")
+
+
+def test_an_array_of_another_class_is_sent_as_a_plain_one() -> None:
+    sent = tensor.to_wire(np.ma.masked_array([1.0, 2.0], mask=[True, False]))
+    np.testing.assert_array_equal(tensor.from_wire(sent), [1.0, 2.0])
 
 
 def test_neither_direction_copies() -> None:
@@ -123,3 +128,9 @@ def test_a_list_that_holds_itself_has_a_shape_too() -> None:
     loop: list[Any] = []
     loop.append(loop)
     assert len(tensor.shape_of(loop)) <= 33
+
+
+@pytest.mark.parametrize("code", np.typecodes["All"])
+def test_an_array_of_any_type_is_known_to_be_sendable_or_not_by_its_number(code: str) -> None:
+    dtype = np.dtype(code)
+    assert (dtype.num in SENDABLE) == (dtype.newbyteorder().num in SENDABLE) == (dtype.name in DTYPES)

@@ -204,6 +204,13 @@ def test_a_task_without_our_header_has_no_options(publish: Callable[..., bytes])
     assert wire.read_options(wire.read_envelope(publish()).headers) == Options()
 
 
+def test_a_value_that_is_no_argument_is_named(publish: Callable[..., bytes]) -> None:
+    found = wire.read_envelope(publish(kwargs={"a": [1.0], "b": np.ones(2).tolist(), "name": "junk"}))
+    with pytest.raises(InvalidArguments, match="'name'") as caught:
+        wire.read_body(found, limit_bytes=LIMIT)
+    assert caught.value.field == "name"
+
+
 def test_a_link_is_read_whatever_the_arguments_are(publish: Callable[..., bytes], celery_app: Celery) -> None:
     link = celery_app.signature("c.d", kwargs={"k": 1})
     for kwargs in ({"x": 1.5}, {"x": None}):
@@ -297,6 +304,57 @@ def test_an_array_that_was_read_is_a_view_of_the_decoded_body() -> None:
     assert body.size > 16_000  # both arrays, and what stands around them
     assert np.shares_memory(from_wire(found["a"]), body)
     assert np.shares_memory(from_wire(found["b"]), body)
+
+
+def plainly(job_id: str, kernel: str, arguments: dict[str, Any], options: Options, lane: str) -> dict[str, Any]:
+    """What a message says, put together without a template."""
+    sent, sizes = dict(arguments), dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, np.ndarray):
+            sent[name] = {"dtype": value.dtype.str, "shape": list(value.shape), "data": value.tobytes()}
+            sizes[name] = list(value.shape)
+    shown = [f"{name}={value!r}".replace(", ", ",") for name, value in sizes.items()]
+    nothing = ("shadow", "expires", "group", "group_index", "parent_id", "ignore_result", "stamped_headers")
+    headers = {"id": job_id, "root_id": job_id, "task": kernel, "lang": "py", "origin": ORIGIN, "eta": "then"}
+    headers |= {"retries": 0, "replaced_task_nesting": 0, "timelimit": [None, None], "stamps": {}}
+    headers |= {"argsrepr": "()", "kwargsrepr": f"{{{', '.join(shown)}}}"} | dict.fromkeys(nothing)
+    properties = {"correlation_id": job_id, "delivery_tag": job_id, "reply_to": "", "body_encoding": "base64"}
+    properties |= {"delivery_mode": 2, "priority": 0, "delivery_info": {"exchange": "", "routing_key": lane}}
+    said = msgspec.json.decode(msgspec.json.encode({"shapes": sizes} | msgspec.to_builtins(options)))  # inf as null
+    return {
+        "body": [[], sent, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}],
+        "content-encoding": "binary",
+        "content-type": wire.MSGPACK,
+        "headers": headers | {"lepton": said},
+        "properties": properties,
+    }
+
+
+ORIGIN = json.loads(wire.envelope(ID, "a.b", {}, Options()))["headers"]["origin"]
+texts = st.text(max_size=8) | st.sampled_from(["%", "%b", "%(id)s", '"', "\\", "{}"])
+rows = st.dictionaries(texts, arrays | numbers, max_size=3)
+
+
+@given(
+    texts,
+    st.builds(Options, device=st.none() | texts, shapes=st.none() | st.just({"x": [2]})),
+    texts,
+    st.lists(st.tuples(texts, rows), max_size=3),
+)
+def test_a_template_says_of_each_job_what_a_message_of_its_own_would(
+    kernel: str, options: Options, lane: str, jobs: list[tuple[str, dict[str, Any]]]
+) -> None:
+    template = wire.Template(kernel, options, lane)
+    for job_id, row in jobs:
+        found = json.loads(template.envelope(job_id, row, eta="then"))
+        found["body"] = msgspec.msgpack.decode(binascii.a2b_base64(found["body"]))
+        assert found == plainly(job_id, kernel, row, options, lane)
+
+
+def test_a_message_that_is_sent_again_has_another_delivery_tag() -> None:
+    message = wire.envelope(ID, "a.b", {}, Options())
+    tags = [json.loads(each)["properties"]["delivery_tag"] for each in (message, *map(wire.retried, [message] * 2))]
+    assert len(set(tags)) == 3
 
 
 LOOP: list[Any] = []

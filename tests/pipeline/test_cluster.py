@@ -45,20 +45,20 @@ def test_a_device_offers_only_what_each_of_its_workers_can_run() -> None:
 
 def test_a_kernel_whose_signature_cannot_be_read_here_is_not_offered_and_the_others_are() -> None:
     found = cluster(worker("1", "cpu", kernels=(spec("test.newer", "complex512<n>"), spec("test.known"))))
-    assert found.spec("test.newer") is None
-    assert found.spec("test.known") is not None
+    assert found.offer("test.newer") is None
+    assert found.offer("test.known") is not None
     assert found.devices[0].kernels == {"test.known"}
 
 
 def test_the_spec_of_a_kernel_comes_with_its_signature() -> None:
-    known = cluster(worker("1", "cpu", kernels=(spec("test.one"),))).spec("test.one")
+    known = cluster(worker("1", "cpu", kernels=(spec("test.one"),))).offer("test.one")
     assert known is not None
-    assert known[0] == spec("test.one")
-    assert known[1].dims({"x": [5]}) == {"n": 5}
+    assert known.spec == spec("test.one")
+    assert known.signature.dims({"x": [5]}) == {"n": 5}
 
 
 def test_a_kernel_that_nobody_announces_is_unknown() -> None:
-    assert cluster(worker("1", "cpu")).spec("test.one") is None
+    assert cluster(worker("1", "cpu")).offer("test.one") is None
 
 
 def test_the_same_workers_again_are_no_change() -> None:
@@ -76,7 +76,7 @@ def test_a_device_without_workers_is_gone_with_its_kernels() -> None:
     found = cluster(worker("1", "cpu", kernels=(spec("test.one"),)))
     found.refresh([])
     assert found.devices == ()
-    assert found.spec("test.one") is None
+    assert found.offer("test.one") is None
     assert found.device("cpu") is None
 
 

@@ -46,7 +46,8 @@ def cluster() -> Cluster:
 
 
 def claimed(kernel: str, options: Options, message: bytes = b"") -> ClaimedJob:
-    return ClaimedJob("job", kernel, options, message, Window("router", 1, 2**20).open_claim(Kind.NEW)[0], 0)
+    window = Window("router", 1, 2**20)
+    return window.add("job", kernel, options, message, window.open_claim(Kind.NEW)[0])
 
 
 def job(kernel: str = "linalg.matmul", **options: Any) -> ClaimedJob:
@@ -157,7 +158,7 @@ def test_a_device_is_ready_when_its_slots_have_worked_its_backlog_off(cluster: C
 def test_without_devices_a_problem_has_jobs_and_no_columns() -> None:
     priced = price([job(shapes=SHAPES), job(shapes=SHAPES)], Cluster(), CostModel())
     assert priced.problem.seconds.shape == (2, 0)
-    assert priced.candidates == [(), ()]
+    assert (priced.kinds, priced.candidates) == ([0, 0], [()])
 
 
 def test_a_price_is_never_an_error_of_the_caller(cluster: Cluster) -> None:

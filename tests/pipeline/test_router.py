@@ -1171,6 +1171,18 @@ def test_a_parked_job_is_ended_and_the_others_stay_parked(start_router, lane: La
     assert [wire.read_envelope(message).headers.id for message in parked[::-1]] == [one, three]
 
 
+def test_to_cancel_a_parked_job_leaves_the_others_parked_and_untold(
+    start_router, lane: Lane, connection: Connection
+) -> None:
+    start_router()
+    jobs = lane.send(300)
+    lane.wait_for("job.parked", 300)
+    ask_to_cancel(connection, *jobs[::100])
+    assert sorted(lane.wait_for("job.cancelled", 3)) == sorted(jobs[::100])
+    assert connection.call("LLEN", topology.parked("test.spin")) == 297
+    assert connection.call("HGET", topology.COUNTERS, "parked") == b"300"
+
+
 def test_a_client_that_waits_hears_of_the_cancelling_on_its_reply_list(
     start_router, lane: Lane, connection: Connection
 ) -> None:

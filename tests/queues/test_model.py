@@ -96,6 +96,7 @@ STEPS = {
     "claim_back": 3,
     "dispatch": 6,
     "unpark": 1,
+    "unpark_one": 1,
     "due": 1,
     "due_at_once": 1,
     "take_back": 1,
@@ -344,6 +345,19 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             assert self.holders["router0"].broker.unpark(KERNEL) == len(moved) + len(suspects)
             self.at(topology.AGAIN).extend(moved)
             self.at(topology.ALONE).extend(suspects)
+
+        @when(lambda self: self.at(topology.parked(KERNEL)) or self.at(topology.parked_alone(KERNEL)))
+        @possible(data=None)
+        def unpark_one(self, data: st.DataObject) -> None:
+            lists = {topology.parked(KERNEL): topology.AGAIN, topology.parked_alone(KERNEL): topology.ALONE}
+            job = data.draw(st.sampled_from(sorted({job_of(each) for source in lists for each in self.at(source)})))
+            count = 0
+            for source, target in lists.items():
+                moved = [each for each in self.at(source) if job_of(each) == job]
+                self.lists[source] = [each for each in self.at(source) if job_of(each) != job]
+                self.at(target).extend(moved)
+                count += len(moved)
+            assert self.holders["router1"].broker.unpark_jobs(KERNEL, {job, "unknown"}) == count
 
         @when(lambda self: self.scheduled)
         @possible()

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from celery.worker import state
+from celery.worker import control, state
 
+from lepton_ai.device import Announcement, Peaks
 from lepton_ai.event import Event
-from tasks.books import Books
+from lepton_ai.settings import Settings
+from tasks.books import Books, install_commands
 from tasks.runner import Ending
 
 DEVICE = "cpu.test"
@@ -43,12 +45,42 @@ def test_celery_sees_what_is_taken_what_runs_and_what_is_gone(books: Books) -> N
     assert {request.id for request in state.reserved_requests} == {"one", "two", "three"}
     assert {request.id for request in state.active_requests} == {"one"}
     assert (state.all_total_count, state.total_count) == ([3], {"a.b": 2, "c.d": 1})
-    assert state.requests["one"].info()["time_start"] > 0
-    assert state.requests["one"].info()["delivery_info"]["routing_key"] == "lepton.cpu.test"
+    (active,) = state.active_requests
+    assert active.info()["time_start"] > 0
+    assert active.info()["delivery_info"]["routing_key"] == "lepton.cpu.test"
     books.ended([Ending("one", "succeeded", 1.0)])
     books.lost(["two", "unknown"])
     assert {request.id for request in state.reserved_requests} == {"three"}
     assert set(state.active_requests) == set()
+
+
+def test_whoever_asks_for_a_job_by_its_id_is_told_where_it_stands(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control.Panel, "data", dict(control.Panel.data))
+    announcement = Announcement(
+        "worker-1", "cpu@host", DEVICE, "cpu", 1, False, Peaks(1.0, 1.0, 1.0, 0.0, 0.0), (), 0.0
+    )
+    install_commands(Settings(), "redis://nowhere", announcement, books)
+    books.taken([("one", "a.b"), ("two", "a.b")], set())
+    books.started(["one"])
+    found = control.Panel.data["query_task"](None, ["one", "two", "unknown"])
+    assert {job: (where, info["name"]) for job, (where, info) in found.items()} == {
+        "one": ("active", "a.b"),
+        "two": ("reserved", "a.b"),
+    }
+
+
+def test_celerys_own_tidying_takes_nothing_out_of_what_the_slots_hold(books: Books) -> None:
+    """As celery.worker.consumer does whenever it has lost its connection."""
+    books.taken([("one", "a.b"), ("two", "a.b")], set())
+    books.started(["one"])
+    (active,) = tuple(state.active_requests)
+    assert active in state.reserved_requests
+    state.reserved_requests.clear()
+    state.reserved_requests.update((active,))
+    assert {request.id for request in state.reserved_requests - state.active_requests} == {"two"}
+    assert (len(state.reserved_requests), len(state.active_requests)) == (2, 1)
 
 
 def test_a_shown_job_is_told_from_its_receipt_to_its_end(books: Books, told: Told) -> None:

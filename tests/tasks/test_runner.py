@@ -15,7 +15,7 @@ from lepton_ai import cancellation, event, results, topology, wire
 from lepton_ai.errors import BrokerUnavailable, InvalidArguments, Overloaded, RetryJob
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of, new_id, new_ids
-from lepton_ai.job import LATEST_S, Meta, Options, Placement
+from lepton_ai.job import LATEST_S, Candidate, Estimate, Meta, Options, Placement
 from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Retry
 from lepton_ai.succession import FollowUps
 from queues.event_stream import EventStream
@@ -71,6 +71,56 @@ def test_one_event_tells_what_a_launch_taught(worker: Worker) -> None:
     )
     assert (told.observation.kernel, told.observation.jobs, told.observation.flops) == ("test.double", 3, 6.0)
     assert told.observation.run_s > 0
+
+
+def test_launches_that_were_alike_are_told_together_as_their_mean(worker: Worker) -> None:
+    worker.warm_up()
+    worker.shop.policy()
+    small, large = new_ids(3), new_ids(2)
+    stream = EventStream(worker.connection)
+    as_large = [wire.envelope(job, "test.tries", {"x": np.ones(1000)}, Options()) for job in large]
+    first, second, third = (message(job, 1.0, "test.tries") for job in small)
+    worker.push(first, as_large[0], second, as_large[1], third)
+    found = [each for _, each in stream.read(5000)]
+    assert [each.jobs for each in found] == [tuple(small), tuple(large)]
+    observed = [each.observation for each in found]
+    assert [(each.jobs, each.flops, each.bytes, each.transfer_bytes) for each in observed] == [
+        (1, 2.0, 8.0, 8.0),
+        (1, 2000.0, 8000.0, 8000.0),
+    ]
+    assert worker.meta(small[0]).lepton.cost.batch == 1
+
+
+def test_one_that_fails_among_many_that_run_one_after_another_teaches_nothing(worker: Worker) -> None:
+    worker.warm_up()
+    worker.shop.raising.append(ValueError("the first"))
+    stream = EventStream(worker.connection)
+    bad, *good = worker.send(1.0, 2.0, 3.0, kernel="test.tries")
+    told = {each.type: each.jobs for _, each in stream.read(5000)}
+    assert told == {"job.succeeded": tuple(good), "job.failed": (bad,)}
+
+
+def test_a_placement_comes_back_whole_in_either_encoding(worker: Worker) -> None:
+    worker.warm_up()
+    jobs = new_ids(2)
+    for job, encoding in zip(jobs, ("msgpack", "json"), strict=True):
+        estimate = Estimate(0.5, 0.25, 0.125)
+        candidates = (Candidate(DEVICE, estimate), Candidate("gpu", excluded="announces no test.double"))
+        placement = Placement(
+            job, "test.double", "placed", "b", 1.0, "router-1", DEVICE, estimate, candidates, "earliest_finish"
+        )
+        worker.connection.call("HSET", topology.jobs(minute_of(job) or 0), job, msgspec.msgpack.encode(placement))
+        worker.push(message(job, 1.0, result=encoding))
+        assert worker.meta(job).lepton.placement == placement
+
+
+def test_a_placement_that_cannot_be_read_holds_no_job_up_and_goes_no_further(worker: Worker) -> None:
+    for note in (b"\xc1", msgspec.msgpack.encode({"placed_at": 1.0, "candidates": 7})):
+        (job,) = new_ids(1)
+        worker.connection.call("HSET", topology.jobs(minute_of(job) or 0), job, note)
+        worker.push(message(job, 1.0, result="msgpack"))
+        found = worker.meta(job)
+        assert (found.status, found.lepton.placement) == ("SUCCESS", None)
 
 
 def test_a_batch_runs_in_one_launch_and_each_job_gets_its_own(worker: Worker) -> None:

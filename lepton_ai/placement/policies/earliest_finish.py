@@ -6,6 +6,8 @@ tasks onto heterogeneous computing systems", J. Parallel Distrib. Comput. 59, 19
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from lepton_ai.placement.problem import UNPLACED, Plan, Problem
@@ -19,14 +21,17 @@ class EarliestFinish:
     name = "earliest_finish"
 
     def place(self, problem: Problem) -> Plan:
-        jobs = len(problem.seconds)
-        device = np.full(jobs, UNPLACED, np.intp)
-        wait = np.full(jobs, np.inf)
-        ready = problem.ready.astype(np.float64, copy=True)
-        for job, seconds in enumerate(problem.seconds if ready.size else ()):
-            finish = ready + seconds
-            best = int(finish.argmin())
-            if np.isfinite(finish[best]):
-                device[job], wait[job] = best, ready[best]
-                ready[best] += seconds[best] / problem.slots[best]
-        return Plan(device, wait)
+        # Plain lists: for the few devices of a fleet an array a job costs ten times as much.
+        ready, slots = problem.ready.tolist(), problem.slots.tolist()
+        device: list[int] = []
+        wait: list[float] = []
+        for seconds in problem.seconds.tolist():
+            best, soonest = UNPLACED, math.inf
+            for at, need in enumerate(seconds):
+                if ready[at] + need < soonest:
+                    best, soonest = at, ready[at] + need
+            device.append(best)
+            wait.append(math.inf if best == UNPLACED else ready[best])
+            if best != UNPLACED:
+                ready[best] += seconds[best] / slots[best]
+        return Plan(np.array(device, np.intp), np.array(wait, np.float64))

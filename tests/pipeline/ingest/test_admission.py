@@ -19,6 +19,7 @@ from lepton_ai.errors import (
     BrokerUnavailable,
     InvalidArguments,
     InvalidSettings,
+    KernelFailed,
     KeyConflict,
     LeptonError,
     OptionNotSupported,
@@ -28,13 +29,14 @@ from lepton_ai.errors import (
     UnknownJob,
 )
 from lepton_ai.idempotency import fingerprint, job_id
-from lepton_ai.job import Record
+from lepton_ai.job import Placement, Record
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.remote import JobRequest
 from lepton_ai.settings import Settings
 from pipeline.ingest import admission
 from pipeline.ingest.admission import Drain
 from pipeline.ingest.door import Door
+from pipeline.ingest.view import view as view_of
 from queues.connection import Connection
 from queues.embedded import EmbeddedBroker
 from tests.pipeline.ingest.served import problem, serving
@@ -163,6 +165,15 @@ def test_a_job_of_a_key_is_known_as_long_as_its_key_is(broker_url: str, connecti
     assert view.state == "waiting"
     with pytest.raises(UnknownJob):
         through(broker_url, lambda door: door.look(job_id("l"), 0))
+
+
+def test_a_job_between_its_tries_is_scheduled_and_its_last_error_known() -> None:
+    error = KernelFailed("not yet")
+    placement = Placement("job", "a.b", "scheduled", "it is due soon", 0.0, "router-1")
+    found = view_of("job", "a.b", results.retrying("job", error, None), placement)
+    assert found.state == "scheduled"
+    assert found.record is not None
+    assert (found.record.placement, found.record.error) == (placement, error.to_wire())
 
 
 def test_a_job_that_is_due_later_is_scheduled(broker_url: str, connection: Connection) -> None:
