@@ -6,6 +6,7 @@ measured too (`idle_cpu_share`, of one core).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -130,10 +131,23 @@ class Arena:
         found = {name: cpu.used_s(each.roles) for name, each in self.contenders.items()}
         return {**found, "broker": cpu.used_s({"broker": [self._broker]})}
 
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What Lepton's contenders say of their jobs; ValueError where one is unaccounted for or unexplained."""
+        found = {name: each.ask("facts") for name, each in self.contenders.items() if name in _LEPTON}
+        for name, each in found.items():
+            if each["conservation_difference"] != 0 or each["placements_recorded"] != each["placements_looked_at"]:
+                raise ValueError(f"{name} broke a promise: {each}")
+        return found
+
+    def settings(self) -> dict[str, str]:
+        """How each contender is run."""
+        return {name: each.settings for name, each in self.contenders.items()}
+
     def settle(self) -> None:
         """Rewrites the broker's log where it has grown, and waits for it."""
         if self._redis.info("persistence")["aof_current_size"] > _REWRITE_BYTES:
-            self._redis.bgrewriteaof()
+            with contextlib.suppress(redis.ResponseError):  # it has begun by itself
+                self._redis.bgrewriteaof()
         while True:
             found = self._redis.info("persistence")
             if not (found["aof_rewrite_in_progress"] or found["aof_rewrite_scheduled"]):

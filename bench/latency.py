@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    rounds, jobs = (min(2, options.rounds), 30) if options.quick else (options.rounds, options.jobs)
+    rounds, jobs = (1, 20) if options.quick else (options.rounds, options.jobs)
     with (
         tempfile.TemporaryDirectory(prefix="lepton-bench-") as folder,
         arena(options.only or NAMES, 1, Path(folder), one_by_one=True) as held,
@@ -43,7 +43,10 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             held.settle()
             found[name].append(held.contenders[name].ask("each", load=NOOP, count=jobs))
             say(f"round {number + 1}/{rounds}: {name} {np.median(found[name][-1]):.3f} ms")
-        figures: dict[str, Any] = {name: _figures(each) for name, each in found.items()}
+        figures: dict[str, Any] = {
+            name: {**_figures(each), "settings": held.settings()[name]} for name, each in found.items()
+        }
+        held.facts()
         figures |= {name: {"missing": reason} for name, reason in held.missing.items()}
     for label, other in (("share_of_two_hop", "celery_two_hop"), ("ratio_floor", "raw_redis")):
         if "lepton" in found and other in found:
@@ -70,4 +73,7 @@ def _tables(figures: dict[str, Any]) -> Iterator[Table]:
     ratios = [label for label in ("share_of_two_hop", "ratio_floor") if label in figures]
     yield report.table(
         "Lepton's p50", ("", "median", "range"), ((each, figures[each], figures[f"{each}_range"]) for each in ratios)
+    )
+    yield report.how_each_is_run(
+        {name: figures[name].get("settings") or figures[name]["missing"] for name in NAMES if name in figures}
     )

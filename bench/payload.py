@@ -63,7 +63,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
                 found[name].append((rate, statistics.median(single) * 1e3))
             rows += [_row(name, size, own) for name, own in found.items()]
         rows += [{"peer": name, "missing": reason} for name, reason in held.missing.items()]
-    return {"rows": rows, **_ratios(rows)}
+        held.facts()
+        return {"rows": rows, **_ratios(rows), "settings": held.settings()}
 
 
 def _copies(size: int, count: int) -> list[float]:
@@ -104,4 +105,6 @@ def _ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _tables(found: dict[str, Any]) -> Iterator[Table]:
     keys = ("peer", "bytes", "mb_per_s", "mb_per_s_range", "p50_ms")
     yield report.table("arrays in", ("", *keys[1:]), ([row.get(key) for key in keys] for row in found["rows"]))
-    yield report.table("Lepton's", ("", ""), ((key, value) for key, value in found.items() if key != "rows"))
+    ratios = ((key, value) for key, value in found.items() if key not in {"rows", "settings"})
+    yield report.table("Lepton's", ("", ""), ratios)
+    yield report.how_each_is_run(found["settings"])

@@ -6,14 +6,14 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["parser", "play", "shown", "table"]
+__all__ = ["how_each_is_run", "parser", "play", "shown", "table"]
 
 
 def parser(text: str | None, rounds: int = 5) -> argparse.ArgumentParser:
@@ -29,11 +29,13 @@ def play(
     measure: Callable[[], dict[str, Any]], tables: Callable[[dict[str, Any]], Iterable[Table]], *, plain: bool
 ) -> int:
     """Measures and reports; the exit code. Ctrl-C and SIGTERM end what was started."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         found = measure()
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if plain:
         print(json.dumps(found))
         return 0
@@ -50,6 +52,14 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         found.add_column(column, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
         found.add_row(*map(shown, row))
+    return found
+
+
+def how_each_is_run(settings: Mapping[str, str]) -> Table:
+    """What each contender says of its settings."""
+    found = Table(title="how each is run", box=SIMPLE, padding=(0, 1, 0, 0), show_header=False)
+    for name, text in settings.items():
+        found.add_row(name, text)
     return found
 
 

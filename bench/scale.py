@@ -1,9 +1,9 @@
 """What a job costs the router, the broker and the worker while 1,000, 100,000 or 1,000,000 more wait in the lane.
 
-`./lepton bench scale [--quick] [--rounds N] [--jobs N] [--depth N]... [--json]`. Each row has a fresh broker. The lane is
-filled before the router starts and kept so deep while the jobs that are measured are worked off: the broker takes as
-many as it gives at every depth. Bytes are the broker's own count, of a job that waits and of one that has ended (its
-result, its Placement and its share of the event stream).
+`./lepton bench scale [--quick] [--rounds N] [--jobs N] [--depth N]... [--json]`. Each turn has a fresh broker. The lane
+is filled before the router starts and kept so deep while the jobs that are measured are worked off: the broker takes
+as many as it gives at every depth. Bytes are the broker's own count, of a job that waits and of one that has ended
+(its result, its Placement and its share of the event stream).
 """
 
 from __future__ import annotations

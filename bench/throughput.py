@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bench import report
+from bench import cpu, report
 from bench.contest import Arena, Turn, arena, turns
 from bench.load import NOOP, spinning
 
@@ -31,7 +31,7 @@ Turns = Mapping[str, Sequence[Turn]]
 def main() -> int:
     parser = report.parser(__doc__)
     parser.add_argument("--only", action="append", choices=NAMES, metavar="NAME", help="this contender (again: more)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn; a third with jobs that compute")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn; a quarter with jobs that compute")
     parser.add_argument("--noop", action="store_true", help="only the job that adds")
     options = parser.parse_args()
     return report.play(lambda: _measure(options), _tables, plain=options.json)
@@ -39,27 +39,21 @@ def main() -> int:
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     names = options.only or NAMES
-    rounds, seconds = (min(2, options.rounds), 0.2) if options.quick else (options.rounds, options.seconds)
+    rounds, seconds = (1, 0.2) if options.quick else (options.rounds, options.seconds)
     with tempfile.TemporaryDirectory(prefix="lepton-bench-") as folder:
         with arena(names, 1, Path(folder)) as held:
             found = summary(held, turns(held, NOOP, rounds, seconds))
-            for name in ("lepton", "lepton_flower"):
-                if name in held.contenders:
-                    found[name] |= checked(held.contenders[name].ask("facts"))
+            for name, facts in held.facts().items():
+                found[name] |= facts
         if not options.noop:
             found["kernels"] = {}
-            with arena(names, 2, Path(folder)) as held:
+            computing = [name for name in names if name != "lepton_flower"]
+            with arena(computing, cpu.CORES, Path(folder)) as held:
                 for duration_s in KERNELS_S[1:2] if options.quick else KERNELS_S:
                     load = spinning(duration_s)
-                    found["kernels"][load.label] = summary(held, turns(held, load, rounds, seconds / 3))
+                    found["kernels"][load.label] = summary(held, turns(held, load, rounds, seconds / 4))
+                held.facts()
     return found
-
-
-def checked(facts: dict[str, Any]) -> dict[str, Any]:
-    """What Lepton says of itself in the end; ValueError where a job is unaccounted for or unexplained."""
-    if facts["conservation_difference"] != 0 or facts["placements_recorded"] != facts["placements_looked_at"]:
-        raise ValueError(f"a promise is broken: {facts}")
-    return facts
 
 
 def summary(held: Arena, found: Turns) -> dict[str, Any]:
@@ -118,3 +112,4 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
         ratios = [(name, figures[name], figures[f"{name}_range"]) for name in figures if f"{name}_range" in figures]
         title = f"{label}: best peer {figures.get('best_peer', 'none')}"
         yield report.table(title, ("ratio", "median", "range"), ratios)
+        yield report.how_each_is_run({name: each["settings"] for name, each in present.items()})

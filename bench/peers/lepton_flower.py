@@ -8,12 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import redis
+
 from bench.peers import lepton
 from lepton_ai.settings import Settings
 from pipeline.processes import Program, environment
 from queues.app import make_app
 
 _NAME = "listener"
+#: The router asks once a second whether anybody listens.
+_NOTICED_S = 1.5
 
 
 class Peer(lepton.Peer):
@@ -22,9 +26,13 @@ class Peer(lepton.Peer):
     settings = f"{lepton.Peer.settings}; a receiver of Celery's events beside it"
 
     def wake(self) -> None:
-        own = {"LEPTON_REDIS_URL": self.place.broker_url}
-        self.processes.start(Program(_NAME, ("-m", __name__), environment(own)))
-        time.sleep(3.0)  # until it listens, and the router has noticed: it asks once a second
+        with redis.Redis.from_url(self.place.broker_url) as broker:
+            before: Any = broker.pubsub_numpat()
+            own = {"LEPTON_REDIS_URL": self.place.broker_url}
+            self.processes.start(Program(_NAME, ("-m", __name__), environment(own)))
+            while broker.pubsub_numpat() == before:
+                time.sleep(0.02)
+        time.sleep(_NOTICED_S)
 
     def rest(self) -> None:
         self.processes.stop([_NAME], 5)

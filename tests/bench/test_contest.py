@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from bench import cpu, kernels
-from bench.contest import Contender, Missing, Turn, rotated
+from bench.contest import Arena, Contender, Missing, Turn, rotated
 from bench.load import NOOP, Load
 from bench.peer import Place
-from bench.throughput import checked, summary
+from bench.throughput import summary
 
 
 def test_each_comes_once_a_round_and_another_begins_each() -> None:
@@ -81,9 +81,11 @@ def test_ratios_are_taken_within_each_round() -> None:
         {"conservation_difference": 0, "placements_looked_at": 3, "placements_recorded": 2},
     ],
 )
-def test_a_broken_promise_is_no_figure(facts: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="a promise is broken"):
-        checked(facts)
+def test_a_broken_promise_is_no_figure(facts: dict[str, int], broker_url: str) -> None:
+    lepton: Any = SimpleNamespace(name="lepton", ask=lambda _: facts)
+    fleet: Any = SimpleNamespace(broker_url=broker_url)
+    with pytest.raises(ValueError, match="lepton broke a promise"):
+        Arena(fleet, [lepton], {}).facts()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
