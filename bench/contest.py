@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Contender:
                 env=environment({"PYTHONPATH": str(Path(__file__).parents[1])}),
             )
         self._log = Path(log.name)
+        self._own: set[int] = set()
         self.settings = ""
         self.roles: dict[str, list[int]] = {}
 
@@ -95,11 +96,16 @@ class Contender:
         self.roles = {role: list(pids) for role, pids in self.ask("roles").items()}
         self.roles |= {role: [pid] for role, pid in self._fleet.items()}
 
-    def close(self) -> None:
-        """Tells it to end, and ends what it leaves."""
-        own = cpu.families({"all": [self._process.pid]})["all"] - {self._process.pid}
+    def leave(self) -> None:
+        """Tells it to end."""
+        self._own |= cpu.families({"all": [self._process.pid]})["all"] - {self._process.pid}
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and did not hear the last order
+            self._process.stdin.close()
+
+    def close(self) -> None:
+        """Sees it end, and ends what it leaves."""
+        self.leave()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
@@ -107,7 +113,7 @@ class Contender:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
-        cpu.kill(own)
+        cpu.kill(self._own)
 
     def __enter__(self) -> Contender:
         return self
@@ -169,22 +175,30 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 @contextmanager
-def arena(names: Sequence[str], slots: int, folder: Path, *, one_by_one: bool = False) -> Iterator[Arena]:
-    """Starts a broker with Lepton and the contenders that are installed; ends them all however it ends."""
+def arena(
+    names: Sequence[str], slots: int, folder: Path, *, single: Collection[str] = (), one_by_one: bool = False
+) -> Iterator[Arena]:
+    """Starts a broker with Lepton and the contenders that are installed; ends them all however it ends.
+
+    Each may run as many jobs at once as there are slots, those in `single` one.
+    """
     os.environ["LEPTON_KERNELS"] = KERNELS
     with ExitStack() as stack:
         fleet = stack.enter_context(run_fleet(Settings.read(), {"cpu": slots}, say))
         processes = {name.removesuffix("-cpu"): process.pid for name, process in fleet.processes.items()}
-        place = Place(fleet.broker_url, str(folder), slots, one_by_one)
-        contenders, missing = [], {}
+        say(f"starting {', '.join(names)}")
+        entered, missing = [], {}
         for name in names:
-            say(f"starting {name}")
-            contender = stack.enter_context(Contender(name, place, processes))
+            place = Place(fleet.broker_url, str(folder), 1 if name in single else slots, one_by_one)
+            entered.append(stack.enter_context(Contender(name, place, processes)))
+        stack.callback(lambda: [each.leave() for each in entered])  # all at once, and then they are waited for
+        contenders = []
+        for contender in entered:
             try:
                 contender.start()
             except Missing as error:
-                say(f"{name} does not take part: {error}")
-                missing[name] = str(error)
+                say(f"{contender.name} does not take part: {error}")
+                missing[contender.name] = str(error)
             else:
                 contenders.append(contender)
         yield Arena(fleet, contenders, missing)

@@ -63,7 +63,7 @@ def main() -> int:
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     os.environ["LEPTON_KERNELS"] = KERNELS
-    rounds, seconds = (1, 0.3) if options.quick else (options.rounds, options.seconds)
+    rounds, seconds = (1, 0.2) if options.quick else (options.rounds, options.seconds)
     with (
         tempfile.TemporaryDirectory(prefix="lepton-bench-") as folder,
         run_fleet(Settings.read(), {"cpu": 1}, say) as fleet,

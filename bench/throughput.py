@@ -23,6 +23,8 @@ from bench.load import NOOP, spinning
 FLOOR = "raw_redis"
 PEERS = ("celery_two_hop", "celery", "huey", "dramatiq", "taskiq", "ray_tasks", "ray_actors")
 NAMES = ("lepton", "lepton_flower", *PEERS, FLOOR)
+#: These go no faster with a worker a core, or slower, where the job only adds.
+_SINGLE = ("celery_two_hop", "celery", "taskiq")
 KERNELS_S = (10e-6, 100e-6, 1e-3, 10e-3)
 
 Turns = Mapping[str, Sequence[Turn]]
@@ -41,7 +43,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     names = options.only or NAMES
     rounds, seconds = (1, 0.2) if options.quick else (options.rounds, options.seconds)
     with tempfile.TemporaryDirectory(prefix="lepton-bench-") as folder:
-        with arena(names, 1, Path(folder)) as held:
+        with arena(names, cpu.CORES, Path(folder), single=_SINGLE) as held:
             found = summary(held, turns(held, NOOP, rounds, seconds))
             for name, facts in held.facts().items():
                 found[name] |= facts

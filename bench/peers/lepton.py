@@ -21,11 +21,11 @@ _SAMPLE = 25
 class Peer(peer.Peer):
     """The fleet itself belongs to the contest; this is the client."""
 
-    settings = "submit_many and result() of each; one router, one worker (threads)"
+    settings = "submit_many and result() of each; one router, one worker"
 
     def start(self) -> None:
         own = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("LEPTON_")]
-        self.settings = "; ".join([f"{self.settings}, slots: {self.place.parallel}", *own])
+        self.settings = "; ".join([f"{self.settings}, slots {self.place.parallel}", *own])
         self._client = Client(self.place.broker_url)
         self._sample: deque[JobHandle] = deque(maxlen=_SAMPLE)
 
