@@ -39,26 +39,26 @@ def main() -> int:
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     os.environ["LEPTON_BODY_LIMIT_BYTES"] = str(_LIMIT_BYTES)
-    rounds = 1 if options.quick else options.rounds
+    rounds, at_once = (1, 2) if options.quick else (options.rounds, _AT_ONCE)
     rows: list[dict[str, Any]] = []
     with (
         tempfile.TemporaryDirectory(prefix="lepton-bench-") as folder,
         arena(options.only or NAMES, 1, Path(folder)) as held,
     ):
         for size in SIZES:
-            batches = 1 if options.quick else max(2, 64 * 2**20 // size // _AT_ONCE)
+            batches = 1 if options.quick else max(2, 64 * 2**20 // size // at_once)
             found: dict[str, list[tuple[float, float]]] = {name: [] for name in (*held.contenders, MEMCPY)}
             for name in held.contenders:  # until a ring or an object store is warm
-                held.contenders[name].ask("carry", bytes=size, batches=batches, at_once=_AT_ONCE)
+                held.contenders[name].ask("carry", bytes=size, batches=batches, at_once=at_once)
             for number, name in rotated(list(found), rounds):
                 held.settle()
                 if name == MEMCPY:
-                    many, single = _copies(size, batches * _AT_ONCE), _copies(size, batches)
+                    many, single = _copies(size, batches * at_once), _copies(size, batches)
                 else:
                     contender = held.contenders[name]
-                    many = contender.ask("carry", bytes=size, batches=batches, at_once=_AT_ONCE)
+                    many = contender.ask("carry", bytes=size, batches=batches, at_once=at_once)
                     single = contender.ask("carry", bytes=size, batches=batches, at_once=1)
-                rate = size * batches * _AT_ONCE / sum(many) / _MB
+                rate = size * batches * at_once / sum(many) / _MB
                 say(f"{size >> 20} MiB, round {number + 1}/{rounds}: {name} {rate:,.0f} MB/s")
                 found[name].append((rate, statistics.median(single) * 1e3))
             rows += [_row(name, size, own) for name, own in found.items()]
