@@ -1,12 +1,14 @@
 """The floor: what a job costs on redis-py with nothing of what a job queue is for.
 
-The client pushes pipelines of 100 messages and reads replies in bulk. A worker pops up to 100, computes, stores each
+The client pushes pipelines of 100 messages and reads replies in bulk. A worker pops up to 100, or as many as take
+20 ms lest another has none, computes, stores each
 result under a key that expires and pushes the replies, in one pipeline. Nothing survives a worker that dies.
 `python -m bench.peers.raw_redis` is the worker.
 """
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ from bench.load import Load
 
 _QUEUE = "bench.raw"
 _AT_ONCE = 100
+_BATCH_S = 0.02
 _EXPIRE_S = 3600
 _WAIT_S = 300
 
@@ -30,7 +33,7 @@ _decode = msgspec.msgpack.Decoder().decode
 class Peer(peer.Peer):
     """A worker process for each job that may compute at once."""
 
-    settings = "redis-py and msgpack in batches of 100; a worker process a job at once"
+    settings = "redis-py and msgpack in batches of 100, of 20 ms where that is less; a worker process a job at once"
 
     def start(self) -> None:
         for number in range(self.place.parallel):
@@ -65,8 +68,10 @@ class Peer(peer.Peer):
 def main() -> None:
     connection: Any = redis.Redis.from_url(peer.broker_url(), socket_timeout=None)
     functions = {**kernels.FUNCTIONS, "bench.touch": lambda a: kernels.touch(np.frombuffer(a, np.float32))}
+    count = _AT_ONCE
     while True:
-        _, messages = connection.blmpop(0, 1, _QUEUE, direction="LEFT", count=_AT_ONCE)
+        _, messages = connection.blmpop(0, 1, _QUEUE, direction="LEFT", count=count)
+        began = time.perf_counter()
         with connection.pipeline(transaction=False) as pipeline:
             replies: dict[str, list[bytes]] = {}
             for kernel, job, reply_to, row in map(_decode, messages):
@@ -76,6 +81,8 @@ def main() -> None:
             for reply_to, results in replies.items():
                 pipeline.rpush(reply_to, *results)
             pipeline.execute()
+        job_s = (time.perf_counter() - began) / len(messages)
+        count = max(1, min(_AT_ONCE, int(_BATCH_S / job_s)))
 
 
 if __name__ == "__main__":
