@@ -24,7 +24,11 @@ class Peer(peer.Peer):
     settings = "submit_many and result() of each; one router, one worker"
 
     def start(self) -> None:
-        own = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("LEPTON_")]
+        own = [
+            f"{name}={value}"
+            for name, value in sorted(os.environ.items())
+            if name.startswith("LEPTON_") and name != "LEPTON_KERNELS"
+        ]
         self.settings = "; ".join([f"{self.settings}, slots {self.place.parallel}", *own])
         self._client = Client(self.place.broker_url)
         self._sample: deque[JobHandle] = deque(maxlen=_SAMPLE)

@@ -1,8 +1,8 @@
 """The floor: what a job costs on redis-py with nothing of what a job queue is for.
 
-The client pushes pipelines of 100 messages and reads replies in bulk. A worker pops up to 100, or as many as take
-20 ms lest another has none, computes, stores each
-result under a key that expires and pushes the replies, in one pipeline. Nothing survives a worker that dies.
+The client pushes pipelines of 100 messages and reads replies in bulk. A worker pops up to 100, or as many as take 20 ms
+lest another has none, computes, stores each result under a key that expires and pushes the replies, in one pipeline.
+Nothing survives a worker that dies.
 `python -m bench.peers.raw_redis` is the worker.
 """
 
