@@ -62,7 +62,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     for number, name in rotated([str(depth) for depth in depths], rounds):
         with tempfile.TemporaryDirectory(prefix="lepton-bench-") as folder:
             one = _Play(int(name), jobs, Path(folder)).measure()
-        say(f"round {number + 1}/{rounds}: {int(name):,} deep: {one['us_per_job']:.1f} us a job")
+        told = f"{int(name):,} deep, filled in {one['fill_s']:.1f} s: {one['us_per_job']:.1f} us a job"
+        say(f"round {number + 1}/{rounds}: {told}")
         found[int(name)].append(one)
     rows = []
     for depth, own in found.items():
@@ -75,8 +76,14 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             role: round(statistics.median(each["us_per_job_by_process"][role] for each in own), 1) for role in parts
         }
         rows.append(row)
-    ratio = rows[-1]["us_per_job"] / rows[0]["us_per_job"]
-    return {"jobs": jobs, "rows": rows, "ratio_deepest": round(ratio, 3)}
+    shallowest, deepest = found[depths[0]], found[depths[-1]]
+    ratios = [one["us_per_job"] / other["us_per_job"] for one, other in zip(deepest, shallowest, strict=True)]
+    return {
+        "jobs": jobs,
+        "rows": rows,
+        "ratio_deepest": round(statistics.median(ratios), 3),
+        "ratio_deepest_range": [round(pick(ratios), 3) for pick in (min, max)],
+    }
 
 
 class _Play:
@@ -96,7 +103,9 @@ class _Play:
             with Client(broker.url) as client:
                 self._until(client.devices, "the worker is online")
                 empty = self._bytes()
+                began = time.perf_counter()
                 self._push(self._depth)
+                fill_s = time.perf_counter() - began
                 waiting_bytes = (self._bytes() - empty) / self._depth
                 self._until(self._is_quiet, "the broker has rewritten its log")
                 done = threading.Event()
@@ -104,10 +113,13 @@ class _Play:
                 feeder.start()
                 try:
                     processes.start(self._router)
-                    return {"broker_bytes_per_job": waiting_bytes, **self._slice(client, processes)}
+                    found = self._slice(client, processes)
                 finally:
                     done.set()
                     feeder.join()
+                if difference := client.accounts().difference:
+                    raise ValueError(f"{difference} jobs are unaccounted for")
+                return {"fill_s": fill_s, "broker_bytes_per_job": waiting_bytes, **found}
 
     @contextmanager
     def _processes(self, url: str) -> Iterator[Processes]:
@@ -175,6 +187,5 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
         for row in found["rows"]
     ]
     columns = ("depth", "CPU us a job", "range", "wall us a job", "bytes a waiting job", "a finished one", "router MB")
-    yield report.table(
-        f"{found['jobs']:,} jobs; the deepest costs {found['ratio_deepest']} of the first", columns, rows
-    )
+    ratio = f"{found['ratio_deepest']} ({report.shown(found['ratio_deepest_range'])})"
+    yield report.table(f"{found['jobs']:,} jobs; the deepest costs {ratio} of the first", columns, rows)
