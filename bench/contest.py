@@ -263,5 +263,6 @@ def _turn(held: Arena, contender: Contender, load: Load, count: int) -> Turn:
     contender.ask("rest")
     used = {name: {role: after[name][role] - roles[role] for role in roles} for name, roles in before.items()}
     own = used[contender.name]
-    others = {name: sum(roles.values()) for name, roles in used.items() if name not in {contender.name, "broker"}}
+    busy = {contender.name, "broker", *(_LEPTON if contender.name in _LEPTON else ())}  # these share one fleet
+    others = {name: sum(roles.values()) for name, roles in used.items() if name not in busy}
     return Turn(count, took, {**own, **used["broker"]}, others, elapsed)

@@ -85,7 +85,7 @@ def _figures(held: Arena, name: str, found: Turns) -> dict[str, Any]:
     own, rates = found[name], _rates(found[name])
     by_process = {role: statistics.median(each.cpu_s[role] / each.jobs * 1e6 for each in own) for role in own[0].cpu_s}
     totals = [sum(each.cpu_s.values()) / each.jobs * 1e6 for each in own]
-    idle = [(each.idle_s[name], each.elapsed_s) for other in found if other != name for each in found[other]]
+    idle = [(each.idle_s[name], each.elapsed_s) for own in found.values() for each in own if name in each.idle_s]
     return {
         "jobs_per_s": round(statistics.median(rates), 1),
         "jobs_per_s_range": [round(min(rates), 1), round(max(rates), 1)],

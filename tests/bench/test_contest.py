@@ -54,7 +54,7 @@ def test_ratios_are_taken_within_each_round() -> None:
     held: Any = SimpleNamespace(contenders=entered, missing={"dramatiq": "dramatiq is not installed"})
 
     def turns(*rates: float) -> list[Turn]:
-        return [Turn(100, 100 / rate, {"client": 0.001}, dict.fromkeys(entered, 0.0), 1.0) for rate in rates]
+        return [Turn(100, 100 / rate, {"client": 0.001}, {}, 1.0) for rate in rates]
 
     found = summary(
         held,
@@ -70,6 +70,7 @@ def test_ratios_are_taken_within_each_round() -> None:
     assert found["ratio_best_peer_range"] == [2, 9]
     assert found["share_of_floor"] == 0.75
     assert found["lepton"]["cpu_us_per_job"] == 10
+    assert found["lepton"]["idle_cpu_share"] is None
     assert found["dramatiq"] == {"missing": "dramatiq is not installed"}
     assert "ratio_two_hop" not in found
 
