@@ -227,6 +227,16 @@ class Ring:
         place = f"ring:{self.memory}:{segment.name}:{slot.offset}:{slot.generation}"
         return Reference(dtype.str, tuple(array.shape), place)
 
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether an array of that size would find room now. Where none ever does, nobody need wait: so yes."""
+        if self.memory is None or os.getpid() != self._pid:
+            return True
+        size = -(-(_HEADER + size_bytes) // _PAGE) * _PAGE
+        with self._lock:
+            if any(room >= size for segment in self._segments for _, room in segment.free):
+                return True
+            return self._growth(size) >= size or not self._open
+
     def free(self, job: str) -> None:
         """Takes back what a job's arrays took: it has ended, or it was never published."""
         if os.getpid() != self._pid:
@@ -275,21 +285,27 @@ class Ring:
         return None
 
     def _grow(self, size: int) -> _Segment | None:
-        taken = sum(segment.size for segment in self._segments)
-        wanted = max(_LEAST_SEGMENT, taken, -(-size // _HUGE_PAGE) * _HUGE_PAGE)
-        wanted = min(wanted, (self._most_bytes - taken) // _PAGE * _PAGE)
+        wanted = self._growth(size)
         if wanted < size:
             return None
         sweep(self._folder)
         try:
-            space = os.statvfs(self._folder)
-            if (space.f_bavail - space.f_blocks / 2) * space.f_frsize < wanted:
-                return None
             segment = _Segment(self._folder, wanted)
         except OSError:  # full, or not ours to write to
             return None
         self._segments.append(segment)
         return segment
+
+    def _growth(self, size: int) -> int:
+        """How large the next segment may be, where it is for a slot of this size; 0 where there may be none."""
+        taken = sum(segment.size for segment in self._segments)
+        wanted = max(_LEAST_SEGMENT, taken, -(-size // _HUGE_PAGE) * _HUGE_PAGE)
+        wanted = min(wanted, (self._most_bytes - taken) // _PAGE * _PAGE)
+        try:
+            space = os.statvfs(self._folder)
+        except OSError:
+            return 0
+        return wanted if (space.f_bavail - space.f_blocks / 2) * space.f_frsize >= wanted else 0
 
     def _free(self, job: str) -> None:
         self._since.pop(job, None)
