@@ -30,10 +30,8 @@ __all__ = ["Blobs", "Message", "Parcel", "pack", "shared"]
 _KNOWN_S: Final = 5.0
 _ASKED_EVERY_S: Final = 1.0
 _ASKED_AT_ONCE: Final = 256
-#: An array in the ring is there already: what is published at once may have so many times the bytes of messages.
-_LIGHTER: Final = 32
-#: And so many bytes of theirs at least: there must be room for all that is gathered before it is published.
-_GATHERED_BYTES: Final = 5 * 1024 * 1024
+#: An array in the ring is there already: of those, so many times the bytes of messages are published at once (16 MiB).
+_LIGHTER: Final = 100
 #: Where in a result its state is looked for; one that only a Celery worker has revoked goes on.
 _STATE: Final = re.compile(rb"status[^A-Z]*([A-Z]+)")
 _STATE_WITHIN: Final = 200
@@ -120,7 +118,7 @@ class Blobs:
         if self.is_stale() or not self._is_shared(kernel, device, ring.memory):
             self._last_bytes = 0
             return None
-        self._last_bytes = max(array.nbytes, _GATHERED_BYTES)
+        self._last_bytes = array.nbytes
         return ring.put(array, job)
 
     def _is_shared(self, kernel: str, device: str | None, memory: str | None) -> bool:
