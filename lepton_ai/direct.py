@@ -112,7 +112,7 @@ class Direct:
         self, kernel: str, rows: Iterable[Mapping[str, Any]], terms: Terms, window: int
     ) -> Generator[JobHandle, None, None]:
         """One job a row, handed out as they end: by the reply list, and their keys looked at once a second."""
-        flight: Flight[JobHandle] = Flight(window, lambda: self._blobs.full)
+        flight: Flight[JobHandle] = Flight(window, self._is_full)
         return self._map(kernel, rows, answered_to(terms, self._reply_to), flight)
 
     def _map(
@@ -130,7 +130,7 @@ class Direct:
                 # A push whose answer was lost may have arrived all the same, and so may all of its jobs' results.
                 unsent = [(job, data) for job, data in unsent if job.meta is None]
                 if more and not unsent and (room := flight.room):
-                    batch = taken(parts, room, PIECE_BYTES)
+                    batch = taken(parts, room, PIECE_BYTES, held=self._is_full)
                     more = bool(batch)
                     for job, _ in batch:
                         flight.start(job)
@@ -267,6 +267,9 @@ class Direct:
             return
         with self._asking():
             self._redis.execute_command(*commands[0])  # type: ignore[no-untyped-call]
+
+    def _is_full(self) -> bool:
+        return self._blobs.full
 
     def _prepare(self) -> None:
         """Asks the broker for what has to be known before an array goes into the ring, where that is time."""

@@ -10,7 +10,7 @@ from typing import Any, Final, Generic, TypeVar
 from lepton_ai import results
 from lepton_ai.errors import InvalidRequest, OptionNotSupported
 from lepton_ai.handle import Handle
-from lepton_ai.parcel import Message
+from lepton_ai.parcel import Message, Parcel
 from lepton_ai.patience import Clock
 
 __all__ = ["MOST_TOGETHER", "Flight", "part", "taken"]
@@ -95,10 +95,16 @@ def part(job: H, row: Mapping[str, Any], encode: Callable[[str, Mapping[str, Any
         return job, b""
 
 
-def taken(parts: Iterator[tuple[H, M]], room: int, most_bytes: int, clock: Clock = time.monotonic) -> list[tuple[H, M]]:
+def taken(
+    parts: Iterator[tuple[H, M]],
+    room: int,
+    most_bytes: int,
+    clock: Clock = time.monotonic,
+    held: Callable[[], bool] | None = None,
+) -> list[tuple[H, M]]:
     """The next rows that go out together: at most `room`, of a few MiB, and no longer gathered than 20 ms.
 
-    None at all only where there are no more.
+    None at all only where there are no more. Behind a parcel `held` says whether there is room for another.
     """
     found: list[tuple[H, M]] = []
     size, until = 0, clock() + _GATHER_S
@@ -106,5 +112,7 @@ def taken(parts: Iterator[tuple[H, M]], room: int, most_bytes: int, clock: Clock
         found.append(each)
         size += len(each[1])
         if len(found) >= min(room, MOST_TOGETHER) or size >= most_bytes or clock() >= until:
+            break
+        if held is not None and isinstance(each[1], Parcel) and held():
             break
     return found

@@ -516,7 +516,7 @@ def test_a_copy_of_a_job_that_has_ended_dies_without_a_dead_letter(
 def recover(connection: Connection, how: str, held: str, message: bytes) -> list[int]:
     """As a router would, that has seen this message alone in this list."""
     told_of = event.encode(Event("job.dead", "me", jobs=("a",)))
-    words = (held, message, 1, 60, 100, 10**6, "a", "a.b", "reason", record("a"), "", told_of, b"")
+    words = (held, message, 1, 60, 100, 10**6, "a", "a.b", "reason", record("a"), "", told_of, 9, 0, b"")
     found: list[int] = call(connection, "recover", "dead", LISTS_EACH, how, *words)
     return found
 
