@@ -66,7 +66,9 @@ class Blobs:
         self._announcements: Sequence[Announcement] = ()
         self._shared: dict[tuple[str, str | None], bool] = {}
         self._learned_at = self._asked_at = float("-inf")
-        self._last_bytes = 0
+        self._last_job = ""
+        self._last_bytes: list[int] = []
+        """What the arrays of the last job took that were to go into the ring."""
 
     def is_stale(self, within_s: float = 0.0) -> bool:
         """Whether it is not known, or will not be soon, who shares our memory: nothing goes into the ring then."""
@@ -78,8 +80,8 @@ class Blobs:
 
     @property
     def full(self) -> bool:
-        """Whether the ring has no room for one more such as the last that was to go into it."""
-        return self._ring is not None and self._last_bytes > 0 and not self._ring.has_room(self._last_bytes)
+        """Whether the ring has no room for one more job such as the last whose arrays were to go into it."""
+        return self._ring is not None and bool(self._last_bytes) and not self._ring.has_room(self._last_bytes)
 
     def doubtful(self) -> list[Command]:
         """What asks the broker how it is with those who have had a full ring for longest; nothing twice in a second."""
@@ -116,9 +118,11 @@ class Blobs:
         """An array in the ring; None where it cannot go there."""
         ring = self._opened()
         if self.is_stale() or not self._is_shared(kernel, device, ring.memory):
-            self._last_bytes = 0
+            self._last_bytes = []
             return None
-        self._last_bytes = array.nbytes
+        if job != self._last_job:
+            self._last_job, self._last_bytes = job, []
+        self._last_bytes = [*self._last_bytes, array.nbytes]
         return ring.put(array, job)
 
     def _is_shared(self, kernel: str, device: str | None, memory: str | None) -> bool:

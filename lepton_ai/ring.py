@@ -16,6 +16,7 @@ import stat
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -105,6 +106,11 @@ def _remove_orphan(path: Path) -> bool:
 
 def _is_own(found: os.stat_result) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) & 0o077 == 0
+
+
+def _slot_bytes(size_bytes: int) -> int:
+    """What an array takes with its header: whole pages."""
+    return -(-(_HEADER + size_bytes) // _PAGE) * _PAGE
 
 
 class _Slot(NamedTuple):
@@ -216,7 +222,7 @@ class Ring:
         dtype = _WIRE.get(array.dtype) or tensor.DTYPES.get(array.dtype.name)
         if dtype is None:
             raise InvalidArguments(f"dtype {array.dtype} cannot be sent; use one of {', '.join(tensor.DTYPES)}")
-        size = -(-(_HEADER + array.nbytes) // _PAGE) * _PAGE
+        size = _slot_bytes(array.nbytes)
         with self._lock:
             slot = self._take(size)
             if slot is None:
@@ -229,15 +235,18 @@ class Ring:
         place = f"ring:{self.memory}:{segment.name}:{slot.offset}:{slot.generation}"
         return Reference(dtype.str, tuple(array.shape), place)
 
-    def has_room(self, size_bytes: int) -> bool:
-        """Whether an array of that size would find room now. Where none ever does, nobody need wait: so yes."""
+    def has_room(self, sizes_bytes: Iterable[int]) -> bool:
+        """Whether arrays of these sizes would find room now. Where none ever do, nobody need wait: so yes."""
         if self.memory is None or os.getpid() != self._pid:
             return True
-        size = -(-(_HEADER + size_bytes) // _PAGE) * _PAGE
         with self._lock:
-            if any(room >= size for segment in self._segments for _, room in segment.free):
-                return True
-            return self._growth(size) >= size or not self._open
+            rooms = [room for segment in self._segments for _, room in segment.free]
+            for size in map(_slot_bytes, sizes_bytes):
+                at = next((at for at, room in enumerate(rooms) if room >= size), None)
+                if at is None:
+                    return self._growth(size) >= size or not self._open
+                rooms[at] -= size
+            return True
 
     def free(self, job: str) -> None:
         """Takes back what a job's arrays took: it has ended, or it was never published."""
