@@ -30,6 +30,8 @@ def blobs() -> Iterator[Blobs]:
     peaks = Peaks(1.0, 1.0, 1.0, 0.0, 0.0)
     found.learn([Announcement("w", "w", DEVICE, "cpu", 1, False, peaks, specs, 0.0, RingReader().memory)])
     yield found
+    for job in found._opened().jobs:  # or its memory would stay for them
+        found.free(job)
     found.close()
 
 
