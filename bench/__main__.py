@@ -7,8 +7,13 @@ import sys
 
 _BENCHES = {
     "durability": "what it costs that an acceptance is on the disk",
+    "efficiency": "how much of the machine the kernels get",
     "faults": "kills, freezes and cuts what Lepton runs on, and counts what is lost",
-    "round-trip": "from submit to result in hand, beside plain Celery",
+    "http": "jobs a second through the ingest, beside a bare echo",
+    "latency": "from submit to result in hand, one job in flight, beside its peers",
+    "payload": "large arrays in, beside ray and a copy in memory",
+    "scale": "what a job costs while a million wait",
+    "throughput": "jobs a second and CPU a job, beside its peers and the floor",
 }
 
 
@@ -16,7 +21,7 @@ def main() -> int:
     name = next(iter(sys.argv[1:]), "--help")
     if name in _BENCHES:
         sys.argv = [f"lepton bench {name}", *sys.argv[2:]]
-        return int(importlib.import_module(f"bench.{name.replace('-', '_')}").main() or 0)
+        return int(importlib.import_module(f"bench.{name}").main() or 0)
     asked = name in ("-h", "--help")
     print("usage: lepton bench NAME [ARGUMENT...]\n", file=sys.stdout if asked else sys.stderr)
     for each, what in _BENCHES.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-bench.lock")
 
 # Plays python, venv, pip and pytest. What it is asked to install goes to $INSTALLED; only the lock is real.
 STAND_IN = f"""#!/bin/sh
@@ -48,7 +49,7 @@ class Checkout:
         self.root.mkdir()
         self.launcher = self.root / "lepton"
         shutil.copy(ROOT / "lepton", self.launcher)
-        for name in ("requirements.lock", "requirements-dev.lock", "pyproject.toml"):
+        for name in (*LOCKS, "pyproject.toml"):
             (self.root / name).write_text(f"# {name}\n")
         self.log = folder / "installed"
         self.bin = folder / "bin"
@@ -227,6 +228,23 @@ def test_benches_run_in_the_checkout_with_the_other_lock(checkout: Checkout, tmp
     assert checkout.installed() == ["venv", "requirements-dev.lock", "a checkout"]
 
 
+def test_benches_that_compare_bring_the_peers_too(checkout: Checkout) -> None:
+    checkout.add_python()
+    run = checkout.run("bench", "throughput", "--json")
+    assert run.stdout.strip() == f"at={checkout.root} python=-m bench throughput --json"
+    assert checkout.installed() == ["venv", "requirements-bench.lock", "a checkout"]
+    checkout.run("test")
+    checkout.run("demo")
+    assert checkout.installed() == []
+
+
+def test_a_list_of_the_benches_needs_no_peers(checkout: Checkout) -> None:
+    checkout.add_python()
+    for arguments in ([], ["--help"]):
+        checkout.run("bench", *arguments)
+    assert checkout.installed() == ["venv", "requirements-dev.lock", "a checkout"]
+
+
 def test_the_second_set_is_added_to_the_first(checkout: Checkout) -> None:
     checkout.add_python()
     checkout.run("demo")
@@ -235,7 +253,7 @@ def test_the_second_set_is_added_to_the_first(checkout: Checkout) -> None:
     assert checkout.installed() == ["requirements-dev.lock", "a checkout"]
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock", "pyproject.toml"])
+@pytest.mark.parametrize("name", [*LOCKS, "pyproject.toml"])
 def test_a_changed_lock_is_installed_again(checkout: Checkout, name: str) -> None:
     checkout.add_python()
     checkout.run("demo")

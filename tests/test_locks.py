@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 RUN = "requirements.lock"
 DEV = "requirements-dev.lock"
+BENCH = "requirements-bench.lock"
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
@@ -46,19 +47,25 @@ def wanted_by_dev() -> list[Requirement]:
     return wanted_by_run() + [Requirement(line) for line in lines]
 
 
-@pytest.mark.parametrize("lock", [RUN, DEV])
+def wanted_by_bench() -> list[Requirement]:
+    return wanted_by_dev() + [Requirement(line) for line in GROUPS["bench"] if isinstance(line, str)]
+
+
+@pytest.mark.parametrize("lock", [RUN, DEV, BENCH])
 def test_a_lock_names_no_address(lock: str) -> None:
     assert "://" not in (ROOT / lock).read_text()
 
 
-@pytest.mark.parametrize("lock", [RUN, DEV])
+@pytest.mark.parametrize("lock", [RUN, DEV, BENCH])
 def test_every_requirement_is_pinned_and_hashed(lock: str) -> None:
     pattern = re.compile(r"[a-z0-9][a-z0-9-]*==[^ ;]+( ; [^\\]+?)?( +--hash=sha256:[0-9a-f]{64})+")
     assert entries(lock)
     assert [entry for entry in entries(lock) if not pattern.fullmatch(entry.strip())] == []
 
 
-@pytest.mark.parametrize(("lock", "wanted"), [(RUN, wanted_by_run()), (DEV, wanted_by_dev())])
+@pytest.mark.parametrize(
+    ("lock", "wanted"), [(RUN, wanted_by_run()), (DEV, wanted_by_dev()), (BENCH, wanted_by_bench())]
+)
 def test_a_lock_has_what_the_project_names_in_a_version_that_it_allows(lock: str, wanted: list[Requirement]) -> None:
     locked = pins(lock)
     assert [str(one) for one in wanted if canonicalize_name(one.name) not in locked] == []
@@ -67,11 +74,16 @@ def test_a_lock_has_what_the_project_names_in_a_version_that_it_allows(lock: str
             assert one.specifier.contains(version, prereleases=True), f"{one} is {version} in {lock}"
 
 
-def test_the_dev_lock_holds_the_run_lock() -> None:
-    run, dev = pins(RUN), pins(DEV)
-    assert {name: dev.get(name) for name in run} == run
+@pytest.mark.parametrize(("small", "large"), [(RUN, DEV), (DEV, BENCH)])
+def test_a_lock_holds_the_one_before_it(small: str, large: str) -> None:
+    held, holds = pins(small), pins(large)
+    assert {name: holds.get(name) for name in held} == held
 
 
 def test_the_run_lock_carries_no_tool_of_the_tests() -> None:
     tools = {"hypothesis", "import-linter", "mypy", "pyarrow", "pytest", "ruff", "schemathesis"}
     assert tools.isdisjoint(pins(RUN))
+
+
+def test_only_the_bench_lock_carries_other_job_queues() -> None:
+    assert {"dramatiq", "huey", "ray", "taskiq"}.isdisjoint(pins(DEV))

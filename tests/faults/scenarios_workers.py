@@ -103,6 +103,19 @@ def sync_points(play: Play, size: Size) -> None:
     finish(play, fleet)
 
 
+def _freeze_holder(play: Play, fleet: Fleet) -> tuple[Member, str]:
+    """A worker that is frozen now and holds a batch: what it held just before, it may have committed meanwhile."""
+    while True:
+        play.until("some worker holds a batch", lambda: any(play.held(each) for _, each in _incarnations(fleet)))
+        for member, incarnation in _incarnations(fleet):
+            if play.held(incarnation):
+                member.actor.freeze()
+                # Looked at twice: its commit may have been on its way the first time.
+                if play.held(incarnation) and play.held(incarnation):
+                    return member, incarnation
+                member.actor.thaw()
+
+
 def freeze(play: Play, size: Size) -> None:
     """A worker is frozen in mid kernel until its lease has lapsed and others run its jobs; its commit is refused."""
     fleet = play.fleet(("cpu.a", "cpu.b"), slots=1, **size.settings)
@@ -112,8 +125,7 @@ def freeze(play: Play, size: Size) -> None:
         load.submit([_LONG_MS])
         play.until("it runs", lambda ran=ran: len(play.auditor.executed()) > ran)
         load.submit(play.chance.choices(COSTS_MS, k=size.jobs))
-        member, incarnation = next(each for each in _incarnations(fleet) if play.held(each[1]))
-        member.actor.freeze()
+        member, incarnation = _freeze_holder(play, fleet)
         play.recovery.died(incarnation)
         play.until("what it held is taken from it", lambda: not play.recovery.watching, fleet.lease_s + 30)
         play.rest(size.seconds)
