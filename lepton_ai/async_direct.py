@@ -117,8 +117,15 @@ class AsyncDirect:
                 handles.append(handle)
                 yield message
 
-        for batch in wire.batches(messages(), PIECE_BYTES):
-            await self._push(terms, batch)
+        published = 0
+        try:
+            for batch in wire.batches(messages(), PIECE_BYTES):
+                published += len(batch)  # or so it may be, from here on
+                await self._push(terms, batch)
+        except BaseException:
+            for job in handles[published:]:
+                self._blobs.free(job.id)
+            raise
         return handles
 
     def map(self, kernel: str, rows: Rows, terms: Terms, window: int) -> AsyncGenerator[AsyncJobHandle, None]:
@@ -142,15 +149,19 @@ class AsyncDirect:
 
         async def send() -> None:
             patience = Patience(was_there=self._was_there)
-            while True:
-                messages = [data for _, data in await flight.batch(MOST_TOGETHER, PIECE_BYTES)]
-                while messages:  # perhaps more than once: a job that runs twice ends once
-                    try:
-                        await self._push(terms, messages)
-                        patience.renew()
-                        break
-                    except BrokerUnavailable as error:
-                        await asyncio.sleep(patience.spend(error).seconds)
+            try:
+                while True:
+                    messages = [data for _, data in await flight.batch(MOST_TOGETHER, PIECE_BYTES)]
+                    while messages:  # perhaps more than once: a job that runs twice ends once
+                        try:
+                            await self._push(terms, messages)
+                            patience.renew()
+                            break
+                        except BrokerUnavailable as error:
+                            await asyncio.sleep(patience.spend(error).seconds)
+            finally:
+                for job in flight.unsent():
+                    self._blobs.free(job.id)
 
         def forget(job: AsyncJobHandle) -> None:
             self._listeners.pop(job.id, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -51,6 +51,11 @@ class AsyncFlight(Flight[AsyncJobHandle]):
         self._outbox_bytes -= size
         self._was_sent.set()
         return found
+
+    def unsent(self) -> Iterator[AsyncJobHandle]:
+        """The jobs that nobody will send any more."""
+        while not self._outbox.empty():
+            yield self._outbox.get_nowait()[0]
 
     async def jobs(
         self,

@@ -47,7 +47,7 @@ from lepton_ai.flight import Flight, part, taken
 from lepton_ai.handle import JobHandle
 from lepton_ai.identity import ids
 from lepton_ai.job import Meta, Placement
-from lepton_ai.parcel import Blobs, Message
+from lepton_ai.parcel import Blobs, Message, Parcel
 from lepton_ai.patience import Patience, Pause
 from lepton_ai.terms import Terms
 
@@ -104,8 +104,15 @@ class Direct:
                 handles.append(handle)
                 yield message
 
-        for batch in wire.batches(messages(), PIECE_BYTES):
-            self._push(terms, batch)
+        published = 0
+        try:
+            for batch in wire.batches(messages(), PIECE_BYTES):
+                published += len(batch)  # or so it may be, from here on
+                self._push(terms, batch)
+        except BaseException:
+            for job in handles[published:]:
+                self._blobs.free(job.id)
+            raise
         return handles
 
     def map(
@@ -121,9 +128,16 @@ class Direct:
         lookout, patience = Lookout(), Patience(was_there=self._was_there)
         unsent: list[tuple[JobHandle, Message]] = []
         write = writer(kernel, terms, self._tenant, self._blobs, self._prepare)
-        numbered = zip(enumerate(rows), ids(), strict=False)
-        parts = (part(JobHandle(job_id, kernel, self, number), row, write) for (number, row), job_id in numbered)
-        more = True
+        gathered: list[str] = []  # whose arrays are somewhere, and nobody knows of them yet
+
+        def each_part() -> Iterator[tuple[JobHandle, Message]]:
+            for (number, row), job_id in zip(enumerate(rows), ids(), strict=False):
+                job, message = part(JobHandle(job_id, kernel, self, number), row, write)
+                if isinstance(message, Parcel):
+                    gathered.append(job_id)
+                yield job, message
+
+        parts, more = each_part(), True
         try:
             while True:
                 yield from flight.land()
@@ -138,6 +152,7 @@ class Direct:
                             self._pending[job.id], self._told[job.id] = job, flight.end
                             lookout.add(job.id, time.monotonic())
                     unsent = [each for each in batch if each[1]]
+                    gathered.clear()
                 if not flight and not more:
                     return
                 now = time.monotonic()
@@ -157,6 +172,8 @@ class Direct:
         finally:
             for job in flight:
                 self._told.pop(job.id, None)
+            for job_id in gathered:
+                self._blobs.free(job_id)
 
     def wait(self, job: JobHandle, timeout_s: float | None) -> Meta | None:
         """See JobReader."""

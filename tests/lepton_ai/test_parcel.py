@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import redis
 
-from lepton_ai import Client, blob, results, topology, wire
+from lepton_ai import AsyncClient, Client, blob, results, topology, wire
 from lepton_ai.blob import WORTH_BYTES
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.direct_protocol import push, writer
@@ -308,6 +309,51 @@ def test_a_client_leaves_no_memory_behind_but_for_open_jobs(
     reference = blob.Reference(value.dtype, tuple(value.shape), str(value.blob))
     assert np.array_equal(RingReader().get(reference, MIB), numbers())
     (FOLDER / left).unlink()
+
+
+def spoilt() -> Iterator[dict[str, Any]]:
+    """Rows of which the third cannot be had."""
+    yield {"x": numbers()}
+    yield {"x": numbers()}
+    raise ZeroDivisionError
+
+
+@in_memory
+@pytest.mark.parametrize("verb", ["submit_many", "map"])
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_rows_that_were_never_sent_take_no_memory(
+    broker_url: str, broker: Broker, connection: Connection, verb: str, is_async: bool
+) -> None:
+    broker.announce(msgspec.msgpack.encode(announced()))
+
+    async def drive(client: AsyncClient) -> None:
+        await client.submit("a.b", {"x": numbers()})  # who shares our memory is known from here on
+        if verb == "submit_many":
+            await client.submit_many("a.b", spoilt())
+        else:
+            async for _ in client.map("a.b", spoilt()):
+                pass
+
+    async def main() -> list[str]:
+        async with AsyncClient(broker_url) as client:
+            with pytest.raises(ZeroDivisionError):
+                await drive(client)
+            found: Any = client._connection
+            open_jobs: list[str] = found._blobs._opened().jobs
+            emptied(found._blobs)
+            return open_jobs
+
+    if is_async:
+        left = asyncio.run(main())
+    else:
+        with Client(broker_url) as client:
+            with pytest.raises(ZeroDivisionError):
+                list(getattr(client, verb)("a.b", spoilt()))
+            left = client._connection._blobs._opened().jobs  # type: ignore[attr-defined]
+            emptied(client._connection._blobs)  # type: ignore[attr-defined]
+    sent = [wire.read_envelope(each) for each in lane(connection)]
+    in_ring = {each.headers.id for each in sent if b"ring:" in bytes(each.headers.lepton)}
+    assert set(left) <= in_ring
 
 
 def test_over_a_full_broker_nothing_is_published(client: Client, connection: Connection, broker_url: str) -> None:
