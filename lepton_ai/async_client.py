@@ -11,7 +11,7 @@ from lepton_ai.accounts import Accounts
 from lepton_ai.async_events import AsyncEvents
 from lepton_ai.async_flight import Rows
 from lepton_ai.async_handle import AsyncJobHandle, AsyncJobReader
-from lepton_ai.client import asked, connect
+from lepton_ai.client import asked, connect, ring_bytes
 from lepton_ai.dead import DeadLetter, Settled, those
 from lepton_ai.device import Announcement
 from lepton_ai.errors import InvalidArguments
@@ -173,7 +173,7 @@ class AsyncClient:
 def _direct(url: str, tenant: str | None) -> _Connection:
     from lepton_ai.async_direct import AsyncDirect  # redis-py is loaded only by those who talk to the broker
 
-    return AsyncDirect(url, new_id(), tenant)
+    return AsyncDirect(url, new_id(), tenant, ring_bytes())
 
 
 def _remote(url: str, tenant: str | None) -> _Connection:

@@ -15,7 +15,7 @@ import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from lepton_ai import cancellation, topology, wire
+from lepton_ai import blob, cancellation, topology, wire
 from lepton_ai.accounts import ASK, Accounts, accounts_of, sizes_command
 from lepton_ai.async_events import AsyncEvents, EventWays
 from lepton_ai.async_flight import AsyncFlight, Part, Rows, cancelled
@@ -36,7 +36,7 @@ from lepton_ai.direct_protocol import (
     key_commands,
     keyed,
     look_commands,
-    push_commands,
+    push,
     read_final,
     read_finals,
     read_look,
@@ -50,6 +50,7 @@ from lepton_ai.event_stream import Follower, follow, follow_job
 from lepton_ai.flight import MOST_TOGETHER, part
 from lepton_ai.identity import ids
 from lepton_ai.job import Meta, Placement
+from lepton_ai.parcel import Blobs, Message, Parcel
 from lepton_ai.patience import Patience
 from lepton_ai.terms import Terms
 
@@ -59,6 +60,8 @@ T = TypeVar("T")
 
 #: Commands at once; further ones wait for a connection.
 _CONNECTIONS: Final = 16
+#: Who shares our memory is asked so long before it is not known any more.
+_EARLY_S: Final = 2.5
 
 Tell = Callable[[Meta | Exception], None]
 
@@ -66,7 +69,7 @@ Tell = Callable[[Meta | Exception], None]
 class AsyncDirect:
     """A connection to the broker for submitting, waiting and looking, for one event loop."""
 
-    def __init__(self, url: str, client_id: str, tenant: str | None = None) -> None:
+    def __init__(self, url: str, client_id: str, tenant: str | None = None, ring_bytes: int = 0) -> None:
         self._url = url
         self._client_id = client_id
         self._tenant = tenant
@@ -74,6 +77,7 @@ class AsyncDirect:
         pool = redis.BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=None, **CONNECTION)
         self._redis: Any = redis.Redis.from_pool(pool)
         self._replies: Any = redis.Redis.from_url(url, **CONNECTION)
+        self._blobs = Blobs(ring_bytes)
         self._pending: weakref.WeakValueDictionary[str, AsyncJobHandle] = weakref.WeakValueDictionary()
         #: Who is told of a job's record, or why it will not come.
         self._listeners: defaultdict[str, list[Tell]] = defaultdict(list)
@@ -99,28 +103,36 @@ class AsyncDirect:
         handles: list[AsyncJobHandle] = []
         if keys is not None:
             known: dict[str, AsyncJobHandle] = {}
-            for jobs in wire.batches(keyed(kernel, rows, keys, terms, self._tenant), KEYED_BYTES, bytes_of):
+            ready = keyed(kernel, rows, keys, terms, self._tenant, self._blobs)
+            for jobs in wire.batches(ready, KEYED_BYTES, bytes_of):
                 handles += [known.setdefault(job.id, AsyncJobHandle(job.id, kernel, self)) for job in jobs]
                 await self._push_keyed(terms, jobs, known)
             return handles
 
-        def messages() -> Iterator[bytes]:
-            write = writer(kernel, terms, self._tenant)
+        def messages() -> Iterator[Message]:
+            write = writer(kernel, terms, self._tenant, self._blobs)
             for row, job_id in zip(rows, ids(), strict=False):  # in this order: an id carries the moment of its row
                 message = write(job_id, row)
                 self._pending[job_id] = handle = AsyncJobHandle(job_id, kernel, self)
                 handles.append(handle)
                 yield message
 
-        for batch in wire.batches(messages(), PIECE_BYTES):
-            await self._push(terms, batch)
+        published = 0
+        try:
+            for batch in wire.batches(messages(), PIECE_BYTES):
+                published += len(batch)  # or so it may be, from here on
+                await self._push(terms, batch)
+        except BaseException:
+            for job in handles[published:]:
+                self._blobs.free(job.id)
+            raise
         return handles
 
     def map(self, kernel: str, rows: Rows, terms: Terms, window: int) -> AsyncGenerator[AsyncJobHandle, None]:
         """One job a row, handed out as they end."""
         terms = answered_to(terms, self._reply_to)
-        flight = AsyncFlight(window)
-        write, fresh_ids = writer(kernel, terms, self._tenant), ids()
+        flight = AsyncFlight(window, lambda: self._blobs.full)
+        write, fresh_ids = writer(kernel, terms, self._tenant, self._blobs), ids()
 
         def told(job: AsyncJobHandle, found: Meta | Exception) -> None:
             if isinstance(found, Exception):
@@ -137,15 +149,19 @@ class AsyncDirect:
 
         async def send() -> None:
             patience = Patience(was_there=self._was_there)
-            while True:
-                messages = [data for _, data in await flight.batch(MOST_TOGETHER, PIECE_BYTES)]
-                while messages:  # perhaps more than once: a job that runs twice ends once
-                    try:
-                        await self._push(terms, messages)
-                        patience.renew()
-                        break
-                    except BrokerUnavailable as error:
-                        await asyncio.sleep(patience.spend(error).seconds)
+            try:
+                while True:
+                    messages = [data for _, data in await flight.batch(MOST_TOGETHER, PIECE_BYTES)]
+                    while messages:  # perhaps more than once: a job that runs twice ends once
+                        try:
+                            await self._push(terms, messages)
+                            patience.renew()
+                            break
+                        except BrokerUnavailable as error:
+                            await asyncio.sleep(patience.spend(error).seconds)
+            finally:
+                for job in flight.unsent():
+                    self._blobs.free(job.id)
 
         def forget(job: AsyncJobHandle) -> None:
             self._listeners.pop(job.id, None)
@@ -221,19 +237,37 @@ class AsyncDirect:
         return accounts_of(flat)
 
     async def close(self) -> None:
+        self._blobs.close()
         if self._pumping is not None:
             await cancelled([self._pumping])
         await self._ways.close_all()
         await self._replies.aclose()
         await self._redis.aclose()
 
-    async def _push(self, terms: Terms, messages: list[bytes]) -> None:
-        commands = push_commands(messages, terms, self._tenant)
+    async def _push(self, terms: Terms, messages: Sequence[Message]) -> None:
+        writes, commands, kept = push(messages, terms, self._tenant)
+        for each in writes:
+            await self._all(each, transaction=False)
         if len(commands) > 1:
-            await self._all(commands, transaction=True)
-            return
-        with self._asking():
-            await self._redis.execute_command(*commands[0])
+            blob.require_published((await self._all(commands, transaction=True))[:kept])
+        else:
+            with self._asking():
+                await self._redis.execute_command(*commands[0])
+        if any(isinstance(each, Parcel) for each in messages):
+            await self._prepare()
+
+    async def _prepare(self) -> None:
+        """Asks the broker for what has to be known before the next array goes into the ring, where that is time.
+
+        A row is written without waiting for anybody, so the first array after a while goes to the broker.
+        """
+        try:
+            if self._blobs.is_stale(_EARLY_S):
+                self._blobs.learn(await self.announcements())
+            if commands := self._blobs.doubtful():
+                self._blobs.answered(commands, await self._all(commands, transaction=False))
+        except BrokerUnavailable:  # whoever needs it more will say so
+            pass
 
     async def _push_keyed(self, terms: Terms, jobs: list[Keyed], handles: Mapping[str, AsyncJobHandle]) -> None:
         """Publishes those jobs that the broker does not have: all in one step with their keys, or none."""
@@ -245,14 +279,16 @@ class AsyncDirect:
                     fresh = unknown(jobs, await pipeline.mget(names))
                     if not fresh:
                         return
+                    writes, commands, kept = push([each.message for each in fresh], terms, self._tenant)
+                    for each_write in writes:
+                        await self._all(each_write, transaction=False)
                     pipeline.multi()
-                    pushed = push_commands([each.message for each in fresh], terms, self._tenant)
-                    for command in key_commands(fresh) + pushed:
+                    for command in commands + key_commands(fresh):
                         pipeline.execute_command(*command)
                     for each in fresh:  # its reply may come before the answer to this does
                         self._pending[each.id] = handles[each.id]
                     try:
-                        await pipeline.execute()
+                        blob.require_published((await pipeline.execute())[:kept])
                         return
                     except redis.WatchError:  # somebody brings one of them at this moment, or the connection broke
                         for each in fresh:
@@ -268,7 +304,10 @@ class AsyncDirect:
 
     async def _final(self, job_id: str) -> Meta | None:
         with self._asking():
-            return read_final(await self._redis.get(topology.result(job_id)))
+            found = await self._redis.get(topology.result(job_id))
+        if (meta := read_final(found)) is not None:
+            self._blobs.free(job_id)
+        return meta
 
     async def _poll(self, job_id: str, timeout_s: float | None) -> Meta | None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -321,7 +360,8 @@ class AsyncDirect:
             else:
                 patience.renew()
 
-    def _settle(self, metas: Iterable[Meta]) -> None:
+    def _settle(self, metas: Sequence[Meta]) -> None:
+        self._blobs.settle(metas)
         for meta in metas:
             if (job := self._pending.pop(meta.task_id, None)) is not None:
                 job.meta = meta

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
 from lepton_ai.async_handle import AsyncJobHandle
 from lepton_ai.errors import BrokerUnavailable
 from lepton_ai.flight import Flight
+from lepton_ai.parcel import Message
 
 __all__ = ["AsyncFlight", "Rows", "cancelled"]
 
 Rows = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]]
-Part = tuple[AsyncJobHandle, bytes]
+Part = tuple[AsyncJobHandle, Message]
 #: Rows that are taken without giving way to other tasks.
 _AT_ONCE: Final = 256
 #: And bytes that may wait to be sent, whatever the window: what goes out slowly must not fill the memory.
@@ -24,8 +25,8 @@ _OUTBOX_BYTES: Final = 16 * 1024 * 1024
 class AsyncFlight(Flight[AsyncJobHandle]):
     """The jobs of one map, and the rows on their way out."""
 
-    def __init__(self, window: int) -> None:
-        super().__init__(window)
+    def __init__(self, window: int, held: Callable[[], bool] | None = None) -> None:
+        super().__init__(window, held)
         self._outbox: asyncio.Queue[Part] = asyncio.Queue()
         self._outbox_bytes = 0
         self._wake, self._has_room, self._was_sent = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -50,6 +51,11 @@ class AsyncFlight(Flight[AsyncJobHandle]):
         self._outbox_bytes -= size
         self._was_sent.set()
         return found
+
+    def unsent(self) -> Iterator[AsyncJobHandle]:
+        """The jobs that nobody will send any more."""
+        while not self._outbox.empty():
+            yield self._outbox.get_nowait()[0]
 
     async def jobs(
         self,

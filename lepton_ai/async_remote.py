@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import httpx
 
@@ -257,7 +257,7 @@ class AsyncRemote:
         """
         jobs = [job for job, _ in batch]
         try:
-            views = await self._posted([message for _, message in batch], wait_s)
+            views = await self._posted([cast(bytes, message) for _, message in batch], wait_s)
         except InvalidRequest as error:
             if concerns_every_row(error):
                 raise

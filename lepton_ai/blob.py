@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_ai import tensor
-from lepton_ai.errors import BlobLost, InvalidArguments, TooLarge
+from lepton_ai.errors import BlobLost, InvalidArguments, OptionNotSupported, TooLarge
 
 __all__ = [
     "DROPPED_S",
@@ -34,6 +34,7 @@ __all__ = [
     "InRing",
     "Reference",
     "array_of",
+    "check_places",
     "drop_commands",
     "is_worth",
     "keep_commands",
@@ -60,6 +61,9 @@ CHUNK_BYTES: Final = 256 * 1024
 #: A reference cannot ask for more reads than chunks of this would need.
 _LEAST_CHUNK_BYTES: Final = 32 * 1024
 _MAX_DIMS: Final = 32
+#: Blobs of one job, and their chunks: each is a key that whoever ends the job has to name.
+_MOST_BLOBS: Final = 64
+_MOST_CHUNKS: Final = 65_536
 _WIRE: Final = {dtype.str: dtype for dtype in tensor.DTYPES.values()}
 _REDIS: Final = re.compile(r"redis:([0-9a-f]{16}):([1-9][0-9]{0,6})", re.ASCII)
 _RING: Final = re.compile(r"ring:([0-9a-f]{32}):([0-9a-f]{32}):([0-9]{1,15}):([1-9][0-9]{0,17})", re.ASCII)
@@ -107,6 +111,20 @@ def place_of(reference: Reference, field: str | None = None) -> InRedis | InRing
     raise InvalidArguments(f"{reference.blob[:200]!r} is no place of a blob", field)
 
 
+def check_places(places: Sequence[str]) -> None:
+    """Raises OptionNotSupported where these cannot be the places of one job's blobs."""
+    if len(places) > _MOST_BLOBS:
+        raise OptionNotSupported(f"a job has at most {_MOST_BLOBS} blobs, not {len(places)}", "blobs")
+    chunks = 0
+    for place in places:
+        if match := _REDIS.fullmatch(place):
+            chunks += int(match[2])
+        elif not _RING.fullmatch(place):
+            raise OptionNotSupported(f"{place[:200]!r} is no place of a blob", "blobs")
+    if chunks > _MOST_CHUNKS:
+        raise OptionNotSupported(f"the blobs of a job have at most {_MOST_CHUNKS} chunks, not {chunks}", "blobs")
+
+
 def layout(reference: Reference, limit_bytes: int, field: str | None = None) -> tuple[np.dtype[Any], int]:
     """The dtype of a reference, and how many bytes it takes.
 
@@ -144,6 +162,7 @@ def write_commands(array: NDArray[Any], job: str, kept_s: int = WRITTEN_S) -> tu
     """
     wire = tensor.to_wire(array)
     nonce = secrets.token_hex(8)
+    assert wire.data is not None
     data = wire.data.cast("B")
     parts = [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
     reference = Reference(wire.dtype, tuple(wire.shape), f"redis:{nonce}:{len(parts)}")

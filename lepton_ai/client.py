@@ -18,9 +18,10 @@ from lepton_ai.handle import JobHandle, JobReader
 from lepton_ai.identity import new_id
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec
+from lepton_ai.settings import Settings
 from lepton_ai.terms import Terms, check_tenant
 
-__all__ = ["Client", "asked", "connect"]
+__all__ = ["Client", "asked", "connect", "ring_bytes"]
 
 C = TypeVar("C")
 
@@ -260,10 +261,16 @@ def asked(
     return Terms(Options(priority=priority, device=device, limit_s=limit_s), delay_s, deadline_s).checked()
 
 
+def ring_bytes() -> int:
+    """What the large arrays of a client's open jobs may take of the memory that it shares with workers of its host."""
+    name = "LEPTON_RING_BYTES"
+    return Settings.read({name: os.environ[name]} if name in os.environ else {}).ring_bytes
+
+
 def _direct(url: str, tenant: str | None) -> _Connection:
     from lepton_ai.direct import Direct  # redis-py is loaded only by those who talk to the broker
 
-    return Direct(url, new_id(), tenant)
+    return Direct(url, new_id(), tenant, ring_bytes())
 
 
 def _remote(url: str, tenant: str | None) -> _Connection:

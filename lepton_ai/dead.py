@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from lepton_ai import idempotency, results, topology, wire
+from lepton_ai import blob, idempotency, results, topology, wire
 from lepton_ai.errors import InvalidArguments, JobDead, LeptonError
 from lepton_ai.identity import minute_of
 from lepton_ai.job import FINAL_STATES, Options, Placement, state_of
@@ -149,11 +149,21 @@ def purge(ids: Iterable[str] | None) -> Steps[Settled]:
         return Settled(count)
     count, left = 0, {}
     for given, entry in (yield from _found(ids)):
-        (deleted,) = (0,) if entry is None else (yield Step([("XDEL", topology.DEAD, entry)]))
+        deleted = 0 if entry is None else (yield from _purge(entry))
         count += deleted
         if not deleted:
             left[given] = _GONE
     return Settled(count, left)
+
+
+def _purge(entry: str) -> Steps[int]:
+    """How many letters that deletes: none where it is gone already. What is left of it goes by itself."""
+    (entries,) = yield Step([("XRANGE", topology.DEAD, entry, entry)])
+    (deleted,) = yield Step([("XDEL", topology.DEAD, entry)])
+    names = _blobs(_mapping(entries[0][1]).get(b"message", b"")) if entries else []
+    if deleted and names:
+        yield Step([("EXPIRE", name, blob.DROPPED_S) for name in names])
+    return int(deleted)
 
 
 def _page(after: str | None) -> Steps[list[Any]]:
@@ -219,10 +229,20 @@ def _run_again(entry: str, fields: Mapping[bytes, bytes]) -> Steps[str | list[tu
     except LeptonError as error:
         return f"its message cannot be read: {error}"
     job, options, lane = envelope.headers.id, _options(envelope), wire.lane_of(message)
+    places = options.blobs or ()
+    if any(place.startswith("ring:") for place in places):
+        return "its arguments were in memory that its producer shared, and has taken back"
+    names = blob.keys(job, places)
     result, key, target = topology.result(job), topology.key(job), topology.lane_list(options.urgency, lane)
-    stored, keyed, expires_ms, kind = yield Step(
-        [("GET", result), ("GET", key), ("PEXPIRETIME", key), ("TYPE", target)], watch=(result, key)
+    stored, keyed, expires_ms, kind, *there = yield Step(
+        [
+            *(("GET", result), ("GET", key), ("PEXPIRETIME", key), ("TYPE", target)),
+            *([("EXISTS", *names)] if names else []),
+        ],
+        watch=(result, key, *names),
     )
+    if there and there[0] != len(names):
+        return "its arguments are gone, which were kept outside its message"
     if kind not in (b"none", b"list"):
         return f"its lane {target} is no queue: its key holds a {kind.decode()}"
     is_keyed = job[14:15] == "5"  # a UUID of version 5: made from a key
@@ -242,6 +262,7 @@ def _run_again(entry: str, fields: Mapping[bytes, bytes]) -> Steps[str | list[tu
         job, envelope.headers.task, "waiting", "a dead letter that was replayed; waits in its lane", 0.0, ""
     )
     return [
+        *(("PERSIST", name) for name in names),
         ("DEL", result),
         ("HDEL", topology.ATTEMPTS, job),
         ("HSET", notes, job, msgspec.msgpack.encode(note)),
@@ -282,6 +303,15 @@ def _fingerprint(envelope: wire.Envelope, options: Options) -> bytes | None:
         return None if body.args else idempotency.fingerprint(envelope.headers.task, body.kwargs, options.device)
     except LeptonError:
         return None
+
+
+def _blobs(message: bytes) -> list[str]:
+    """The keys of a letter's blobs."""
+    try:
+        headers = wire.read_envelope(message).headers
+    except LeptonError:
+        return []
+    return blob.keys(headers.id, wire.read_places(headers) or ())
 
 
 def _options(envelope: wire.Envelope) -> Options:

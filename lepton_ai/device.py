@@ -61,6 +61,8 @@ class Announcement(msgspec.Struct, frozen=True):
     kernels: tuple[KernelSpec, ...]
     started_at: float
     """Seconds since the epoch."""
+    memory: str | None = None
+    """The memory that its processes share with others of its host (`lepton_ai.ring.memory`)."""
 
 
 _ANNOUNCEMENT = msgspec.msgpack.Decoder(Announcement)

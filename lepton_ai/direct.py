@@ -13,7 +13,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from lepton_ai import cancellation, topology, wire
+from lepton_ai import blob, cancellation, topology, wire
 from lepton_ai.accounts import ASK, Accounts, accounts_of, sizes_command
 from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
 from lepton_ai.device import Announcement, read_leases
@@ -32,7 +32,7 @@ from lepton_ai.direct_protocol import (
     key_commands,
     keyed,
     look_commands,
-    push_commands,
+    push,
     read_final,
     read_finals,
     read_look,
@@ -47,6 +47,7 @@ from lepton_ai.flight import Flight, part, taken
 from lepton_ai.handle import JobHandle
 from lepton_ai.identity import ids
 from lepton_ai.job import Meta, Placement
+from lepton_ai.parcel import Blobs, Message, Parcel
 from lepton_ai.patience import Patience, Pause
 from lepton_ai.terms import Terms
 
@@ -58,12 +59,13 @@ T = TypeVar("T")
 class Direct:
     """A connection to the broker for submitting, waiting and looking. Safe for several threads."""
 
-    def __init__(self, url: str, client_id: str, tenant: str | None = None) -> None:
+    def __init__(self, url: str, client_id: str, tenant: str | None = None, ring_bytes: int = 0) -> None:
         self._url = url
         self._client_id = client_id
         self._tenant = tenant
         self._reply_to = topology.reply(client_id)
         self._redis: redis.Redis = redis.Redis.from_url(url, **CONNECTION)
+        self._blobs = Blobs(ring_bytes)
         self._pending: weakref.WeakValueDictionary[str, JobHandle] = weakref.WeakValueDictionary()
         #: Who else is told when a job of ours has its record: the map that it belongs to.
         self._told: dict[str, Callable[[JobHandle], None]] = {}
@@ -88,46 +90,61 @@ class Direct:
         handles: list[JobHandle] = []
         if keys is not None:
             known: dict[str, JobHandle] = {}
-            for jobs in wire.batches(keyed(kernel, rows, keys, terms, self._tenant), KEYED_BYTES, bytes_of):
+            ready = keyed(kernel, rows, keys, terms, self._tenant, self._blobs)
+            for jobs in wire.batches(ready, KEYED_BYTES, bytes_of):
                 handles += [known.setdefault(job.id, JobHandle(job.id, kernel, self)) for job in jobs]
                 self._push_keyed(terms, jobs, known)
             return handles
 
-        def messages() -> Iterator[bytes]:
-            write = writer(kernel, terms, self._tenant)
+        def messages() -> Iterator[Message]:
+            write = writer(kernel, terms, self._tenant, self._blobs, self._prepare)
             for row, job_id in zip(rows, ids(), strict=False):  # in this order: an id carries the moment of its row
                 message = write(job_id, row)
                 self._pending[job_id] = handle = JobHandle(job_id, kernel, self)
                 handles.append(handle)
                 yield message
 
-        for batch in wire.batches(messages(), PIECE_BYTES):
-            self._push(terms, batch)
+        published = 0
+        try:
+            for batch in wire.batches(messages(), PIECE_BYTES):
+                published += len(batch)  # or so it may be, from here on
+                self._push(terms, batch)
+        except BaseException:
+            for job in handles[published:]:
+                self._blobs.free(job.id)
+            raise
         return handles
 
     def map(
         self, kernel: str, rows: Iterable[Mapping[str, Any]], terms: Terms, window: int
     ) -> Generator[JobHandle, None, None]:
         """One job a row, handed out as they end: by the reply list, and their keys looked at once a second."""
-        flight: Flight[JobHandle] = Flight(window)
+        flight: Flight[JobHandle] = Flight(window, self._is_full)
         return self._map(kernel, rows, answered_to(terms, self._reply_to), flight)
 
     def _map(
         self, kernel: str, rows: Iterable[Mapping[str, Any]], terms: Terms, flight: Flight[JobHandle]
     ) -> Generator[JobHandle, None, None]:
         lookout, patience = Lookout(), Patience(was_there=self._was_there)
-        unsent: list[tuple[JobHandle, bytes]] = []
-        write = writer(kernel, terms, self._tenant)
-        numbered = zip(enumerate(rows), ids(), strict=False)
-        parts = (part(JobHandle(job_id, kernel, self, number), row, write) for (number, row), job_id in numbered)
-        more = True
+        unsent: list[tuple[JobHandle, Message]] = []
+        write = writer(kernel, terms, self._tenant, self._blobs, self._prepare)
+        gathered: list[str] = []  # whose arrays are somewhere, and nobody knows of them yet
+
+        def each_part() -> Iterator[tuple[JobHandle, Message]]:
+            for (number, row), job_id in zip(enumerate(rows), ids(), strict=False):
+                job, message = part(JobHandle(job_id, kernel, self, number), row, write)
+                if isinstance(message, Parcel):
+                    gathered.append(job_id)
+                yield job, message
+
+        parts, more = each_part(), True
         try:
             while True:
                 yield from flight.land()
                 # A push whose answer was lost may have arrived all the same, and so may all of its jobs' results.
                 unsent = [(job, data) for job, data in unsent if job.meta is None]
                 if more and not unsent and (room := flight.room):
-                    batch = taken(parts, room, PIECE_BYTES)
+                    batch = taken(parts, room, PIECE_BYTES, held=self._is_full)
                     more = bool(batch)
                     for job, _ in batch:
                         flight.start(job)
@@ -135,6 +152,7 @@ class Direct:
                             self._pending[job.id], self._told[job.id] = job, flight.end
                             lookout.add(job.id, time.monotonic())
                     unsent = [each for each in batch if each[1]]
+                    gathered.clear()
                 if not flight and not more:
                     return
                 now = time.monotonic()
@@ -144,6 +162,8 @@ class Direct:
                         unsent = []
                         self._pump(lambda: flight.landed, 0.0)  # rows that are slow to come hold up no results
                     else:
+                        if more and flight.is_held:
+                            self._prepare()
                         self._look_at(lookout.due(now, self._told))
                         self._pump(lambda: flight.landed, lookout.pause_s(now))
                     patience.renew()
@@ -152,6 +172,8 @@ class Direct:
         finally:
             for job in flight:
                 self._told.pop(job.id, None)
+            for job_id in gathered:
+                self._blobs.free(job_id)
 
     def wait(self, job: JobHandle, timeout_s: float | None) -> Meta | None:
         """See JobReader."""
@@ -228,6 +250,7 @@ class Direct:
         return accounts_of(flat)
 
     def close(self) -> None:
+        self._blobs.close()
         self._redis.close()
 
     def _settled(self, steps: Steps[T]) -> T:
@@ -252,13 +275,28 @@ class Direct:
             except StopIteration as ended:
                 return ended.value  # type: ignore[no-any-return]
 
-    def _push(self, terms: Terms, messages: list[bytes]) -> None:
-        commands = push_commands(messages, terms, self._tenant)
+    def _push(self, terms: Terms, messages: Sequence[Message]) -> None:
+        writes, commands, kept = push(messages, terms, self._tenant)
+        for each in writes:
+            self._all(each, transaction=False)
         if len(commands) > 1:
-            self._all(commands, transaction=True)
+            blob.require_published(self._all(commands, transaction=True)[:kept])
             return
         with self._asking():
             self._redis.execute_command(*commands[0])  # type: ignore[no-untyped-call]
+
+    def _is_full(self) -> bool:
+        return self._blobs.full
+
+    def _prepare(self) -> None:
+        """Asks the broker for what has to be known before an array goes into the ring, where that is time."""
+        try:
+            if self._blobs.is_stale():
+                self._blobs.learn(self.announcements())
+            if commands := self._blobs.doubtful():
+                self._blobs.answered(commands, self._all(commands, transaction=False))
+        except BrokerUnavailable:  # then it goes to the broker, or waits for it like everything else
+            pass
 
     def _push_keyed(self, terms: Terms, jobs: list[Keyed], handles: Mapping[str, JobHandle]) -> None:
         """Publishes those jobs that the broker does not have: all in one step with their keys, or none."""
@@ -270,14 +308,16 @@ class Direct:
                 fresh = unknown(jobs, found)
                 if not fresh:
                     return
+                writes, commands, kept = push([each.message for each in fresh], terms, self._tenant)
+                for each_write in writes:
+                    self._all(each_write, transaction=False)
                 pipeline.multi()
-                pushed = push_commands([each.message for each in fresh], terms, self._tenant)
-                for command in key_commands(fresh) + pushed:
+                for command in commands + key_commands(fresh):
                     pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
                 for each in fresh:  # its reply may come before the answer to this does
                     self._pending[each.id] = handles[each.id]
                 try:
-                    pipeline.execute()
+                    blob.require_published(pipeline.execute()[:kept])
                     return
                 except redis.WatchError:  # somebody brings one of them at this moment, or the connection broke
                     for each in fresh:
@@ -293,7 +333,9 @@ class Direct:
     def _final(self, job_id: str) -> Meta | None:
         with self._asking():
             found: Any = self._redis.get(topology.result(job_id))
-        return read_final(found)
+        if (meta := read_final(found)) is not None:
+            self._blobs.free(job_id)
+        return meta
 
     def _look_at(self, jobs: list[str]) -> None:
         """Takes the records of these jobs from their keys, where they have ended."""
@@ -338,8 +380,9 @@ class Direct:
                 self._popping = False
                 self._settle(metas)
 
-    def _settle(self, metas: Iterable[Meta]) -> None:
+    def _settle(self, metas: Sequence[Meta]) -> None:
         """Hands each record to its handle, and wakes whoever waits. The lock is held."""
+        self._blobs.settle(metas)
         for meta in metas:
             handle = self._pending.pop(meta.task_id, None)
             tell = self._told.pop(meta.task_id, None)

@@ -10,10 +10,11 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from lepton_ai import idempotency, results, topology, wire
+from lepton_ai import blob, idempotency, results, topology, wire
 from lepton_ai.errors import LeptonError
 from lepton_ai.identity import minute_of
 from lepton_ai.job import FINAL_STATES, Meta, Placement
+from lepton_ai.parcel import Blobs, Message, Parcel, pack
 from lepton_ai.terms import Terms
 
 __all__ = [
@@ -26,11 +27,13 @@ __all__ = [
     "POP_AT_ONCE",
     "Keyed",
     "Lookout",
+    "Push",
     "answered_to",
     "bytes_of",
     "key_commands",
     "keyed",
     "look_commands",
+    "push",
     "push_commands",
     "read_final",
     "read_finals",
@@ -45,6 +48,8 @@ CONNECTION: Final[dict[str, Any]] = {"socket_timeout": 30, "socket_connect_timeo
 #: What is published at once: while more is encoded, router and workers begin, and the memory of it is used again.
 #: (Measured with jobs of 1.3 kB, CPU a job to send them: 1.2 us in pieces of 100 to 250 KiB, 4 us above, 2.5 in 40.)
 PIECE_BYTES: Final = 160 * 1024
+#: Blobs are written in pipelines of so many bytes: redis-py makes one string of each.
+PIPELINE_BYTES: Final = 2 * 1024 * 1024
 #: Jobs with keys, which are looked up before: fewer round trips.
 KEYED_BYTES: Final = 4 * 1024 * 1024
 POP_AT_ONCE: Final = 256
@@ -60,7 +65,7 @@ _PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 Command = tuple[Any, ...]
 #: A job's id and arguments to its message.
-Writer = Callable[[str, Mapping[str, Any]], bytes]
+Writer = Callable[[str, Mapping[str, Any]], Message]
 
 # -- submitting -------------------------------------------------------------------------------------------------------
 
@@ -71,12 +76,34 @@ def answered_to(terms: Terms, reply_to: str) -> Terms:
     return msgspec.structs.replace(terms, options=options)
 
 
-def writer(kernel: str, terms: Terms, tenant: str | None) -> Writer:
-    """What writes jobs as they stand on the lane of a tenant, each submitted when it is written."""
-    template = wire.Template(kernel, terms.options, topology.lane(tenant))
-    if not terms.times():
-        return template.envelope
-    return lambda job_id, row: template.envelope(job_id, row, **terms.times())
+def writer(
+    kernel: str,
+    terms: Terms,
+    tenant: str | None,
+    blobs: Blobs,
+    prepare: Callable[[], object] | None = None,
+    *,
+    in_ring: bool = True,
+) -> Writer:
+    """What writes jobs as they stand on the lane of a tenant, each submitted when it is written.
+
+    Large arrays leave their message, into the ring where they may. `prepare` is called before one is placed.
+    """
+    template = wire.Template(kernel, terms.options, topology.lane(tenant), blob.WORTH_BYTES)
+    # A job that waits for its time may outlive its producer, and so the ring.
+    ring = (kernel, terms.options.device) if in_ring and not terms.delay_s else None
+    is_timed = bool(terms.times())
+
+    def write(job_id: str, row: Mapping[str, Any]) -> Message:
+        times: Mapping[str, Any] = terms.times() if is_timed else {}
+        try:
+            return template.envelope(job_id, row, **times)
+        except wire.Oversize:
+            if prepare is not None and ring is not None:
+                prepare()
+            return pack(template, job_id, row, times, blobs, ring)
+
+    return write
 
 
 def push_commands(messages: Iterable[bytes], terms: Terms, tenant: str | None) -> list[Command]:
@@ -85,13 +112,37 @@ def push_commands(messages: Iterable[bytes], terms: Terms, tenant: str | None) -
     return [push] if tenant is None else [("SADD", topology.LANES, topology.lane(tenant)), push]
 
 
+class Push(NamedTuple):
+    """What publishes jobs: first what is written, pipeline by pipeline, then the commands, all or none of them."""
+
+    writes: Sequence[Sequence[Command]]
+    commands: list[Command]
+    kept: int
+    """How many of the commands' answers, the first ones, are for `blob.require_published`."""
+
+
+def push(messages: Sequence[Message], terms: Terms, tenant: str | None) -> Push:
+    """What publishes messages and parcels, one or more."""
+    parcels = [each for each in messages if isinstance(each, Parcel)]
+    if not parcels:
+        return Push((), push_commands(messages, terms, tenant), 0)  # type: ignore[arg-type]
+    writes = wire.batches((each for one in parcels for each in one.writes), PIPELINE_BYTES, _bytes_written)
+    kept = blob.publish_commands([name for each in parcels for name in each.names])
+    plain = [each.message if isinstance(each, Parcel) else each for each in messages]
+    return Push(list(writes), kept + push_commands(plain, terms, tenant), len(kept))
+
+
+def _bytes_written(command: Command) -> int:
+    return len(command[2])
+
+
 class Keyed(NamedTuple):
     """A job with an idempotency key, ready to be sent."""
 
     id: str
     key: str
     fingerprint: bytes
-    message: bytes
+    message: Message
 
 
 def bytes_of(job: Keyed) -> int:
@@ -100,11 +151,17 @@ def bytes_of(job: Keyed) -> int:
 
 
 def keyed(
-    kernel: str, rows: Iterable[Mapping[str, Any]], keys: Sequence[str], terms: Terms, tenant: str | None
+    kernel: str,
+    rows: Iterable[Mapping[str, Any]],
+    keys: Sequence[str],
+    terms: Terms,
+    tenant: str | None,
+    blobs: Blobs,
 ) -> Iterator[Keyed]:
     """The jobs of these rows, one for each key. Raises KeyConflict where rows that differ have the same one."""
     seen: dict[str, bytes] = {}
-    write = writer(kernel, terms, tenant)
+    # Not in the ring: what is submitted again has the same id, and may be one job or none.
+    write = writer(kernel, terms, tenant, blobs, in_ring=False)
     for row, key in idempotency.paired(rows, keys):
         job_id = idempotency.job_id(key, tenant)
         fingerprint = idempotency.fingerprint(kernel, row, terms.options.device)

@@ -10,11 +10,13 @@ from typing import Any, Final, Generic, TypeVar
 from lepton_ai import results
 from lepton_ai.errors import InvalidRequest, OptionNotSupported
 from lepton_ai.handle import Handle
+from lepton_ai.parcel import Message, Parcel
 from lepton_ai.patience import Clock
 
 __all__ = ["MOST_TOGETHER", "Flight", "part", "taken"]
 
 H = TypeVar("H", bound=Handle)
+M = TypeVar("M", bound=Message)
 
 #: Rows in one pipeline or request.
 MOST_TOGETHER: Final = 500
@@ -23,12 +25,16 @@ _GATHER_S: Final = 0.02
 
 
 class Flight(Generic[H]):
-    """The jobs of one map: started, and until they are handed out; at most `window` of them."""
+    """The jobs of one map: started, and until they are handed out; at most `window` of them.
 
-    def __init__(self, window: int) -> None:
+    No more start while `held` says so and others are under way.
+    """
+
+    def __init__(self, window: int, held: Callable[[], bool] | None = None) -> None:
         if window < 1:
             raise OptionNotSupported(f"window is the most jobs under way, 1 or more, not {window}", "window")
         self._window = window
+        self._held = held
         # Started by the quarter window: one at a time would be a round trip each.
         self._quarter = max(1, window // 4)
         self._jobs: dict[int, H] = {}
@@ -42,13 +48,18 @@ class Flight(Generic[H]):
 
     @property
     def full(self) -> bool:
-        return len(self._jobs) >= self._window
+        return len(self._jobs) >= self._window or self.is_held
+
+    @property
+    def is_held(self) -> bool:
+        """Whether there is no room for their arrays, and some of these jobs will make some."""
+        return self._held is not None and bool(self._jobs) and self._held()
 
     @property
     def room(self) -> int:
         """How many jobs may start now: none before a quarter of the window is free."""
         free = self._window - len(self._jobs)
-        return free if free >= self._quarter else 0
+        return free if free >= self._quarter and not self.is_held else 0
 
     def start(self, job: H) -> None:
         """Counts a job in; one that could not even be sent has ended with that."""
@@ -75,7 +86,7 @@ class Flight(Generic[H]):
                 yield job
 
 
-def part(job: H, row: Mapping[str, Any], encode: Callable[[str, Mapping[str, Any]], bytes]) -> tuple[H, bytes]:
+def part(job: H, row: Mapping[str, Any], encode: Callable[[str, Mapping[str, Any]], M]) -> tuple[H, M | bytes]:
     """A job and its bytes; a row that cannot be sent makes a job that has failed with the reason, and no bytes."""
     try:
         return job, encode(job.id, row)
@@ -85,17 +96,23 @@ def part(job: H, row: Mapping[str, Any], encode: Callable[[str, Mapping[str, Any
 
 
 def taken(
-    parts: Iterator[tuple[H, bytes]], room: int, most_bytes: int, clock: Clock = time.monotonic
-) -> list[tuple[H, bytes]]:
+    parts: Iterator[tuple[H, M]],
+    room: int,
+    most_bytes: int,
+    clock: Clock = time.monotonic,
+    held: Callable[[], bool] | None = None,
+) -> list[tuple[H, M]]:
     """The next rows that go out together: at most `room`, of a few MiB, and no longer gathered than 20 ms.
 
-    None at all only where there are no more.
+    None at all only where there are no more. Behind a parcel `held` says whether there is room for another.
     """
-    found: list[tuple[H, bytes]] = []
+    found: list[tuple[H, M]] = []
     size, until = 0, clock() + _GATHER_S
     for each in parts:
         found.append(each)
         size += len(each[1])
         if len(found) >= min(room, MOST_TOGETHER) or size >= most_bytes or clock() >= until:
+            break
+        if held is not None and isinstance(each[1], Parcel) and held():
             break
     return found

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from lepton_ai import topology
+from lepton_ai import blob, topology
 from lepton_ai.errors import JobExpired, OptionNotSupported
 
 __all__ = [
@@ -49,6 +49,8 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     result: str | None = None
     #: The longest that it may run, in seconds; its kernel's own limit where it is unset.
     limit_s: float | None = None
+    #: The places of the arrays that are kept outside the message, so that whoever ends the job need not open its body.
+    blobs: tuple[str, ...] | None = None
 
     def checked(self) -> Options:
         """These options; OptionNotSupported names the first that is out of range."""
@@ -62,6 +64,8 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             raise OptionNotSupported(f"result is json or msgpack, not {self.result!r}", "result")
         if self.limit_s is not None and not 0 < self.limit_s < math.inf:
             raise OptionNotSupported(f"limit_s must be above 0 and finite, not {self.limit_s}", "limit_s")
+        if self.blobs is not None:
+            blob.check_places(self.blobs)
         return self
 
     @property

@@ -16,6 +16,7 @@ import stat
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -36,6 +37,8 @@ ORPHANED_S: Final = 3600
 GIVEN_UP_S: Final = 86_400.0
 #: A segment's name says nothing, so nobody can guess one.
 _SEGMENT: Final = re.compile(r"lepton-([0-9a-f]{32})", re.ASCII)
+#: The dtypes that cross the wire as they are: looked up by themselves, whose names are slow to tell.
+_WIRE: Final = {dtype: dtype for dtype in tensor.DTYPES.values()}
 _LEAST_SEGMENT: Final = 16 * 1024 * 1024
 _PAGE: Final = 4096
 _HUGE_PAGE: Final = 2 * 1024 * 1024
@@ -103,6 +106,11 @@ def _remove_orphan(path: Path) -> bool:
 
 def _is_own(found: os.stat_result) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) & 0o077 == 0
+
+
+def _slot_bytes(size_bytes: int) -> int:
+    """What an array takes with its header: whole pages."""
+    return -(-(_HEADER + size_bytes) // _PAGE) * _PAGE
 
 
 class _Slot(NamedTuple):
@@ -211,10 +219,10 @@ class Ring:
         """
         if self.memory is None or os.getpid() != self._pid or not array.nbytes:
             return None
-        dtype = tensor.DTYPES.get(array.dtype.name)
+        dtype = _WIRE.get(array.dtype) or tensor.DTYPES.get(array.dtype.name)
         if dtype is None:
             raise InvalidArguments(f"dtype {array.dtype} cannot be sent; use one of {', '.join(tensor.DTYPES)}")
-        size = -(-(_HEADER + array.nbytes) // _PAGE) * _PAGE
+        size = _slot_bytes(array.nbytes)
         with self._lock:
             slot = self._take(size)
             if slot is None:
@@ -226,6 +234,19 @@ class Ring:
         segment.publish(slot, array.nbytes)
         place = f"ring:{self.memory}:{segment.name}:{slot.offset}:{slot.generation}"
         return Reference(dtype.str, tuple(array.shape), place)
+
+    def has_room(self, sizes_bytes: Iterable[int]) -> bool:
+        """Whether arrays of these sizes would find room now. Where none ever do, nobody need wait: so yes."""
+        if self.memory is None or os.getpid() != self._pid:
+            return True
+        with self._lock:
+            rooms = [room for segment in self._segments for _, room in segment.free]
+            for size in map(_slot_bytes, sizes_bytes):
+                at = next((at for at, room in enumerate(rooms) if room >= size), None)
+                if at is None:
+                    return self._growth(size) >= size or not self._open
+                rooms[at] -= size
+            return True
 
     def free(self, job: str) -> None:
         """Takes back what a job's arrays took: it has ended, or it was never published."""
@@ -275,21 +296,27 @@ class Ring:
         return None
 
     def _grow(self, size: int) -> _Segment | None:
-        taken = sum(segment.size for segment in self._segments)
-        wanted = max(_LEAST_SEGMENT, taken, -(-size // _HUGE_PAGE) * _HUGE_PAGE)
-        wanted = min(wanted, (self._most_bytes - taken) // _PAGE * _PAGE)
+        wanted = self._growth(size)
         if wanted < size:
             return None
         sweep(self._folder)
         try:
-            space = os.statvfs(self._folder)
-            if (space.f_bavail - space.f_blocks / 2) * space.f_frsize < wanted:
-                return None
             segment = _Segment(self._folder, wanted)
         except OSError:  # full, or not ours to write to
             return None
         self._segments.append(segment)
         return segment
+
+    def _growth(self, size: int) -> int:
+        """How large the next segment may be, where it is for a slot of this size; 0 where there may be none."""
+        taken = sum(segment.size for segment in self._segments)
+        wanted = max(_LEAST_SEGMENT, taken, -(-size // _HUGE_PAGE) * _HUGE_PAGE)
+        wanted = min(wanted, (self._most_bytes - taken) // _PAGE * _PAGE)
+        try:
+            space = os.statvfs(self._folder)
+        except OSError:
+            return 0
+        return wanted if (space.f_bavail - space.f_blocks / 2) * space.f_frsize >= wanted else 0
 
     def _free(self, job: str) -> None:
         self._since.pop(job, None)

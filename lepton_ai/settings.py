@@ -21,7 +21,14 @@ _SCHEMES = ("redis", "rediss", "unix")
 
 #: Beyond these the broker refuses a number, or one step of it would hold up everybody else.
 _MOST = {"result_ttl_s": 3.2e9, "batch_jobs": 4096, "events_kept": 10**9, "lease_s": 3600.0, "limit_s": 3.2e9}
-_LEAST = {"heartbeat_s": 0.01, "limit_s": 0.1, "least_limit_s": 0.1, "waiting_bytes": 0, "tenant_bytes": 0}
+_LEAST = {
+    "heartbeat_s": 0.01,
+    "limit_s": 0.1,
+    "least_limit_s": 0.1,
+    "waiting_bytes": 0,
+    "tenant_bytes": 0,
+    "ring_bytes": 0,
+}
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,6 +46,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """There are no keys yet, so listening beyond loopback needs this said: a private network, a container's address."""
     body_limit_bytes: int = 8 * 1024 * 1024
     """The largest body of one HTTP request, and of one message once unpacked."""
+    blob_limit_bytes: int = 1024 * 1024 * 1024
+    """The largest array that is kept outside its message."""
+    ring_bytes: int = 256 * 1024 * 1024
+    """Memory that a client may share with the workers of its host for the arrays of open jobs; 0 for none."""
     result_serializer: Literal["json", "msgpack"] = "json"
     """The encoding of results whose job names none: what plain Celery clients expect."""
     result_ttl_s: float = 3600.0
@@ -110,6 +121,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def _checked(self) -> Settings:
         for name in (
             "body_limit_bytes",
+            "blob_limit_bytes",
             "result_ttl_s",
             "lease_s",
             "heartbeat_s",

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_ai import tensor
+from lepton_ai.blob import Reference
 from lepton_ai.errors import InvalidArguments, InvalidKernel
 from lepton_ai.formula import Formula
 
@@ -109,7 +110,8 @@ class Signature:
     def bind(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Dims]:
         """The kernel's inputs (arrays and numbers, defaults filled in) and the dims that they fix.
 
-        Raises InvalidArguments naming the argument that is missing, extra, or of the wrong dtype, shape or range.
+        An array that is outside its message stays a Reference, whose dtype and shape are what is checked. Raises
+        InvalidArguments naming the argument that is missing, extra, or of the wrong dtype, shape or range.
         """
         self._check_names(arguments)
         inputs: dict[str, Any] = {}
@@ -194,10 +196,14 @@ def _bind_shape(argument: Argument, shape: tuple[int, ...], dims: Dims) -> None:
             )
 
 
-def _array(argument: Argument, value: Any) -> NDArray[Any]:
+def _array(argument: Argument, value: Any) -> NDArray[Any] | Reference:
     name = argument.name
     by_wire = isinstance(value, tensor.TensorMap)
     if by_wire:
+        if value.blob is not None and value.data is None:
+            if value.dtype != tensor.DTYPES[argument.dtype].str:
+                raise InvalidArguments(f"argument {name!r} must be {argument}, not {value.dtype[:80]!r}", name)
+            return Reference(value.dtype, tuple(value.shape), value.blob)
         value = tensor.from_wire(value, name)
     if isinstance(value, np.ndarray):
         if value.dtype != _NATIVE[argument.dtype]:

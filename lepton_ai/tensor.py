@@ -1,6 +1,7 @@
 """Arrays on the wire: `{"dtype": "<f4", "shape": [..], "data": bytes}`, so that every language reads them.
 
-In msgpack `data` is bytes and both directions are zero-copy; in JSON it is base64.
+In msgpack `data` is bytes and both directions are zero-copy; in JSON it is base64. An array that is kept outside its
+message has `blob` instead of `data`, which says where (`lepton_ai/blob.py`).
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ _MAX_DIMS = 32
 MOST = 2**63 - 1
 
 
-class TensorMap(msgspec.Struct, forbid_unknown_fields=True):
-    """An array as it crosses the wire."""
+class TensorMap(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """An array as it crosses the wire: its data, or where they are."""
 
     dtype: str
     shape: list[int]
-    data: memoryview
+    data: memoryview | None = None
+    blob: str | None = None
 
 
 def to_wire(array: NDArray[Any]) -> TensorMap:
@@ -67,19 +69,22 @@ def to_wire(array: NDArray[Any]) -> TensorMap:
 def from_wire(value: TensorMap, field: str | None = None) -> NDArray[Any]:
     """The array of a tensor map, read-only and sharing its bytes.
 
-    Raises InvalidArguments, naming `field`, where dtype, shape and data do not agree.
+    Raises InvalidArguments, naming `field`, where dtype, shape and data do not agree, or the data are not in it.
     """
+    data = value.data
+    if data is None or value.blob is not None:
+        raise InvalidArguments("a tensor map here has its data in it, and no blob", field)
     dtype = _BY_WIRE.get(value.dtype)
     if dtype is None:
         raise InvalidArguments(f"unknown dtype {value.dtype!r}; use one of {', '.join(DTYPES)}", field)
     _check_shape(value.shape, field)
     expected = math.prod(value.shape) * dtype.itemsize
-    if value.data.nbytes != expected:
+    if data.nbytes != expected:
         raise InvalidArguments(
-            f"shape {value.shape} of {dtype.name} takes {expected} bytes, data has {value.data.nbytes}", field
+            f"shape {value.shape} of {dtype.name} takes {expected} bytes, data has {data.nbytes}", field
         )
     try:
-        array: NDArray[Any] = np.ndarray(value.shape, dtype, value.data)
+        array: NDArray[Any] = np.ndarray(value.shape, dtype, data)
     except (ValueError, OverflowError) as error:  # a size of 0 can hide others beyond any memory
         raise InvalidArguments(f"shape {value.shape} is too large: {error}", field) from None
     array.flags.writeable = False

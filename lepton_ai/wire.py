@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import binascii
 import json
+import math
 import os
 import socket
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -34,6 +35,7 @@ __all__ = [
     "Body",
     "Envelope",
     "Headers",
+    "Oversize",
     "Template",
     "Value",
     "batches",
@@ -48,6 +50,7 @@ __all__ = [
     "read_envelope",
     "read_names",
     "read_options",
+    "read_places",
     "replayed",
     "retried",
     "to_value",
@@ -154,10 +157,19 @@ class _Names(msgspec.Struct):
     headers: _IdAndTask
 
 
+class _Places(msgspec.Struct):
+    blobs: tuple[str, ...] | None = None
+
+
+class Oversize(Exception):
+    """An argument is an array that is larger than a message may hold."""
+
+
 _ENVELOPE = msgspec.json.Decoder(Envelope)
 _NAMES = msgspec.json.Decoder(_Names)
 _ROUTED = msgspec.json.Decoder(_Routed)
 _OPTIONS = msgspec.json.Decoder(Options | None)
+_PLACES = msgspec.json.Decoder(_Places)
 _BODY = {MSGPACK: msgspec.msgpack.Decoder(Body), JSON: msgspec.json.Decoder(Body)}
 _ANY_BODY = {MSGPACK: msgspec.msgpack.Decoder(_AnyBody), JSON: msgspec.json.Decoder(_AnyBody)}
 _ANYTHING = msgspec.json.Decoder()
@@ -166,9 +178,14 @@ _MSGPACK = msgspec.msgpack.Encoder()
 _ORIGIN = f"lepton-{os.getpid()}@{socket.gethostname()}"
 
 
-def to_value(value: Any) -> Any:
-    """A caller's argument as it crosses the wire: arrays as tensor maps, NumPy numbers as numbers, the rest as is."""
+def to_value(value: Any, most_bytes: float = math.inf) -> Any:
+    """A caller's argument as it crosses the wire: arrays as tensor maps, NumPy numbers as numbers, the rest as is.
+
+    Raises Oversize for an array above `most_bytes`.
+    """
     if isinstance(value, np.ndarray):
+        if value.nbytes > most_bytes:
+            raise Oversize
         return tensor.to_wire(value) if value.ndim else value.item()
     return value.item() if isinstance(value, np.generic) else value
 
@@ -204,10 +221,12 @@ def batches(parts: Iterable[P], most_bytes: int, bytes_of: Callable[[P], int] = 
 class Template:
     """Messages that are the same in all but their job's id, its arguments and its times."""
 
-    __slots__ = ("_before_body", "_behind_body", "_shapes")
+    __slots__ = ("_before_body", "_behind_body", "_most_bytes", "_shapes")
 
-    def __init__(self, kernel: str, options: Options, lane: str = LANE) -> None:
+    def __init__(self, kernel: str, options: Options, lane: str = LANE, most_bytes: float = math.inf) -> None:
+        """`most_bytes` is the largest array that a message holds."""
         slot: Any = _SLOT
+        self._most_bytes = most_bytes
         self._shapes = None if options.shapes is None else _JSON.encode(options.shapes)
         message = _JSON.encode(
             {
@@ -254,14 +273,28 @@ class Template:
         self._behind_body = b'"' + b"%b".join(behind)
 
     def envelope(
-        self, job_id: str, arguments: Mapping[str, Any], *, eta: str | None = None, expires: str | None = None
+        self,
+        job_id: str,
+        arguments: Mapping[str, Any],
+        *,
+        eta: str | None = None,
+        expires: str | None = None,
+        blobs: Sequence[str] = (),
     ) -> bytes:
         """The message of a job, ready for LPUSH. Shapes are filled into the options where they are missing.
 
-        `eta` and `expires` are ISO 8601: not before, and not after.
+        `eta` and `expires` are ISO 8601: not before, and not after. `blobs` are the places of the arguments that are
+        outside it, which stand in `arguments` as tensor maps without data. Raises Oversize for an array that is too
+        large to stand in it.
         """
-        values = {name: value if type(value) in _NUMBERS else to_value(value) for name, value in arguments.items()}
+        most_bytes = self._most_bytes
+        values = {
+            name: value if type(value) in _NUMBERS else to_value(value, most_bytes) for name, value in arguments.items()
+        }
         shapes = shapes_of(values)
+        told_shapes = self._shapes or _JSON.encode(shapes)
+        if blobs:  # one more field of the header `lepton`, behind the one that stands where the slot is
+            told_shapes += b',"blobs":' + _JSON.encode(blobs)
         body = binascii.b2a_base64(pack(((), values, _NO_CALLBACKS)), newline=False)
         its_id = _JSON.encode(job_id)
         behind = self._behind_body % (
@@ -270,7 +303,7 @@ class Template:
             b"null" if expires is None else _JSON.encode(expires),
             its_id,
             _JSON.encode(describe(shapes)),
-            self._shapes or _JSON.encode(shapes),
+            told_shapes,
             its_id,
             its_id,
         )
@@ -338,6 +371,14 @@ def read_options(headers: Headers) -> Options:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # the envelope's decoder skipped it
         raise Malformed(f"header lepton cannot be decoded: {error}") from None
     return (options or Options()).checked()
+
+
+def read_places(headers: Headers) -> tuple[str, ...] | None:
+    """Where the blobs of a job are whose other options cannot be read; None where it has none, or nobody can tell."""
+    try:
+        return Options(blobs=_PLACES.decode(headers.lepton).blobs).checked().blobs if headers.lepton else None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OptionNotSupported):
+        return None
 
 
 def due_at(headers: Headers) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 import structlog
 
-from lepton_ai import event, results
+from lepton_ai import blob, event, results
 from lepton_ai.errors import Overloaded
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of
@@ -59,6 +59,7 @@ class Endings:
             if isinstance(each, Dead):
                 step.dead.append(DeadLetter("", "", "unreadable", each.reason, 0, message))
         step.rejected = [each.outcome for _, each in jobs]
+        step.blobs = {each.outcome.job: found for _, each in jobs if (found := _blobs(each.headers.id, each.options))}
         step.told = self._narrator.ended([(each.headers, each.error) for _, each in jobs], [])
         leaving = [(claim, message) for message, _ in refused]
         self._end(step, leaving, [message for message, _ in jobs])
@@ -99,6 +100,7 @@ class Endings:
             return
         serializer = self._settings.result_serializer
         step = Dispatch({}, {}, leaving={}, rejected=[how(job.id, job.options, serializer) for job in jobs])
+        step.blobs = {job.id: found for job in jobs if (found := _blobs(job.id, job.options))}
         step.told = self._narrator.ended([], jobs, expired=how is intake.expired)
         self._end(step, [(job.claim, job.message) for job in jobs], [job.message for job in jobs])
         self._window.left(jobs)
@@ -129,6 +131,10 @@ class Endings:
                 log.info("jobs_ended", how=status, jobs=len(jobs), **data)
         step.event = event.encode(*events)
         self._broker.dispatch(step)
+
+
+def _blobs(job: str, options: Options) -> list[str]:
+    return blob.keys(job, options.blobs or ())
 
 
 def leave(step: Dispatch, leaving: Iterable[tuple[Claim, bytes]]) -> None:

@@ -35,6 +35,8 @@ class Refused(msgspec.Struct, frozen=True):
     headers: wire.Headers
     outcome: Outcome
     error: LeptonError
+    options: Options = Options()
+    """As far as they could be read."""
 
 
 class Dead(msgspec.Struct, frozen=True):
@@ -59,7 +61,9 @@ def read(message: bytes, now: float) -> Incoming | Refused | Dead:
         if due_at is not None and due_at > now + LATEST_S:
             raise InvalidArguments(f"eta {headers.eta} is more than 30 days away", "eta")
     except LeptonError as error:
-        return Refused(headers, _outcome(headers.id, "failed", error, options, "json"), error)
+        if options == Options():
+            options = Options(blobs=wire.read_places(headers))
+        return Refused(headers, _outcome(headers.id, "failed", error, options, "json"), error, options)
     if options.priority is None and (priority := _celery_priority(envelope.properties.priority)) is not None:
         options = msgspec.structs.replace(options, priority=priority)
     return Incoming(options, headers, due_at, deadline_at)

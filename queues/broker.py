@@ -18,7 +18,7 @@ from enum import StrEnum
 from itertools import chain
 from typing import Any, Final
 
-from lepton_ai import cancellation, topology, wire
+from lepton_ai import blob, cancellation, topology, wire
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import Fenced
 from lepton_ai.identity import minute_of
@@ -375,6 +375,8 @@ class Broker:
             words = (outcome.job, outcome.status, outcome.record, outcome.reply_to, self._settings.dead_bytes)
             followed = [part for push in sets_off.pushes for part in push]
             yield functions.call("finish", (), (self._ttl_s, *words, sets_off.chord_part or b"", *followed))
+            if outcome.job in step.blobs:
+                yield from blob.drop_commands(step.blobs[outcome.job])
         for minute, placements in step.placements.items():
             pairs = [part for pair in placements.items() for part in pair]
             yield ("HSET", topology.jobs(minute), *pairs)
@@ -484,6 +486,7 @@ class Broker:
             *_section((job, round(delay_s * 1000), message) for job, delay_s, message in step.retries),
             *_section(step.chord_parts),
             *_section(letter.words for letter in step.dead),
+            *_section(step.blobs),
         )
         duplicates = self._fenced("commit", held, arguments)
         if cancelled:  # afterwards, and not with it: a mark that stays behind does no harm

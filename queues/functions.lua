@@ -135,6 +135,13 @@ local function follow(id, list, message, dead_bytes)
   return pushed and 1 or 0
 end
 
+-- What becomes of a blob whose job has ended. That of a duplicate is perhaps a dead letter's, which has said how long.
+local function end_blob(key, kept_s, is_late)
+  if is_late then redis.pcall('EXPIRE', key, 60, 'NX')
+  elseif kept_s == 0 then redis.pcall('UNLINK', key)
+  elseif kept_s > 0 then redis.pcall('EXPIRE', key, kept_s) end
+end
+
 -- Holds a message until its time. A second one of the same job is a duplicate, and is dropped.
 local function hold_back(id, due_ms, message)
   if redis.call('HSETNX', ETA_MESSAGES, id, message) == 0 then
@@ -259,6 +266,7 @@ end
 --   then counted sections:
 --   pushes: id list message        retries: id delay_ms message
 --   chord parts: id part           dead letters: id kernel code reason attempts trace message
+--   blobs: id kept_s key (0: forgotten; below: the job goes on)
 -- What a duplicate would have set off does not happen. Returns the ids that had a final result already. Refused whole,
 -- as FENCED, unless the lease is alive and the held list is exactly the n messages that the worker took.
 local function fenced(held, lease, n)
@@ -316,6 +324,9 @@ local function commit(keys, args)
   end)
   section(7, function(first)
     if not late[args[first]] then bury(args[4], unpack(args, first, first + 6)) end
+  end)
+  section(3, function(first)
+    end_blob(args[first + 2], tonumber(args[first + 1]), late[args[first]])
   end)
   for status, number in pairs(counts) do
     if number > 0 then count(status, number) end
@@ -404,8 +415,8 @@ end
 -- an attempt: with the last, it is a dead letter and its waiter is told. A holder is forgotten once it has been found
 -- empty for a while: a blocking move that it had asked for may still have been served after its connection broke.
 -- ARGV incarnation lists_each how (died or left) list, and where the list of a suspect is given:
---   message attempts_limit ttl_s events_kept dead_bytes id kernel reason record reply_key event chord_part,
---   then the list and the message of each follow-up. Where the list holds another message by now, nobody is to blame.
+--   message attempts_limit ttl_s events_kept dead_bytes id kernel reason record reply_key event blob_s, how many keys of
+--   blobs and they, chord_part, then the list and the message of each follow-up. Where the list holds another message by now, nobody is to blame.
 -- Returns how many messages moved, and 1 where the suspect died for good.
 local REMEMBER_MS = 30000
 local function recover(_, args)
@@ -435,7 +446,10 @@ local function recover(_, args)
     local attempts = redis.pcall('HINCRBY', ATTEMPTS, id, 1)
     if type(attempts) == 'number' and attempts >= tonumber(args[6]) then
       moved = moved + 1
-      if finish(_, { args[7], id, 'dead', args[13], args[14], args[9], unpack(args, 16) }) == 1 then
+      local blobs = tonumber(args[17])
+      local is_first = finish(_, { args[7], id, 'dead', args[13], args[14], args[9], unpack(args, 18 + blobs) }) == 1
+      for at = 18, 17 + blobs do end_blob(args[at], tonumber(args[16]), not is_first) end
+      if is_first then
         died = 1
         bury(args[9], id, args[11], 'poison', args[12], attempts, '', args[5])
         emit(args[15], args[8])

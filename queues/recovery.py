@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from lepton_ai import event, results, wire
+from lepton_ai import blob, event, results, wire
 from lepton_ai.errors import JobDead, LeptonError, Overloaded
 from lepton_ai.event import Event
 from lepton_ai.job import Meta, Options
@@ -70,15 +70,16 @@ def _command(connection: Connection, incarnation: str, only: str, settings: Sett
 
 def _suspect(held: str, message: bytes, incarnation: str, settings: Settings, sequels: Sequels) -> Sequence[Any]:
     """What is needed to end a job for good, whether or not this death was its last."""
-    options = Options()
-    job, kernel, attempts = "", "", settings.attempts
+    attempts = settings.attempts
     try:
         headers = wire.read_envelope(message).headers
-        job, kernel = headers.id, headers.task
+    except LeptonError:
+        return ("",)  # no job: whoever takes it says so, and it never runs
+    job, kernel = headers.id, headers.task
+    try:
         options = wire.read_options(headers)
     except LeptonError:
-        if not job:
-            return ("",)  # no job: whoever takes it says so, and it never runs
+        options = Options(blobs=wire.read_places(headers))
     error = JobDead(f"{attempts} times the worker died while this job ran with nothing beside it")
     meta = results.failure(job, error)
     follow_ups = sequels(message, meta)
@@ -87,11 +88,13 @@ def _suspect(held: str, message: bytes, incarnation: str, settings: Settings, se
         Event("job.dead", incarnation, kernel, jobs=(job,), data=error.to_wire() | {"attempts": attempts})
     )
     ttl_s = max(1, round(settings.result_ttl_s))
+    blobs = blob.keys(job, options.blobs or ())
     return (
         held,
         message,
         *(attempts, ttl_s, settings.events_kept, settings.dead_bytes),
         *(job, kernel, error.message, record, options.reply_to or "", told),
+        *(blob.LETTER_S, len(blobs), *blobs),
         follow_ups.chord_part or b"",
         *chain.from_iterable(follow_ups.pushes),
     )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
 from lepton_ai.succession import FollowUps
 from queues.connection import Command
 
-__all__ = ["Commit", "DeadLetter", "Dispatch", "Outcome"]
+__all__ = ["GOES_ON", "Commit", "DeadLetter", "Dispatch", "Outcome"]
+
+#: Of a job's blobs in a commit: it goes on, and needs them still.
+GOES_ON: Final = -1
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -55,6 +59,9 @@ class Commit(msgspec.Struct, frozen=True):
     chord_parts: Sequence[tuple[str, bytes]] = ()
     """What is to be counted in Celery's chords, each with its job."""
     dead: Sequence[DeadLetter] = ()
+    blobs: Sequence[tuple[str, int, str]] = ()
+    """Keys of its jobs' blobs, each with its job and how many seconds it is kept: 0 for none, or GOES_ON. A
+    duplicate's are left to themselves for a minute."""
 
 
 class Dispatch(msgspec.Struct):
@@ -82,6 +89,8 @@ class Dispatch(msgspec.Struct):
     rejected: list[Outcome] = []
     sequels: dict[str, FollowUps] = {}
     """What the rejected set off, by job."""
+    blobs: dict[str, list[str]] = {}
+    """The keys of the rejected's blobs, by job, where one has any."""
     placements: dict[int, dict[str, bytes]] = {}
     """Placements by the minute whose hash they go into."""
     counts: dict[str, int] = {}

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 
-from lepton_ai import wire
+from lepton_ai import blob, wire
+from lepton_ai.blob import Reference
 from lepton_ai.errors import InvalidArguments, LeptonError, OptionNotSupported, UnknownKernel
 from lepton_ai.job import Options
 from lepton_ai.kernel import Kernel, Work
 from lepton_ai.succession import Sequel, inherit, sequel_of
-from lepton_ai.tensor import TensorMap
+from lepton_ai.tensor import MOST, TensorMap
 
 __all__ = ["Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "split"]
 
 _NO_OPTIONS: Final = Options()
 _ARRAYS: Final = (TensorMap, np.ndarray)
+_SHAPED: Final = (np.ndarray, Reference)
 
 
 class TakenJob(msgspec.Struct, eq=False):
@@ -46,6 +48,10 @@ class TakenJob(msgspec.Struct, eq=False):
     """What is to follow it; None where nothing is."""
     decode_s: float = 0.0
     """What reading it from its message took."""
+    outside_bytes: int = 0
+    """What those of its arrays take that are outside its message: References, where they have not been read yet."""
+    seen: Sequence[Reference] = ()
+    """Those that have been read, in memory that may become another job's."""
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -71,10 +77,12 @@ class Group(msgspec.Struct, eq=False):
 
     kernel: Kernel
     jobs: list[TakenJob]
+    outside_bytes: int = 0
+    """Of its jobs."""
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The inputs of the launch: a single job's own, or all jobs' stacked or concatenated."""
+        """The inputs of the launch: a single job's own, or all jobs' stacked or concatenated. No References."""
         first = self.jobs[0].inputs
         if len(self.jobs) == 1:
             return first
@@ -97,6 +105,8 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
         options = wire.read_options(headers)
         return _read(message, envelope, options, kernels, limit_bytes, keep)
     except LeptonError as error:
+        if options is _NO_OPTIONS:
+            options = Options(blobs=wire.read_places(headers))
         sequel = None
         with suppress(LeptonError):  # then the job's own fault is told, and nobody can tell what should follow it
             sequel = sequel_of(headers, wire.read_embed(envelope, limit_bytes=limit_bytes))
@@ -121,6 +131,7 @@ def _read(
     arguments = inherit(kernel.signature, body)
     inputs, dims = kernel.signature.bind(arguments)
     forms = set(map(type, arguments.values()))
+    outside_bytes = _outside_bytes(inputs, options.blobs or ()) if TensorMap in forms else 0
     return TakenJob(
         headers.id,
         kernel,
@@ -134,7 +145,19 @@ def _read(
         _limit_s(options, headers),
         deadline_at,
         sequel,
+        outside_bytes=outside_bytes,
     )
+
+
+def _outside_bytes(inputs: Mapping[str, Any], places: Sequence[str]) -> int:
+    """What the References among inputs take; InvalidArguments where the header, which ends them, does not name one."""
+    found = 0
+    for name, value in inputs.items():
+        if type(value) is Reference:
+            found += blob.layout(value, MOST, name)[1]
+            if value.blob not in places:
+                raise InvalidArguments(f"{value.blob[:200]!r} is not among the blobs that the header names", name)
+    return found
 
 
 def _limit_s(options: Options, headers: wire.Headers) -> float | None:
@@ -149,19 +172,23 @@ def _limit_s(options: Options, headers: wire.Headers) -> float | None:
     return min(limits)
 
 
-def groups(jobs: Iterable[TakenJob], limit: int) -> list[Group]:
-    """The jobs in groups of one launch each, in the order in which each group's first job came."""
+def groups(jobs: Iterable[TakenJob], limit: int, most_bytes: float = math.inf) -> list[Group]:
+    """The jobs in groups of one launch each, in the order in which each group's first job came.
+
+    A group has at most `limit` jobs, and those more than one at most `most_bytes` outside their messages.
+    """
     open_groups: dict[Any, Group] = {}
     found: list[Group] = []
     for job in jobs:
         key = _key(job)
         group = open_groups.get(key) if key is not None else None
-        if group is None or len(group.jobs) >= limit:
+        if group is None or len(group.jobs) >= limit or group.outside_bytes + job.outside_bytes > most_bytes:
             group = Group(job.kernel, [])
             found.append(group)
             if key is not None:
                 open_groups[key] = group
         group.jobs.append(job)
+        group.outside_bytes += job.outside_bytes
     return found
 
 
@@ -172,7 +199,7 @@ def _key(job: TakenJob) -> tuple[Any, ...] | None:
         return None
     parts: list[Any] = [job.kernel.name]
     for name, value in job.inputs.items():
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, _SHAPED):
             parts.append((name, value))
         elif batch == "stack":
             parts.append((name, value.shape))

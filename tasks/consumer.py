@@ -126,6 +126,7 @@ class DeviceStep(bootsteps.StartStopStep):
             driver.peaks(),
             tuple(kernel.spec for kernel in repertoire.kernels.values()),
             time.time(),
+            self._slots.ring.memory,
         )
         install_commands(self.settings, url, announcement, books)
         self._heartbeat = Heartbeat(self.settings, url, announcement, self._slots)

@@ -10,7 +10,7 @@ import msgspec
 import psutil
 import structlog
 
-from lepton_ai import event
+from lepton_ai import event, ring
 from lepton_ai.device import Announcement, ResourceState
 from lepton_ai.errors import LeptonError
 from lepton_ai.event import Event
@@ -20,6 +20,9 @@ from queues.connection import CommandError, Connection
 from tasks.slots import Slots
 
 __all__ = ["Heartbeat"]
+
+#: How often memory is given back that producers who are gone have left, and what we hold of it.
+_SWEEP_S = 60.0
 
 log = structlog.get_logger()
 
@@ -38,6 +41,7 @@ class Heartbeat:
         self._broker: Broker | None = None
         self._announced = False
         self._seen = (time.monotonic(), 0.0, 0)
+        self._swept_at = time.monotonic()
 
     def start(self) -> None:
         """Takes the lease and tells the fleet; the worker can be given jobs once this returns.
@@ -78,6 +82,7 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stopping.wait(self._settings.heartbeat_s):
             try:
+                self._sweep()
                 self._beat()
             except CommandError as error:  # a full broker: it renews a lease, and takes no new one
                 log.warning("heartbeat_refused", reason=error.message)
@@ -98,6 +103,14 @@ class Heartbeat:
         broker.announce(self._value)
         self._announced = True
         self._emit(broker, "device.online", {"worker": self._announcement.worker})
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        if now >= self._swept_at + _SWEEP_S:
+            self._swept_at = now
+            if removed := ring.sweep():
+                log.info("segments_removed", count=removed)
+            self._slots.ring.sweep()
 
     def _connected(self) -> Broker:
         if self._broker is None:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import structlog
 
-from lepton_ai import event, results, wire
+from lepton_ai import blob, event, results, wire
 from lepton_ai.errors import (
     InvalidArguments,
     InvalidRequest,
@@ -29,15 +29,17 @@ from lepton_ai.errors import (
 from lepton_ai.event import Event, Observation
 from lepton_ai.job import LATEST_S, Cost, Placement, Record
 from lepton_ai.kernel import Retry
+from lepton_ai.ring import RingReader
 from lepton_ai.settings import Settings
 from lepton_ai.succession import PUT_OFF_S, Canvas, FollowUps
 from lepton_ai.tensor import SENDABLE
 from queues.broker import Broker
 from queues.connection import CommandError
-from queues.steps import Commit, DeadLetter, Outcome
+from queues.steps import GOES_ON, Commit, DeadLetter, Outcome
 from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, names, read, split
 from tasks.driver import Driver
 from tasks.limits import kill_after_s, own_limit_s
+from tasks.outside import fetch
 from tasks.warmup import Repertoire
 
 __all__ = ["Ending", "Observer", "Runner", "Running"]
@@ -152,6 +154,7 @@ class _Batch(msgspec.Struct):
     pushes: list[tuple[str, str, bytes]] = []
     chord_parts: list[tuple[str, bytes]] = []
     dead: list[DeadLetter] = []
+    blobs: list[tuple[str, int, str]] = []
 
 
 class Runner:
@@ -167,9 +170,12 @@ class Runner:
         repertoire: Repertoire,
         observer: Observer,
         canvas: Canvas,
+        ring: RingReader,
     ) -> None:
         self.running: Running | None = None
         """The launch that is under way. May be read from any thread."""
+        self.fetched_bytes = 0
+        """Arrays that the last batch read from the broker beside its messages."""
         self._settings = settings
         self._incarnation = incarnation
         self._device = device
@@ -178,21 +184,33 @@ class Runner:
         self._repertoire = repertoire
         self._observer = observer
         self._canvas = canvas
+        self._ring = ring
 
     def run(self, broker: Broker, messages: Sequence[bytes]) -> tuple[Commit, list[Ending]]:
         """Runs what the messages ask for. Raises BrokerUnavailable, and nothing for what they hold or a kernel does."""
         taken_at = time.time()
+        self.fetched_bytes = 0
+        settings = self._settings
         try:
             found = self._read(messages)
             notes, marked = self._known(broker, [job.id for job in found if not isinstance(job, Unreadable)])
             batch = _Batch(_placements(notes), notes, taken_at)
-            for group in groups(self._begin(found, marked, broker.now(), batch), self._settings.batch_jobs):
-                self._run_group(group, batch)
+            jobs = self._begin(found, marked, broker.now(), batch)
+            for group in groups(jobs, settings.batch_jobs, settings.batch_bytes):
+                self._run_group(broker, group, batch)
         finally:
             self.running = None
         told = event.encode(*self._learned(batch), *batch.events)
         step = Commit(
-            self._slot, len(messages), batch.outcomes, told, batch.pushes, batch.retries, batch.chord_parts, batch.dead
+            self._slot,
+            len(messages),
+            batch.outcomes,
+            told,
+            batch.pushes,
+            batch.retries,
+            batch.chord_parts,
+            batch.dead,
+            batch.blobs,
         )
         return step, batch.endings
 
@@ -255,8 +273,12 @@ class Runner:
 
     # -- a launch -----------------------------------------------------------------------------------------------
 
-    def _run_group(self, group: Group, batch: _Batch) -> None:
+    def _run_group(self, broker: Broker, group: Group, batch: _Batch) -> None:
         """Runs a group in one launch; if that raises, each of its jobs alone, so that only the culprit fails."""
+        if group.outside_bytes:
+            group = self._filled(broker, group, batch)
+            if not group.jobs:
+                return
         kernel, jobs = group.kernel, names(group.jobs)
         limits = [
             kill_after_s(job.limit_s, kernel.spec, batch.placements.get(job.id), self._settings) for job in group.jobs
@@ -273,7 +295,7 @@ class Runner:
         except (Exception, SystemExit) as error:  # noqa: BLE001
             if len(group.jobs) > 1:
                 for job in group.jobs:
-                    self._run_group(Group(kernel, [job]), batch)
+                    self._run_group(broker, Group(kernel, [job]), batch)
                 return
             self._kernel_raised(group.jobs[0], error, context, batch)
             return
@@ -297,6 +319,7 @@ class Runner:
             if placement is not None and encoding == "msgpack":  # as it came: it is not written anew
                 shown_placement = msgspec.Raw(batch.notes[job.id])
             meta = results.success(job.id, answer(job, part), Record(shown_placement, cost))
+            follow_ups = None
             if job.sequel is not None:
                 try:
                     follow_ups = self._canvas.after_success(job.sequel, meta.result)
@@ -313,8 +336,13 @@ class Runner:
                     self._fail(job, InvalidArguments(f"what should follow it: {error!r:.300}", "callbacks"), batch)
                     continue
                 meta = msgspec.structs.replace(meta, children=list(follow_ups.children))
-                self._note(job.id, follow_ups, batch)
             record = results.encode(meta, encoding) if job.keep else b""
+            if job.seen and (lost := self._lost(job)) is not None:  # the answer may be a view of its arguments
+                self._fail(job, lost, batch)
+                continue
+            if follow_ups is not None:
+                self._note(job.id, follow_ups, batch)
+            self._end_blobs(job, 0, batch)
             batch.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
             shapes = _shapes(part) if placement is not None and placement.shown else ""
             batch.endings.append(Ending(job.id, "succeeded", time.time(), each_run_s, shapes))
@@ -322,6 +350,29 @@ class Runner:
         if succeeded:
             launch.transfer_s += time.perf_counter() - start
             self._note_launch(group, launch, succeeded, batch)
+
+    def _filled(self, broker: Broker, group: Group, batch: _Batch) -> Group:
+        """The group with what its jobs have outside their messages; those who cannot have it fail."""
+        found = fetch(group.jobs, broker.connection, self._ring, self._settings.blob_limit_bytes)
+        for job, error in found.failed:
+            self._fail(job, error, batch)
+        self.fetched_bytes += found.from_broker_bytes
+        return Group(group.kernel, found.jobs)
+
+    def _lost(self, job: TakenJob) -> LeptonError | None:
+        """Why what was made of a job's arguments is void: their memory may be another job's by now."""
+        try:
+            for each in job.seen:
+                self._ring.check(each)
+        except LeptonError as error:
+            return error
+        return None
+
+    @staticmethod
+    def _end_blobs(job: TakenJob | Refused, kept_s: int, batch: _Batch) -> None:
+        """What becomes of a job's blobs in the broker: see `Commit.blobs`."""
+        if job.options.blobs is not None:
+            batch.blobs += [(job.id, kept_s, key) for key in blob.keys(job.id, job.options.blobs)]
 
     def _launch(self, group: Group, context: _Context) -> tuple[dict[str, np.ndarray[Any, Any]], _Launch]:
         driver, name = self._driver, group.kernel.name
@@ -411,6 +462,7 @@ class Runner:
         record = results.encode(results.retrying(job.id, error, trace), self._encoding(job)) if job.keep else b""
         batch.outcomes.append(Outcome(job.id, "retried", record))
         batch.retries.append((job.id, delay_s, message))
+        self._end_blobs(job, GOES_ON, batch)
         told = f"{type(error).__name__}({error.message!r})"
         batch.endings.append(Ending(job.id, "retried", time.time(), error=told, trace=trace))
         data = error.to_wire() | {"delay_s": round(delay_s, 3), "retries": job.retries}
@@ -439,6 +491,7 @@ class Runner:
             except Exception:  # the failure stands
                 log.exception("follow_ups_left_out", job=job.id)
         record = results.encode(meta, self._encoding(job)) if job.keep else b""
+        self._end_blobs(job, blob.LETTER_S if status == "dead" else 0, batch)
         batch.outcomes.append(Outcome(job.id, status, record, job.options.reply_to or ""))
         told = f"{type(error).__name__}({error.message!r})"
         batch.endings.append(Ending(job.id, status, time.time(), error=told, trace=trace))

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import structlog
 
 from lepton_ai.errors import BrokerUnavailable, Fenced
+from lepton_ai.ring import RingReader
 from lepton_ai.settings import Settings
 from lepton_ai.succession import Canvas
 from queues.broker import Broker
@@ -65,6 +66,8 @@ class Slots:
         self.take_s = min(_TAKE_S, settings.lease_s / 2)
         """How long a slot waits for jobs at a time."""
         self.canvas = canvas
+        self.ring = RingReader()
+        """Where the arrays are that producers of this host share with us."""
         self.chord_parts = ChordParts(self.connect, canvas.finish)
         self._url = url
         self._stopping = threading.Event()
@@ -163,6 +166,7 @@ class _Slot:
             slots.repertoire,
             slots.observer,
             slots.canvas,
+            slots.ring,
         )
         self._slots = slots
         self._pending: tuple[Commit, list[Ending]] | None = None
@@ -234,7 +238,7 @@ class _Slot:
             seconds = time.perf_counter() - start
             self.busy_s += seconds
         each = seconds / len(messages)
-        mean_bytes = sum(map(len, messages)) / len(messages)
+        mean_bytes = (sum(map(len, messages)) + self.runner.fetched_bytes) / len(messages)
         weight = _WEIGHT if self._job_s > 0 else 1.0
         self._job_s += weight * (each - self._job_s)
         self._message_bytes += weight * (mean_bytes - self._message_bytes)

@@ -17,6 +17,7 @@ from lepton_ai.dead import those
 from lepton_ai.errors import InvalidArguments, LeptonError, Malformed, TooLarge, UnsupportedMediaType
 from lepton_ai.remote import JobRequest
 from lepton_ai.remote_protocol import Chosen
+from lepton_ai.tensor import TensorMap
 
 __all__ = ["NDJSON", "Body", "decode", "decode_chosen", "read", "with_key"]
 
@@ -197,11 +198,13 @@ def _request(incoming: _Incoming, known: _Format) -> JobRequest:
     for name, raw in incoming.arguments.items():
         _check_lists(name, raw, known)
         try:
-            arguments[name] = known.value.decode(raw)
+            value = arguments[name] = known.value.decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidArguments(
                 f"argument {name!r} is no number, list of numbers or tensor: {error}", name
             ) from None
+        if isinstance(value, TensorMap) and value.blob is not None:  # who may write to the broker names places in it
+            raise InvalidArguments(f"argument {name!r} must have its data in it: no blob is taken over HTTP", name)
     asked = {name: getattr(incoming, name) for name in _ASKED}
     return JobRequest(incoming.kernel, arguments, **asked)
 

@@ -1,8 +1,8 @@
 """The kernel of the plays (LEPTON_KERNELS=fault_kernels): it tells a file that it really ran, then behaves or not.
 
 `fault.run` of job number `n` appends `n` and the time to the file FAULT_RUNS, takes `ms` milliseconds, and then does
-`how`. In one call of write() on a descriptor opened for appending: whatever happens next, and however many run, the
-line is there.
+`how`; `fault.large` behaves, but fails where its array is not full of its number. In one call of write() on a
+descriptor opened for appending: whatever happens next, and however many run, the line is there.
 """
 
 from __future__ import annotations
@@ -46,6 +46,30 @@ def _cpu(device: Any) -> Run:
         return {"n": np.array([number])}
 
     return run
+
+
+large = Kernel(
+    "fault.large",
+    inputs={"n": "int64", "ms": "int64", "data": "float32[m]"},
+    outputs={"n": "int64[k]"},
+    flops="1000 + ms * 1000000",
+    bytes="4*m",
+)
+large.reference(lambda n, ms, data: {"n": np.array([n])})
+large.samples(lambda: [{"n": -1, "ms": 0, "data": np.full(16, -1, np.float32)}])
+
+
+@large.on("cpu")
+def _large(device: Any) -> Run:
+    run = _cpu(device)
+
+    def checked(inputs: Inputs, context: Context) -> Outputs:
+        found = run({"n": inputs["n"], "ms": inputs["ms"], "how": BEHAVE}, context)
+        if not (inputs["data"] == np.float32(inputs["n"])).all():
+            raise ValueError("its array is another job's")
+        return found
+
+    return checked
 
 
 def misbehave(how: int) -> None:

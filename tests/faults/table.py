@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.faults import (
+    scenarios_blobs,
     scenarios_broker,
     scenarios_clock,
     scenarios_doors,
@@ -152,6 +153,13 @@ SCENARIOS = (
         scenarios_doors.overflow,
         full=Size(jobs=40_000),
         quick=Size(jobs=8_000),
+    ),
+    Scenario(
+        "large_arrays",
+        scenarios_blobs.storm,
+        full=Size(jobs=200, rounds=18),
+        quick=Size(jobs=60, rounds=6, settings=_BRISK),
+        tested=Size(jobs=30, rounds=3, settings=_BRISK),
     ),
     Scenario("malformed", scenarios_doors.malformed, full=Size(jobs=2_000, rounds=5), quick=Size(jobs=300, rounds=1)),
 )

@@ -1,4 +1,4 @@
-"""Six of the scenarios in small: what was acknowledged ends, and ends once, whatever dies meanwhile."""
+"""Seven of the scenarios in small: what was acknowledged ends, and ends once, whatever dies meanwhile."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from lepton_ai import Client, results, topology, wire
+from lepton_ai import Client, blob, results, topology, wire
 from lepton_ai.dead import DeadLetter, Settled, Steps, replay
 from lepton_ai.errors import (
     BrokerUnavailable,
@@ -353,3 +353,42 @@ def test_dead_letters_over_http(http: httpx.Client, connection: Connection) -> N
 )
 def test_what_is_wrong_is_a_problem(http: httpx.Client, method: str, path: str, body: Any, status: int) -> None:
     problem(http.request(method, path, json=body), status)
+
+
+# -- blobs ------------------------------------------------------------------------------------------------------------
+
+
+def with_blob(connection: Connection, place: str = "redis:0123456789abcdef:2") -> tuple[str, str, list[str]]:
+    """A letter whose array is in the broker, as the step that buried it left that: its entry, its job and the keys."""
+    job = new_id()
+    entry, _ = bury(connection, job, options=Options(blobs=(place,)))
+    names = blob.keys(job, [place])
+    connection.many([("SET", name, "bytes", "EX", blob.LETTER_S) for name in names]) if names else None
+    return entry, job, names
+
+
+def test_a_replayed_jobs_blobs_are_there_for_as_long_as_it_is_open(client: Asked, connection: Connection) -> None:
+    _, job, names = with_blob(connection)
+    assert client.replay([job]).count == 1
+    assert [connection.call("TTL", name) for name in names] == [-1, -1]
+
+
+def test_a_letter_whose_blobs_are_gone_is_left(client: Asked, connection: Connection) -> None:
+    _, job, names = with_blob(connection)
+    connection.call("DEL", names[1])
+    found = client.replay([job])
+    assert (found.count, "gone" in found.left[job]) == (0, True)
+    assert connection.call("TTL", names[0]) > 0
+    assert waiting(connection) == []
+
+
+def test_a_letter_whose_array_was_in_shared_memory_is_left(client: Asked, connection: Connection) -> None:
+    _, job, _ = with_blob(connection, f"ring:{'0' * 32}:{'1' * 32}:0:1")
+    found = client.replay([job])
+    assert (found.count, "memory" in found.left[job]) == (0, True)
+
+
+def test_a_purged_letters_blobs_go_with_it(client: Asked, connection: Connection) -> None:
+    entry, _, names = with_blob(connection)
+    assert client.purge([entry]).count == 1
+    assert all(0 < connection.call("TTL", name) <= blob.DROPPED_S for name in names)

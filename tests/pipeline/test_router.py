@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lepton_ai import cancellation, event, results, topology, wire
+from lepton_ai import blob, cancellation, event, results, topology, wire
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import minute_of, new_id, new_ids
@@ -1292,3 +1292,37 @@ def test_two_copies_that_are_refused_in_one_step_send_their_follow_up_once(
     assert json.loads(alarm)["headers"]["task"] == "theirs.alarm"
     counted = {name: int(count) for name, count in connection.call("HGETALL", topology.COUNTERS).items()}
     assert (counted[b"failed"], counted[b"duplicate"]) == (1, 1)
+
+
+# -- blobs ----------------------------------------------------------------------------------------------------------
+
+BLOB = "redis:0123456789abcdef:1"
+
+
+def blob_of(connection: Connection, job: str) -> str:
+    (key,) = blob.keys(job, [BLOB])
+    connection.call("SET", key, "bytes")
+    return key
+
+
+@pytest.mark.parametrize("end", ["job.cancelled", "job.expired", "job.rejected"])
+def test_the_blobs_of_a_job_that_a_router_ends_are_left_to_themselves(
+    start_router, lane: Lane, connection: Connection, end: str
+) -> None:
+    start_router(HASTY)
+    jobs = new_ids(2)
+    keys = [blob_of(connection, job) for job in jobs]
+    one, other = (lane.message(job, blobs=(BLOB,)) for job in jobs)
+    if end == "job.expired":
+        one = altered(one, expires=at(0.2, connection))
+    elif end == "job.rejected":
+        one = altered(one, lepton={"blobs": [BLOB], "colour": "red"})
+    lane.push([other])
+    lane.wait_for("job.parked", 1)
+    lane.push([one])
+    if end == "job.cancelled":
+        lane.wait_for("job.parked", 1)
+        ask_to_cancel(connection, jobs[0])
+    assert lane.wait_for(end, 1) == [jobs[0]]
+    assert 0 < connection.call("TTL", keys[0]) <= blob.DROPPED_S
+    assert connection.call("TTL", keys[1]) == -1

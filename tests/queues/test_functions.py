@@ -10,7 +10,7 @@ import pytest
 
 from lepton_ai import event, results, topology, wire
 from lepton_ai.accounts import accounts_of
-from lepton_ai.errors import JobFailed
+from lepton_ai.errors import Fenced, JobFailed
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of, new_id
 from lepton_ai.job import Meta, Options
@@ -20,7 +20,7 @@ from queues import functions
 from queues.broker import LISTS_EACH, Broker, Kind
 from queues.connection import CommandError, Connection
 from queues.recovery import Recovered
-from queues.steps import Commit, DeadLetter, Dispatch, Outcome
+from queues.steps import GOES_ON, Commit, DeadLetter, Dispatch, Outcome
 
 TENANT = topology.lane("t")
 #: The id of a job that was made from a key: a UUID of version 5.
@@ -516,7 +516,7 @@ def test_a_copy_of_a_job_that_has_ended_dies_without_a_dead_letter(
 def recover(connection: Connection, how: str, held: str, message: bytes) -> list[int]:
     """As a router would, that has seen this message alone in this list."""
     told_of = event.encode(Event("job.dead", "me", jobs=("a",)))
-    words = (held, message, 1, 60, 100, 10**6, "a", "a.b", "reason", record("a"), "", told_of, b"")
+    words = (held, message, 1, 60, 100, 10**6, "a", "a.b", "reason", record("a"), "", told_of, 9, 0, b"")
     found: list[int] = call(connection, "recover", "dead", LISTS_EACH, how, *words)
     return found
 
@@ -661,3 +661,62 @@ def test_what_was_lost_shows_as_a_difference(connection: Connection, broker: Bro
     connection.call("DEL", topology.held(broker.incarnation, 0))
     assert difference(connection) == 1
     connection.call("HINCRBY", topology.COUNTERS, "accepted", -1)
+
+
+# -- blobs ----------------------------------------------------------------------------------------------------------
+
+
+def blob_of(connection: Connection, job: str) -> str:
+    key = f"lepton-blob:{job}:0123456789abcdef:0"
+    connection.call("SET", key, "bytes")
+    return key
+
+
+def test_a_commit_ends_the_blobs_of_its_jobs_each_in_its_way(connection: Connection, broker: Broker) -> None:
+    jobs = ["done", "dead", "open", "twice", "letter"]
+    hold(connection, broker, *(job.encode() for job in jobs))
+    keys = {job: blob_of(connection, job) for job in jobs}
+    connection.call("EXPIRE", keys["letter"], 500)
+    for job in ("twice", "letter"):
+        connection.call("SET", topology.result(job), record(job))
+    statuses = ("succeeded", "dead", "retried", "succeeded", "retried")
+    outcomes = [Outcome(job, status, record(job, 2)) for job, status in zip(jobs, statuses, strict=True)]
+    kept = [("done", 0), ("dead", 700), ("open", GOES_ON), ("twice", 0), ("letter", GOES_ON)]
+    retries = [("open", 60.0, b"m")]
+    broker.commit(Commit(0, 5, outcomes, b"", retries=retries, blobs=[(job, s, keys[job]) for job, s in kept]))
+    assert {job: connection.call("TTL", key) for job, key in keys.items()} == {
+        "done": -2,
+        "dead": 700,
+        "open": -1,
+        "twice": 60,
+        "letter": 500,
+    }
+
+
+def test_a_commit_that_is_refused_leaves_the_blobs_as_they_are(connection: Connection, broker: Broker) -> None:
+    hold(connection, broker, b"m")
+    key = blob_of(connection, "a")
+    with pytest.raises(Fenced):
+        broker.commit(Commit(0, 2, [Outcome("a", "succeeded", record("a"))], b"", blobs=[("a", 0, key)]))
+    assert connection.call("TTL", key) == -1
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["a letter", "a copy"])
+def test_a_poison_jobs_blobs_last_as_long_as_its_letter(
+    connection: Connection, broker: Broker, another, settings: Settings, ended: bool
+) -> None:
+    key = blob_of(connection, "a")
+    if ended:
+        connection.call("SET", topology.result("a"), record("a"))
+    connection.call("HSET", topology.ATTEMPTS, "a", settings.attempts - 1)
+    die(connection, another("dead"), job_message("a", blobs=("redis:0123456789abcdef:1",)))
+    assert broker.recover(follow_ups) == Recovered(1, int(not ended))
+    assert oldest_first(connection, "theirs") == ([] if ended else [b"follow-up"])
+    assert connection.call("TTL", key) == (60 if ended else 7 * 86_400)
+
+
+def test_a_suspect_that_comes_back_keeps_its_blobs(connection: Connection, broker: Broker, another) -> None:
+    key = blob_of(connection, "a")
+    die(connection, another("dead"), job_message("a", blobs=("redis:0123456789abcdef:1",)))
+    assert broker.recover(follow_ups) == Recovered(1, 0)
+    assert connection.call("TTL", key) == -1

@@ -237,3 +237,15 @@ def test_abandon_refuses_what_the_slots_still_commit(beat: Any, connection: Conn
 def test_abandon_says_offline(beat: Any, stream: EventStream) -> None:
     beat().abandon()
     assert next_event(stream, "device.offline").source == INCARNATION
+
+
+def test_memory_that_nobody_needs_is_given_back_now_and_then(
+    beat: Callable[..., Heartbeat], slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept = threading.Semaphore(0)
+    monkeypatch.setattr("tasks.heartbeat._SWEEP_S", 0.0)
+    monkeypatch.setattr("lepton_ai.ring.sweep", lambda: swept.release() or 1)
+    slots.ring = SimpleNamespace(sweep=swept.release)
+    beat()
+    for _ in range(4):
+        assert swept.acquire(timeout=5)

@@ -433,6 +433,13 @@ def test_a_failure_is_a_line_like_any_other_and_no_number_is_null(http: httpx.Cl
         (b'{"kernel": "test.double"}', 422, "invalid_arguments", "arguments"),
         (b'{"kernel": "test.double", "arguments": {"x": "a"}}', 422, "invalid_arguments", "x"),
         (b'{"kernel": "test.double", "arguments": {}}', 422, "invalid_arguments", "x"),
+        (
+            b'{"kernel": "test.double", "arguments": {"x": {"dtype": "<f8", "shape": [1], "blob": "redis:%b:1"}}}'
+            % (b"0" * 16),
+            422,
+            "invalid_arguments",
+            "x",
+        ),
         (b'{"kernel": "no.such", "arguments": {}}', 404, "unknown_kernel", "kernel"),
         (
             b'{"kernel": "test.double", "arguments": {"x": [1]}, "priority": 99}',
@@ -441,7 +448,7 @@ def test_a_failure_is_a_line_like_any_other_and_no_number_is_null(http: httpx.Cl
             "priority",
         ),
     ],
-    ids=["cut", "no text", "deep", "a list", "no arguments", "strings", "missing", "kernel", "priority"],
+    ids=["cut", "no text", "deep", "a list", "no arguments", "strings", "missing", "a blob", "kernel", "priority"],
 )
 @pytest.mark.parametrize("wait", ["", "?wait_s=5"])
 def test_one_bad_line_refuses_them_all_and_is_named(

@@ -1,0 +1,78 @@
+"""Arrays outside their messages: a group's References become what its kernel gets, just before it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from lepton_ai import blob
+from lepton_ai.blob import InRedis, Reference
+from lepton_ai.errors import LeptonError
+from lepton_ai.ring import RingReader
+from queues.connection import Connection
+from tasks.batching import TakenJob
+
+__all__ = ["Fetched", "fetch"]
+
+
+class Fetched(msgspec.Struct):
+    """What came of the jobs of a group."""
+
+    jobs: list[TakenJob]
+    """Those whose arrays are there, with them."""
+    failed: list[tuple[TakenJob, LeptonError]]
+    from_broker_bytes: int
+
+
+def fetch(jobs: Sequence[TakenJob], connection: Connection, ring: RingReader, limit_bytes: int) -> Fetched:
+    """Reads what jobs have outside their messages: from shared memory in place, from the broker all at once.
+
+    Raises BrokerUnavailable.
+    """
+    start = time.perf_counter()
+    arrays: dict[int, dict[str, Any]] = {}
+    errors: dict[int, LeptonError] = {}
+    asked: list[tuple[int, str, Reference, list[blob.Command]]] = []
+    for at, name, reference in _references(jobs):
+        try:
+            if isinstance(blob.place_of(reference, name), InRedis):
+                commands = blob.read_commands(reference, jobs[at].id, limit_bytes, name)
+                asked.append((at, name, reference, commands))
+            else:
+                arrays.setdefault(at, {})[name] = ring.get(reference, limit_bytes, name)
+        except LeptonError as error:
+            errors.setdefault(at, error)
+    from_broker_bytes = 0
+    sent = connection.send([each for *_, commands in asked for each in commands]) if asked else 0
+    replies = iter(connection.receive(sent))
+    for at, name, reference, commands in asked:
+        # A key that holds something else is one that is gone.
+        found = [reply if isinstance(reply, bytes) else None for _, reply in zip(commands, replies, strict=False)]
+        try:
+            array = arrays.setdefault(at, {})[name] = blob.read(reference, found, name)
+            from_broker_bytes += array.nbytes
+        except LeptonError as error:
+            errors.setdefault(at, error)
+    each_s = (time.perf_counter() - start) / len(jobs)
+    there = [_filled(job, arrays.get(at, {}), each_s) for at, job in enumerate(jobs) if at not in errors]
+    return Fetched(there, [(jobs[at], error) for at, error in errors.items()], from_broker_bytes)
+
+
+def _references(jobs: Sequence[TakenJob]) -> list[tuple[int, str, Reference]]:
+    return [
+        (at, name, value)
+        for at, job in enumerate(jobs)
+        for name, value in job.inputs.items()
+        if isinstance(value, Reference)
+    ]
+
+
+def _filled(job: TakenJob, arrays: dict[str, Any], fetch_s: float) -> TakenJob:
+    """The job with these arrays, which took so long to get."""
+    seen = [each for each in job.inputs.values() if isinstance(each, Reference) and each.blob.startswith("ring:")]
+    return msgspec.structs.replace(
+        job, inputs=job.inputs | arrays, seen=seen, outside_bytes=0, decode_s=job.decode_s + fetch_s
+    )
