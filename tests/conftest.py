@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -14,6 +15,10 @@ from pipeline.supervisor import Fleet, run_fleet
 from queues.broker import Broker
 from queues.connection import Connection
 from queues.embedded import EmbeddedBroker
+
+# A shell's background job is started deaf to Ctrl-C, and so would be every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine is slow now and then, which is no failure; and explaining one takes longer than finding it.
 hypothesis.settings.register_profile(

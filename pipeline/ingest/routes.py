@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import msgspec
 from litestar import Litestar, Request, Response, delete, get, post
+from litestar.di import NamedDependency
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, YamlRenderPlugin
-from litestar.params import Parameter
+from litestar.params import FromPath, HeaderParameter, QueryParameter
 
 from lepton_ai import wire
 from lepton_ai.errors import LeptonError, UnknownJob
@@ -32,33 +33,39 @@ __all__ = ["make_asgi"]
 
 _LONGEST_WAIT_S = 60.0
 _ENCODER = msgspec.json.Encoder()
+TheDoor = NamedDependency[Door]
+TheSettings = NamedDependency[Settings]
 WaitSeconds = Annotated[
-    float, Parameter(ge=0, le=_LONGEST_WAIT_S, description="Answer with the result if it comes in so many seconds.")
+    float,
+    QueryParameter(ge=0, le=_LONGEST_WAIT_S, description="Answer with the result if it comes in so many seconds."),
 ]
 LastEventId = Annotated[
-    str | None, Parameter(header="last-event-id", description="The id of the last event seen: go on exactly after it.")
+    str | None,
+    HeaderParameter(name="last-event-id", description="The id of the last event seen: go on exactly after it."),
 ]
 Since = Annotated[
     str | None,
-    Parameter(description="Go on after this event, or this stream entry; 0 for the oldest kept. Default: from now on."),
+    QueryParameter(
+        description="Go on after this event, or this stream entry; 0 for the oldest kept. Default: from now on."
+    ),
 ]
 Tenant = Annotated[
     str | None,
-    Parameter(
-        header=TENANT,
+    HeaderParameter(
+        name=TENANT,
         description="For whom the jobs are: they wait in a lane of that tenant's own, and its keys are its own. Nobody "
         "checks it yet.",
     ),
 ]
 IdempotencyKey = Annotated[
     str | None,
-    Parameter(
-        header="idempotency-key",
+    HeaderParameter(
+        name="idempotency-key",
         description="The key of a job that is sent by itself: the same as its field `key`.",
     ),
 ]
-Types = Annotated[str | None, Parameter(description=f"Only these, separated by commas: {', '.join(TYPES)}.")]
-OnlyJob = Annotated[str | None, Parameter(description="Only the events of this job.")]
+Types = Annotated[str | None, QueryParameter(description=f"Only these, separated by commas: {', '.join(TYPES)}.")]
+OnlyJob = Annotated[str | None, QueryParameter(description="Only the events of this job.")]
 
 
 @get("/healthz", sync_to_thread=False, tags=["service"], operation_class=openapi.STATUS)
@@ -68,14 +75,14 @@ def healthz() -> dict[str, str]:
 
 
 @get("/readyz", tags=["service"], operation_class=openapi.STATUS)
-async def readyz(door: Door) -> dict[str, str]:
+async def readyz(door: TheDoor) -> dict[str, str]:
     """The broker answers, so jobs can be accepted; 503 where it does not."""
     await door.ping()
     return {"status": "ready"}
 
 
 @get("/metrics", media_type=CONTENT_TYPE, tags=["service"])
-async def metrics(door: Door) -> Response[bytes]:
+async def metrics(door: TheDoor) -> Response[bytes]:
     """For Prometheus: the jobs by outcome, what waits and is in flight, the difference, dead letters, lanes."""
     return Response(await door.metrics(), media_type=CONTENT_TYPE)
 
@@ -83,8 +90,8 @@ async def metrics(door: Door) -> Response[bytes]:
 @post("/v1/jobs", status_code=202, tags=["jobs"], operation_class=openapi.SUBMITTED)
 async def submit(
     request: Request[Any, Any, Any],
-    door: Door,
-    settings: Settings,
+    door: TheDoor,
+    settings: TheSettings,
     wait_s: WaitSeconds = 0.0,
     tenant: Tenant = None,
     key: IdempotencyKey = None,
@@ -118,14 +125,16 @@ async def submit(
 
 
 @get("/v1/jobs/{job_id:str}", tags=["jobs"], operation_class=openapi.ONE_JOB)
-async def job(request: Request[Any, Any, Any], job_id: str, door: Door, wait_s: WaitSeconds = 0.0) -> Response[bytes]:
+async def job(
+    request: Request[Any, Any, Any], job_id: FromPath[str], door: TheDoor, wait_s: WaitSeconds = 0.0
+) -> Response[bytes]:
     """One job: its state, where it went and why, and its result once it has ended; waits up to `wait_s` for that."""
     return _respond(request, await door.look(job_id, wait_s), 200)
 
 
 @delete("/v1/jobs/{job_id:str}", status_code=202, tags=["jobs"], operation_class=openapi.ONE_JOB_CANCELLED)
 async def cancel(
-    request: Request[Any, Any, Any], job_id: str, door: Door, wait_s: WaitSeconds = 0.0
+    request: Request[Any, Any, Any], job_id: FromPath[str], door: TheDoor, wait_s: WaitSeconds = 0.0
 ) -> Response[bytes]:
     """Asks for a job to be cancelled: 202 while it has not ended, 200 once it has, however that was.
 
@@ -137,7 +146,7 @@ async def cancel(
 
 @get("/v1/events", media_type=SSE, tags=["events"], operation_class=openapi.EVENTS)
 async def events(
-    door: Door,
+    door: TheDoor,
     since: Since = None,
     types: Types = None,
     job: OnlyJob = None,
@@ -154,7 +163,7 @@ async def events(
 
 
 @get("/v1/jobs/{job_id:str}/events", media_type=SSE, tags=["events"], operation_class=openapi.JOB_EVENTS)
-async def job_events(door: Door, job_id: str, last_event_id: LastEventId = None) -> Response[Any]:
+async def job_events(door: TheDoor, job_id: FromPath[str], last_event_id: LastEventId = None) -> Response[Any]:
     """What happened to one job and happens to it, from its beginning; ends behind its last event."""
     told = await door.job_events(job_id, Cursor.parse(last_event_id) if last_event_id else None)
     if told is None:
@@ -165,23 +174,23 @@ async def job_events(door: Door, job_id: str, last_event_id: LastEventId = None)
 @get("/v1/dead", tags=["dead letters"], operation_class=openapi.DEAD)
 async def dead(
     request: Request[Any, Any, Any],
-    door: Door,
-    limit: Annotated[int, Parameter(ge=1, le=DEAD_AT_ONCE)] = DEAD_AT_ONCE,
-    after: Annotated[str | None, Parameter(description="Go on behind this entry, with older ones.")] = None,
-    job: Annotated[str | None, Parameter(description="Only this one, by its job's id or its entry.")] = None,
+    door: TheDoor,
+    limit: Annotated[int, QueryParameter(ge=1, le=DEAD_AT_ONCE)] = DEAD_AT_ONCE,
+    after: Annotated[str | None, QueryParameter(description="Go on behind this entry, with older ones.")] = None,
+    job: Annotated[str | None, QueryParameter(description="Only this one, by its job's id or its entry.")] = None,
 ) -> Response[bytes]:
     """Jobs that were given up, newest first: they killed their workers, or their retries are used up."""
     return _respond(request, await door.dead(limit, after, job), 200)
 
 
 @get("/v1/dead/{entry:str}", tags=["dead letters"], operation_class=openapi.DEAD_LETTER)
-async def dead_letter(request: Request[Any, Any, Any], door: Door, entry: str) -> Response[bytes]:
+async def dead_letter(request: Request[Any, Any, Any], door: TheDoor, entry: FromPath[str]) -> Response[bytes]:
     """One dead letter, by its entry or its job's id."""
     return _respond(request, await door.dead_letter(entry), 200)
 
 
 @post("/v1/dead/replay", status_code=200, tags=["dead letters"], operation_class=openapi.REPLAYED)
-async def replay(request: Request[Any, Any, Any], door: Door, settings: Settings) -> Response[bytes]:
+async def replay(request: Request[Any, Any, Any], door: TheDoor, settings: TheSettings) -> Response[bytes]:
     """Runs dead letters once more: these `entries` (or jobs), or `all`. Each once, however many ask for it."""
     data = await body.read(request, settings.body_limit_bytes)
     chosen = body.decode_chosen(data, request.headers.get("content-type", "application/json"))
@@ -189,7 +198,7 @@ async def replay(request: Request[Any, Any, Any], door: Door, settings: Settings
 
 
 @delete("/v1/dead/{entry:str}", status_code=200, tags=["dead letters"], operation_class=openapi.PURGED)
-async def purge(request: Request[Any, Any, Any], door: Door, entry: str) -> Response[bytes]:
+async def purge(request: Request[Any, Any, Any], door: TheDoor, entry: FromPath[str]) -> Response[bytes]:
     """Throws one dead letter away, by its entry or its job's id."""
     settled = await door.purge([entry])
     if settled.left:
@@ -198,25 +207,25 @@ async def purge(request: Request[Any, Any, Any], door: Door, entry: str) -> Resp
 
 
 @delete("/v1/dead", status_code=200, tags=["dead letters"], operation_class=openapi.PURGED)
-async def purge_all(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
+async def purge_all(request: Request[Any, Any, Any], door: TheDoor) -> Response[bytes]:
     """Throws all dead letters away."""
     return _respond(request, await door.purge(None), 200)
 
 
 @get("/v1/accounts", tags=["service"], operation_class=openapi.ACCOUNTS)
-async def accounts(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
+async def accounts(request: Request[Any, Any, Any], door: TheDoor) -> Response[bytes]:
     """Where every accepted job is, or how it ended. A `difference` other than 0 is a defect."""
     return _respond(request, await door.accounts(), 200)
 
 
 @get("/v1/devices", tags=["fleet"], operation_class=openapi.DEVICES)
-async def devices(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
+async def devices(request: Request[Any, Any, Any], door: TheDoor) -> Response[bytes]:
     """Every worker that is alive: its device, slots, measured peaks and kernels."""
     return _respond(request, await door.announcements(), 200)
 
 
 @get("/v1/kernels", tags=["fleet"], operation_class=openapi.KERNELS)
-async def kernels(request: Request[Any, Any, Any], door: Door) -> Response[bytes]:
+async def kernels(request: Request[Any, Any, Any], door: TheDoor) -> Response[bytes]:
     """Every kernel that has been announced: its signature, formulas and limits."""
     return _respond(request, await door.kernels(), 200)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from tests.faults.actors import Actor
 from tests.faults.fleet import Fleet, Member
+from tests.faults.load import Load
 from tests.faults.play import Play
 from tests.faults.proxy import Trap
 from tests.faults.scenario import Size
@@ -19,8 +20,8 @@ COSTS_MS = (0, 0, 0, 25)
 _SLACK_S = 1.0
 #: And a worker that is being started again takes jobs after that.
 _START_S = 8.0
-#: A job that is found running.
-_LONG_MS = 400
+#: A job that is found running, on a busy machine too.
+_LONG_MS = 2000
 #: Where a worker is killed: from the first message taken, after so many commands; and just before the commit.
 POINTS = (*(("BLMOVE", after) for after in range(14)), ("FCALL lepton_commit", 0))
 
@@ -103,17 +104,21 @@ def sync_points(play: Play, size: Size) -> None:
     finish(play, fleet)
 
 
-def _freeze_holder(play: Play, fleet: Fleet) -> tuple[Member, str]:
-    """A worker that is frozen now and holds a batch: what it held just before, it may have committed meanwhile."""
+def _freeze_in_kernel(play: Play, fleet: Fleet, load: Load) -> tuple[Member, str]:
+    """A worker that is frozen now in mid kernel, by the runs file: its commit is still to come."""
     while True:
-        play.until("some worker holds a batch", lambda: any(play.held(each) for _, each in _incarnations(fleet)))
+        play.drain()
+        ran = len(play.auditor.runs())
+        load.submit([_LONG_MS])
+        play.until("it runs", lambda ran=ran: len(play.auditor.runs()) > ran)
+        _, began = play.auditor.runs()[-1]
         for member, incarnation in _incarnations(fleet):
-            if play.held(incarnation):
-                member.actor.freeze()
-                # Looked at twice: its commit may have been on its way the first time.
-                if play.held(incarnation) and play.held(incarnation):
-                    return member, incarnation
-                member.actor.thaw()
+            if not play.held(incarnation):
+                continue
+            member.actor.freeze()
+            if time.time() - began < _LONG_MS / 2000 and play.held(incarnation):
+                return member, incarnation
+            member.actor.thaw()  # the machine was busy elsewhere, and the kernel may have come to its end
 
 
 def freeze(play: Play, size: Size) -> None:
@@ -121,12 +126,10 @@ def freeze(play: Play, size: Size) -> None:
     fleet = play.fleet(("cpu.a", "cpu.b"), slots=1, **size.settings)
     load = play.load()
     for _ in range(size.rounds):
-        before, ran = play.fenced(), len(play.auditor.executed())
-        load.submit([_LONG_MS])
-        play.until("it runs", lambda ran=ran: len(play.auditor.executed()) > ran)
-        load.submit(play.chance.choices(COSTS_MS, k=size.jobs))
-        member, incarnation = _freeze_holder(play, fleet)
+        before = play.fenced()
+        member, incarnation = _freeze_in_kernel(play, fleet, load)
         play.recovery.died(incarnation)
+        load.submit(play.chance.choices(COSTS_MS, k=size.jobs))
         play.until("what it held is taken from it", lambda: not play.recovery.watching, fleet.lease_s + 30)
         play.rest(size.seconds)
         member.actor.thaw()
