@@ -173,7 +173,7 @@ class _Session:
             wait_s = max(_FULL_S if self._broker.is_full else 0.0, wait_s)
             readable, _, _ = select.select([self._wake, self._main, self._events.connection], [], [], wait_s)
             if self._wake in readable:
-                self._claim(woken=self._has_woken())
+                self._wake_up()
             if self._events.connection in readable:
                 self._fold(self._events.answer())
             if readable:
@@ -204,10 +204,16 @@ class _Session:
             self._broker.ask_wake(self._wake)
             self._waking = True
 
-    def _has_woken(self) -> bool:
-        """Takes the answer of the wake connection; True where a message has landed in the wake claim."""
+    def _wake_up(self) -> None:
+        """Takes the answer of the wake connection. A message that is alone goes from the wake claim to its device."""
         self._waking = False
-        return self._broker.woke(self._wake)
+        woken = self._broker.woke(self._wake)
+        devices = self._cluster.devices
+        if woken.message is not None and woken.is_all and not len(self._window) and all(map(self._has_room, devices)):
+            self._read(self._window.wake_claim(), [woken.message])
+            self._place()
+        else:
+            self._claim(woken=woken.message is not None)
 
     def _claim(self, *, woken: bool) -> None:
         """Claims what waits, up to the window; what the wake-up brought even beyond it."""
@@ -279,12 +285,21 @@ class _Session:
     def _place(self) -> None:
         """Places jobs, most urgent first, until no device has room for more."""
         while len(self._window):
-            jobs = self._window.first(_STEP, self._worth_placing())
-            left = self._dispatch(jobs)
-            self._window.left(left)
-            if not left or len(left) < len(jobs):
+            count = min(_STEP, self._room()) or _STEP
+            jobs, left = self._step(count)
+            if not left and jobs == count < _STEP:  # they all wait for a device that is full, and others may not
+                count = _STEP
+                jobs, left = self._step(count)
+            if not left or (left < jobs and count == _STEP):
                 break
         self._more |= self._full and self._window.room > 0
+
+    def _step(self, count: int) -> tuple[int, int]:
+        """Looks at so many jobs and dispatches what has room; returns how many it looked at, and how many have left."""
+        jobs = self._window.first(count, self._worth_placing())
+        left = self._dispatch(jobs)
+        self._window.left(left)
+        return len(jobs), len(left)
 
     def _worth_placing(self) -> Callable[[str, str | None], bool]:
         """Says of a kernel and a pin whether a device that can run both has room, or none can (and they are parked).
@@ -373,6 +388,19 @@ class _Session:
             jobs < 2 * self._settings.batch_jobs * device.slots
             and self._cluster.outstanding_s(device.name) < self._settings.credit_s * device.slots
         )
+
+    def _room(self) -> int:
+        """How many more jobs devices may have, if they take as long as those that each has already."""
+        found = 0
+        for device in self._cluster.devices:
+            if not self._has_room(device):
+                continue
+            jobs, seconds = self._cluster.outstanding_jobs(device.name), self._cluster.outstanding_s(device.name)
+            room = 2 * self._settings.batch_jobs * device.slots - jobs
+            if jobs and seconds > 0:
+                room = min(room, int((self._settings.credit_s * device.slots - seconds) / seconds * jobs) + 1)
+            found += max(room, 2 * device.slots - jobs)
+        return found
 
     def _placement(self, job: ClaimedJob, candidates: tuple[Candidate, ...], chosen: int, now: float) -> Placement:
         """Where a job goes and why, as if it had not to wait there."""

@@ -106,6 +106,11 @@ class Window:
             claim = self._claims.setdefault((kind, number), Claim(kind, number, key))
         return claim, max(1, claim.room(self._mean_bytes))
 
+    def wake_claim(self) -> Claim:
+        """The claim that a wake-up lands in, for what leaves it at once: `open_claim` knows nothing of it."""
+        key = topology.claim(self._incarnation, WAKE, Kind.NEW)
+        return self._claims.setdefault((Kind.NEW, WAKE), Claim(Kind.NEW, WAKE, key))
+
     def hold(self, claim: Claim, messages: Sequence[bytes]) -> None:
         """These messages have been moved to a claim."""
         claim.messages.extend(messages)

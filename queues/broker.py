@@ -16,7 +16,7 @@ from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from lepton_ai import blob, cancellation, topology, wire
 from lepton_ai.device import Announcement, read_leases
@@ -30,7 +30,7 @@ from queues.connection import Command, CommandError, Connection
 from queues.recovery import LISTS_EACH, Recovered, Sequels
 from queues.steps import Commit, Dispatch, Outcome
 
-__all__ = ["CLAIM_LIMIT", "LISTS_EACH", "WAKE", "Broker", "Kind", "announcements", "event_command"]
+__all__ = ["CLAIM_LIMIT", "LISTS_EACH", "WAKE", "Broker", "Kind", "Woken", "announcements", "event_command"]
 
 CLAIM_LIMIT: Final = 256
 #: The claim that a wake-up lands in; the others are numbered below it.
@@ -39,6 +39,9 @@ _MOVED_AT_ONCE: Final = 64
 _MARKED_AT_ONCE: Final = 1024
 _LOOKED_AT_ONCE: Final = 256
 _DUE_AT_ONCE: Final = 256
+#: So many messages, of so many bytes together, are dispatched in one round trip, through Lua; more of them need two.
+_FEW: Final = 8
+_FEW_BYTES: Final = 16 * 1024
 #: Where in a result its state is looked for.
 _STATE: Final = re.compile(rb"status[^A-Z]*([A-Z]+)")
 _STATE_WITHIN: Final = 200
@@ -60,6 +63,15 @@ class Kind(StrEnum):
 _BACK: Final = {Kind.ALONE: topology.ALONE, Kind.AGAIN: topology.AGAIN}
 
 
+class Woken(NamedTuple):
+    """What a wake-up brought."""
+
+    message: bytes | None
+    """In the wake claim; None where the wait was in vain."""
+    is_all: bool
+    """Nothing else waits, and nobody has asked for anything to be cancelled."""
+
+
 class Broker:
     """The message path for one incarnation. Raises BrokerUnavailable when the connection breaks."""
 
@@ -79,6 +91,8 @@ class Broker:
         """How many jobs were marked as cancelled at the last `claim`."""
         self.back: dict[Kind, int] = {}
         """How many messages of each kind waited beside the lanes at the last `claim`."""
+        self._looked_at: tuple[str, ...] = ()
+        """The lists whose lengths come with the next wake-up."""
         functions.load(connection)
         self._look_at_clock(*connection.call("TIME"))
 
@@ -152,14 +166,38 @@ class Broker:
         be given messages. `woke` takes the answer.
         """
         wait_s = self._settings.lease_s / 2
-        # Not over `wake`: its next readable moment is the wake-up.
-        self._refused(self.connection.receive(self.connection.send([self._remember])))
-        wake.send([("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", wait_s)])
+        self._looked_at = (self._wake_claim, *_BACK.values(), *self._lane_lists())
+        wake.send(
+            [
+                ("CLIENT", "REPLY", "SKIP"),  # the next moment at which there is something to read is the wake-up
+                self._remember,
+                ("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", wait_s),
+                *self._looks(self._looked_at),
+            ]
+        )
 
-    def woke(self, wake: Connection) -> bool:
-        """The answer to `ask_wake`: whether a message has landed in the wake claim."""
-        (answer,) = wake.receive(1)
-        return not self._refused([answer]) and answer is not None
+    def woke(self, wake: Connection) -> Woken:
+        """The answer to `ask_wake`: what has landed in the wake claim, and whether that is all that there is to do."""
+        answer, marks, tenants, length, *depths = wake.receive(3 + len(self._looked_at))
+        if self._refused([answer]) or answer is None:
+            return Woken(None, is_all=False)
+        # Whatever else is not as it should be, the next `claim` deals with.
+        lanes = set() if isinstance(tenants, CommandError) else {topology.LANE, *_names(tenants)}
+        is_all = marks == 0 and lanes == set(self._lanes) and length == 1 and not any(depths)
+        return Woken(answer, is_all)
+
+    def _lane_lists(self) -> list[str]:
+        """Every list of every lane, the most urgent first."""
+        return [lane + suffix for suffix in topology.PRIORITY_SUFFIXES for lane in self._lanes]
+
+    @staticmethod
+    def _looks(lists: Iterable[str]) -> list[Command]:
+        """What a claim must know: the cancel marks, the tenants, and how long lists are."""
+        return [
+            ("ZCARD", topology.CANCELLED),
+            ("SMEMBERS", topology.LANES),
+            *(("LLEN", each) for each in lists),
+        ]
 
     def claim(self, kind: Kind, number: int, have: int, limit: int) -> list[bytes]:
         """Moves up to `limit` waiting messages of a kind to a claim of that kind, which already holds `have`.
@@ -177,11 +215,10 @@ class Broker:
 
     def _claim_new(self, claim: str, limit: int) -> tuple[list[bytes], int]:
         lanes = self._lanes
-        lists = [lane + suffix for suffix in topology.PRIORITY_SUFFIXES for lane in lanes]
+        lists = self._lane_lists()
         # What the wake-up brought is older than all that the default list still holds, so it comes first.
         first = [self._remember, ("LMOVE", self._wake_claim, claim, "RIGHT", "LEFT")]
-        lengths = [("LLEN", each) for each in (claim, *_BACK.values(), *lists)]
-        sent = self.connection.send([*first, ("ZCARD", topology.CANCELLED), ("SMEMBERS", topology.LANES), *lengths])
+        sent = self.connection.send([*first, *self._looks((claim, *_BACK.values(), *lists))])
         remembered, brought, marked, tenants, length, *depths = self.connection.receive(sent)
         # Nobody's job waits for what is not as it should be.
         self.marks = 0 if isinstance(marked, CommandError) else marked
@@ -313,6 +350,12 @@ class Broker:
         CommandError where a key it needs holds something else: a transaction that fails half way is not rolled back.
         """
         claims, lengths = list(step.claims), list(step.claims.values())
+        if step.is_few(_FEW, _FEW_BYTES):
+            queues = self._queues(step)
+            if self._transact([*claims, *queues], [*lengths, *[""] * len(queues)], step) < 0:
+                raise Fenced(f"claims {claims} do not hold {lengths}")
+            self._known_devices |= step.queued.keys() | step.alone.keys()
+            return
         needed = [*(("LLEN", key) for key in self._queues(step))]
         if step.scheduled:
             needed += [("ZCARD", topology.ETA), ("HLEN", topology.ETA_MESSAGES)]
@@ -330,13 +373,16 @@ class Broker:
         commands = list(self._dispatch_commands(step))
         *queued, answer = self.connection.receive(self.connection.send([("MULTI",), *commands, ("EXEC",)]))
         if self._refused([*queued, None if _is_aborted(answer) else answer]) or _is_aborted(answer):
-            words = [part for command in commands for part in (len(command), *command)]
-            is_done = self._call("transact", claims, (*lengths, *words)) >= 0
+            is_done = self._transact(claims, lengths, step) >= 0
         else:
             is_done = answer is not None
         if not is_done:
             raise Fenced(f"claims {claims} changed under our hands")
         self._known_devices |= step.queued.keys() | step.alone.keys()
+
+    def _transact(self, lists: Sequence[str], lengths: Sequence[int | str], step: Dispatch) -> int:
+        words = [part for command in self._dispatch_commands(step) for part in (len(command), *command)]
+        return int(self._call("transact", lists, (*lengths, *words)))
 
     @staticmethod
     def _queues(step: Dispatch) -> list[str]:

@@ -497,9 +497,9 @@ local function schedule(_, args)
   return wrong(ETA, ETA_MESSAGES) or hold_back(args[1], tonumber(args[2]), args[3])
 end
 
--- transact: as MULTI behind WATCH, for a broker that is full and refuses writes. KEYS the lists that must have the
--- lengths that ARGV names first; then the commands, each as the number of its words and the words.
--- Returns how many commands were done, or -1 where a list is not as long as it must be.
+-- transact: as MULTI behind WATCH, for few small messages, or a broker that is full and refuses writes. KEYS the lists that
+-- must have the lengths that ARGV names first ('' for any); then the commands, each as the number of its words and the
+-- words. Returns how many commands were done, or -1 where a list is not as long as it must be.
 local INSIDE = { -- those of these functions that stand in a transaction, by their names: a function may not FCALL
   lepton_schedule_VERSION = schedule,
   lepton_finish_VERSION = finish,
@@ -507,7 +507,8 @@ local INSIDE = { -- those of these functions that stand in a transaction, by the
 }
 local function transact(keys, args)
   for at, key in ipairs(keys) do
-    if redis.call('LLEN', key) ~= tonumber(args[at]) then return -1 end
+    local length = redis.call('LLEN', key)
+    if args[at] ~= '' and length ~= tonumber(args[at]) then return -1 end
   end
   local at, done = #keys + 1, 0
   while at <= #args do

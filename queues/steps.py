@@ -97,3 +97,11 @@ class Dispatch(msgspec.Struct):
     event: bytes = b""
     told: Command | None = None
     """A message for Celery's event listeners (queues/celery_events.py)."""
+
+    def is_few(self, count: int, size_bytes: int) -> bool:
+        """Whether it only moves messages, and so many at most."""
+        if self.scheduled or self.dead or self.rejected:
+            return False
+        lists = (self.queued, self.alone, self.parked, self.parked_alone, self.rests)
+        messages = [message for each in lists for moved in each.values() for message in moved]
+        return len(messages) <= count and sum(map(len, messages)) <= size_bytes

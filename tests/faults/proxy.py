@@ -26,6 +26,8 @@ _READ_BYTES = 1 << 16
 _RESET = struct.pack("ii", 1, 0)
 #: These turn a connection into a stream of replies that no command asked for.
 _STREAMS = (b"SUBSCRIBE", b"PSUBSCRIBE", b"MONITOR")
+#: Neither this nor the command behind it is answered.
+_MUTE = [b"CLIENT", b"REPLY", b"SKIP"]
 
 
 class Trap:
@@ -209,6 +211,8 @@ class _Connection:
         self._trap: Trap | None = None
         self._commands: list[list[bytes]] = []
         """Sent on and not yet answered: one, where the connection is watched."""
+        self._is_mute = False
+        """The next command is not answered, as the client has asked for."""
         self._free = asyncio.Event()
         self._free.set()
 
@@ -267,6 +271,9 @@ class _Connection:
         command = decode(frame)
         if command[0].upper() in _STREAMS:
             self._trap = None
+            return True
+        if self._is_mute or [word.upper() for word in command] == _MUTE:
+            self._is_mute = not self._is_mute
             return True
         if self._trap.arrives(self, command) and self._trap.withhold:
             return False

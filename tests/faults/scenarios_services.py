@@ -15,12 +15,15 @@ __all__ = ["INGEST_POINTS", "ROUTER_POINTS", "ingest_kill", "router_freeze", "ro
 _MAIN = r"router-[0-9a-f]{16}\r\n"
 _WAKE = r"router-[0-9a-f]{16}-wake"
 #: Where a router is killed: when the wake-up has landed in its claim and it does not know; from the first message
-#: claimed, after so many commands; when the dispatch has begun, and when it is done and it does not know.
+#: claimed, after so many commands; when the dispatch has begun, and when it is done and it does not know, which a lone
+#: job's is in one command.
 ROUTER_POINTS = (
     (_WAKE, "BLMOVE", 0),
     *((_MAIN, "LMOVE", after) for after in range(14)),
     *((_MAIN, "MULTI", after) for after in (0, 1, 3, 5)),
     (_MAIN, "EXEC", 0),
+    (_MAIN, "FCALL lepton_transact", 0),
+    (_MAIN, "FCALL lepton_transact", -1),
 )
 #: Where the ingest is killed: `accept` is about to be called, has been called; the disk is to be waited for, has it.
 INGEST_POINTS = ((0, True), (0, False), (1, True), (1, False))
@@ -39,8 +42,7 @@ def router_kill(play: Play, size: Size) -> None:
         fleet.restart(router)
         incarnation = fleet.incarnation(router)
         play.until("it waits for jobs", lambda incarnation=incarnation: play.waits(f"{incarnation}-wake"))
-        load.submit([0] * size.jobs)
-        load.submit([0] * size.jobs)
+        load.submit([0] * (1 if begins.startswith("FCALL") else size.jobs))
         play.until(f"the router is killed at {begins} + {after}", trap.sprung.is_set)
         router.actor.wait()
         fleet.bury(incarnation)
@@ -131,7 +133,9 @@ def ingest_kill(play: Play, size: Size) -> None:
 
 def _trap(router: Member, connections: str, begins: str, after: int) -> Trap:
     fruitful = begins in ("BLMOVE", "LMOVE")
-    return Trap(router.actor.die, begins, connections=connections, after=after, fruitful=fruitful)
+    return Trap(
+        router.actor.die, begins, connections=connections, after=max(0, after), asked=after < 0, fruitful=fruitful
+    )
 
 
 def _post(play: Play, port: int, jobs: int) -> None:

@@ -62,9 +62,9 @@ SCENARIOS = (
     Scenario(
         "router_sync_points",
         scenarios_services.router_kill,
-        full=Size(jobs=6, rounds=len(scenarios_services.ROUTER_POINTS)),
-        quick=Size(jobs=6, rounds=5, settings=_BRISK),
-        tested=Size(jobs=6, rounds=2, settings=_BRISK),
+        full=Size(jobs=40, rounds=len(scenarios_services.ROUTER_POINTS)),
+        quick=Size(jobs=40, rounds=5, settings=_BRISK),
+        tested=Size(jobs=40, rounds=2, settings=_BRISK),
     ),
     Scenario(
         "router_frozen",

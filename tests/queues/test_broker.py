@@ -221,7 +221,7 @@ def test_a_claim_that_holds_another_number_than_we_know_is_fenced(
 
 def woken(broker: Broker, wake: Connection) -> bool:
     """Whether the wake-up that was asked for comes."""
-    return broker.woke(wake)
+    return broker.woke(wake).message is not None
 
 
 @pytest.fixture
@@ -234,8 +234,29 @@ def wake(broker_url: str) -> Iterator[Connection]:
 def test_a_wake_up_is_a_durable_claim(connection: Connection, broker: Broker, wake: Connection) -> None:
     broker.ask_wake(wake)
     push(connection, topology.LANE, b"m")
-    assert woken(broker, wake)
+    assert broker.woke(wake) == (b"m", True)
     assert oldest_first(connection, topology.claim(broker.incarnation, WAKE)) == [b"m"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("LPUSH", topology.LANE, "n"),
+        ("LPUSH", topology.lane_list(9), "n"),
+        ("LPUSH", topology.AGAIN, "n"),
+        ("LPUSH", topology.ALONE, "n"),
+        ("ZADD", topology.CANCELLED, 1, "job"),
+        ("SADD", topology.LANES, topology.lane("tenant")),
+        ("SET", topology.LANES, "no set"),
+        ("SET", topology.lane_list(9), "no list"),
+    ],
+)
+def test_a_wake_up_tells_whether_there_is_more_to_do(
+    connection: Connection, broker: Broker, wake: Connection, other: tuple[str, ...]
+) -> None:
+    broker.ask_wake(wake)
+    connection.many([("MULTI",), other, ("LPUSH", topology.LANE, "m"), ("EXEC",)])
+    assert not broker.woke(wake).is_all
 
 
 def test_the_message_that_woke_us_is_claimed_before_all_others(
@@ -254,7 +275,7 @@ def test_a_wait_without_a_message_ends_before_the_lease_can_lapse(broker_url: st
     wake = Connection(broker_url, "wake")
     quick.ask_wake(wake)
     start = time.monotonic()
-    assert not quick.woke(wake)
+    assert quick.woke(wake) == (None, False)
     assert time.monotonic() - start < 0.2
     assert quick.claim(Kind.NEW, 0, 0, 10) == []
     wake.close()
@@ -276,6 +297,13 @@ def test_what_a_frozen_router_was_woken_with_after_it_was_forgotten_is_given_bac
 # -- dispatch ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[1, 2])
+def trips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dispatches in one round trip, as few messages are, and in two."""
+    if request.param == 2:
+        monkeypatch.setattr("queues.broker._FEW", 0)
+
+
 def claimed(connection: Connection, broker: Broker, count: int, number: int = 0) -> tuple[str, list[bytes]]:
     """A claim that holds `count` messages."""
     messages = [b"c%d-" % number + each for each in numbered(count)]
@@ -284,6 +312,7 @@ def claimed(connection: Connection, broker: Broker, count: int, number: int = 0)
     return topology.claim(broker.incarnation, number), messages
 
 
+@pytest.mark.usefixtures("trips")
 def test_messages_leave_their_claim_for_where_they_go_in_order(connection: Connection, broker: Broker) -> None:
     claim, messages = claimed(connection, broker, 6)
     broker.dispatch(
@@ -301,6 +330,7 @@ def test_messages_leave_their_claim_for_where_they_go_in_order(connection: Conne
     assert oldest_first(connection, claim) == messages[4:]
 
 
+@pytest.mark.usefixtures("trips")
 def test_a_device_queue_keeps_what_it_had(connection: Connection, broker: Broker) -> None:
     push(connection, "lepton.cpu", b"older")
     claim, messages = claimed(connection, broker, 2)
@@ -309,6 +339,7 @@ def test_a_device_queue_keeps_what_it_had(connection: Connection, broker: Broker
     assert broker.depths(["cpu", "gpu"]) == [3, 0]
 
 
+@pytest.mark.usefixtures("trips")
 def test_several_claims_are_dispatched_in_one_step(connection: Connection, broker: Broker) -> None:
     one, first = claimed(connection, broker, 2, 0)
     two, second = claimed(connection, broker, 2, 1)
@@ -318,6 +349,7 @@ def test_several_claims_are_dispatched_in_one_step(connection: Connection, broke
     assert (oldest_first(connection, one), oldest_first(connection, two)) == (first[1:], second[1:])
 
 
+@pytest.mark.usefixtures("trips")
 def test_what_is_told_of_a_dispatch_is_stored_with_it(connection: Connection, broker: Broker) -> None:
     claim, messages = claimed(connection, broker, 2)
     broker.dispatch(
@@ -361,6 +393,7 @@ def test_a_rejected_job_is_answered(
     assert oldest_first(connection, "lepton:reply:me") == ([b"record"] if reply_to else [])
 
 
+@pytest.mark.usefixtures("trips")
 @pytest.mark.parametrize("change", ["one more", "one less", "gone"])
 def test_a_claim_that_is_not_as_we_left_it_is_fenced_and_nothing_dispatched(
     connection: Connection, broker: Broker, change: str
@@ -393,15 +426,16 @@ def test_a_claim_that_another_adopts_in_between_is_fenced_and_nothing_dispatched
     link = Between(broker_url, lambda: (lapse(connection, slow), other.recover()))
     slow = Broker(link, "slow", settings)
     slow.announce(b"")
-    claim, messages = claimed(connection, slow, 3)
+    claim, messages = claimed(connection, slow, 20)
     with pytest.raises(Fenced, match="changed"):
-        slow.dispatch(Dispatch({claim: 3}, {}, queued={"cpu": messages}, counts={"placed": 3}, event=b"e"))
+        slow.dispatch(Dispatch({claim: 20}, {}, queued={"cpu": messages}, counts={"placed": 20}, event=b"e"))
     assert oldest_first(connection, topology.AGAIN) == messages
     assert connection.call("EXISTS", "lepton.cpu", topology.EVENTS) == 0
-    assert counters(connection) == {"accepted": 3}  # by the recovery
+    assert counters(connection) == {"accepted": 20}  # by the recovery
     link.close()
 
 
+@pytest.mark.usefixtures("trips")
 @pytest.mark.parametrize("key", ["lepton.cpu", "lepton:parked:a.b"])
 def test_a_queue_of_another_type_is_refused_before_anything_is_dispatched(
     connection: Connection, broker: Broker, key: str
@@ -414,6 +448,7 @@ def test_a_queue_of_another_type_is_refused_before_anything_is_dispatched(
     assert everything(connection) == before
 
 
+@pytest.mark.usefixtures("trips")
 def test_a_dispatch_after_a_refused_one_goes_through(connection: Connection, broker: Broker) -> None:
     claim, messages = claimed(connection, broker, 2)
     connection.call("SET", "lepton.cpu", "not a list")
