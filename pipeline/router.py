@@ -6,6 +6,7 @@ heartbeat to renew its lease. The thinking is in `pricing` and in the policy; th
 
 from __future__ import annotations
 
+import math
 import secrets
 import select
 import threading
@@ -46,6 +47,10 @@ __all__ = ["Router"]
 #: Jobs that are priced and placed in one step; the rest of a deep window waits for the next.
 _STEP = 512
 _RETRY_S = (0.05, 2.0)
+#: So long it leaves the event stream alone after reading it, unless a job waits for a device that may run dry.
+_REST_S = 0.002
+#: A device that has been filled is filled again once it has less than this part of what it may have.
+_REFILL = 0.75
 #: So long it claims at a stretch before it places what it has and renews its lease.
 _CLAIM_S = 0.05
 #: How often a broker whose memory is full is asked, which tells nobody of anything.
@@ -128,6 +133,10 @@ class _Session:
         self._narrator = Narrator(url, settings, self._main)
         self._endings = Endings(self._broker, self._window, self._cluster, self._narrator, self._sequels, settings)
         self._waking = False
+        self._rest_until = 0.0
+        """When the event stream is looked at again, in monotonic seconds."""
+        self._filled: set[str] = set()
+        """Devices that have been filled, and are drawing on it."""
         self._due_at = 0.0
         """When the next scheduled job may be due, in monotonic seconds."""
         self._more = True
@@ -169,13 +178,15 @@ class _Session:
                 self._claim(woken=False)
                 self._place()
             self._ask()
-            wait_s = 0.0 if self._more or self._main.pushes else min(tick_at, self._due_at) - time.monotonic()
+            until = min(tick_at, self._due_at, math.inf if self._events.is_asked else self._rest_until)
+            wait_s = 0.0 if self._more or self._main.pushes else max(0.0, until - time.monotonic())
             wait_s = max(_FULL_S if self._broker.is_full else 0.0, wait_s)
             readable, _, _ = select.select([self._wake, self._main, self._events.connection], [], [], wait_s)
             if self._wake in readable:
                 self._wake_up()
             if self._events.connection in readable:
                 self._fold(self._events.answer())
+                self._rest_until = 0.0 if self._events.is_behind else time.monotonic() + _REST_S
             if readable:
                 self._place()
 
@@ -198,7 +209,8 @@ class _Session:
     # -- claim --------------------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        self._events.ask()
+        if time.monotonic() >= self._rest_until or (len(self._window) and self._may_run_dry()):
+            self._events.ask()
         # Not while more waits, which the next claim takes in its order.
         if not self._waking and not self._more and self._window.room > 0 and not self._broker.is_full:
             self._broker.ask_wake(self._wake)
@@ -380,14 +392,24 @@ class _Session:
         self._broker.dispatch(step)
 
     def _has_room(self, device: ServedDevice) -> bool:
-        """A device may have `credit_s` of predicted work a slot, but always two batches."""
-        jobs = self._cluster.outstanding_jobs(device.name)
-        if jobs < 2 * device.slots:
+        """A device may have `credit_s` of predicted work a slot, but always two jobs, and never over two batches.
+
+        One that has all of that is left to work some of it off, so that it is sent many jobs at a time.
+        """
+        name, slots, settings = device.name, device.slots, self._settings
+        jobs = self._cluster.outstanding_jobs(name)
+        if jobs < 2 * slots:
             return True
-        return (
-            jobs < 2 * self._settings.batch_jobs * device.slots
-            and self._cluster.outstanding_s(device.name) < self._settings.credit_s * device.slots
-        )
+        of_jobs = jobs / (2 * settings.batch_jobs * slots)
+        share = max(of_jobs, self._cluster.outstanding_s(name) / (settings.credit_s * slots))
+        if share >= 1:
+            self._filled.add(name)
+        elif share <= _REFILL:
+            self._filled.discard(name)
+        return name not in self._filled
+
+    def _may_run_dry(self) -> bool:
+        return any(self._cluster.outstanding_jobs(device.name) < 2 * device.slots for device in self._cluster.devices)
 
     def _room(self) -> int:
         """How many more jobs devices may have, if they take as long as those that each has already."""

@@ -28,6 +28,8 @@ __all__ = ["Telemetry", "learn"]
 _ENDED = tuple(f"job.{end}" for end in ("succeeded", "failed", "cancelled", "expired", "dead", "retried"))
 _REPORT_S = 10.0
 _RETRY_S = 0.5
+#: It is in no hurry: a busy fleet's events are read so far apart, many together.
+_REST_S = 0.25
 
 log = structlog.get_logger()
 
@@ -86,8 +88,11 @@ class Telemetry:
         self._cluster.refresh(announcements(connection))
         report_at = time.monotonic() + _REPORT_S
         while not stop.is_set():
-            for _, each in stream.read(block_ms=500):
+            seen = stream.read(block_ms=500)
+            for _, each in seen:
                 self._fold(each, connection)
+            if seen and not stream.is_behind:
+                stop.wait(_REST_S)
             if time.monotonic() >= report_at:
                 self._report(connection)
                 report_at = time.monotonic() + _REPORT_S

@@ -22,20 +22,24 @@ class EventStream:
     def __init__(self, connection: Connection, position: str | None = None) -> None:
         self.connection = connection
         self.position = position or self._last()
-        self._waiting = False
+        self.is_behind = False
+        """The last answer was as long as one can be, so there may be more already."""
+        self.is_asked = False
+        """`ask` has been called and `answer` has not."""
 
     def ask(self, block_ms: int = 0) -> None:
         """Asks for what comes next; `answer` collects it once the connection is readable."""
-        if not self._waiting:
+        if not self.is_asked:
             self.connection.send(
                 [("XREAD", "COUNT", _ENTRIES_AT_ONCE, "BLOCK", block_ms, "STREAMS", topology.EVENTS, self.position)]
             )
-            self._waiting = True
+            self.is_asked = True
 
     def answer(self, timeout_s: float = 30.0) -> list[tuple[str, Event]]:
         """The Events that `ask` waited for, each with the id of its entry; [] when its time ran out."""
         (reply,) = self.connection.receive(1, timeout_s)
-        self._waiting = False
+        self.is_asked = False
+        self.is_behind = any(len(entries) == _ENTRIES_AT_ONCE for entries in (reply or {}).values())
         return list(self._events(reply))
 
     def read(self, block_ms: int) -> list[tuple[str, Event]]:
