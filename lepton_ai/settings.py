@@ -83,7 +83,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     credit_s: float = 0.25
     """Predicted work that a device queue may hold for each slot before the router waits."""
     batch_jobs: int = 256
-    batch_s: float = 0.05
+    batch_s: float = 0.1
     """Predicted work that a slot takes at once."""
     batch_bytes: int = 1024 * 1024
     """And its messages, as large as they have been lately; one is always taken."""
