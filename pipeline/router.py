@@ -6,7 +6,6 @@ heartbeat to renew its lease. The thinking is in `pricing` and in the policy; th
 
 from __future__ import annotations
 
-import math
 import secrets
 import select
 import threading
@@ -47,8 +46,6 @@ __all__ = ["Router"]
 #: Jobs that are priced and placed in one step; the rest of a deep window waits for the next.
 _STEP = 512
 _RETRY_S = (0.05, 2.0)
-#: So long it leaves the event stream alone after reading it, unless a job waits for a device that may run dry.
-_REST_S = 0.002
 #: A device that has been filled is filled again once it has less than this part of what it may have.
 _REFILL = 0.75
 #: So long it claims at a stretch before it places what it has and renews its lease.
@@ -133,8 +130,6 @@ class _Session:
         self._narrator = Narrator(url, settings, self._main)
         self._endings = Endings(self._broker, self._window, self._cluster, self._narrator, self._sequels, settings)
         self._waking = False
-        self._rest_until = 0.0
-        """When the event stream is looked at again, in monotonic seconds."""
         self._filled: set[str] = set()
         """Devices that have been filled, and are drawing on it."""
         self._due_at = 0.0
@@ -178,15 +173,13 @@ class _Session:
                 self._claim(woken=False)
                 self._place()
             self._ask()
-            until = min(tick_at, self._due_at, math.inf if self._events.is_asked else self._rest_until)
-            wait_s = 0.0 if self._more or self._main.pushes else max(0.0, until - time.monotonic())
+            wait_s = 0.0 if self._more or self._main.pushes else min(tick_at, self._due_at) - time.monotonic()
             wait_s = max(_FULL_S if self._broker.is_full else 0.0, wait_s)
             readable, _, _ = select.select([self._wake, self._main, self._events.connection], [], [], wait_s)
             if self._wake in readable:
                 self._wake_up()
             if self._events.connection in readable:
                 self._fold(self._events.answer())
-                self._rest_until = 0.0 if self._events.is_behind else time.monotonic() + _REST_S
             if readable:
                 self._place()
 
@@ -209,8 +202,7 @@ class _Session:
     # -- claim --------------------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        if time.monotonic() >= self._rest_until or (len(self._window) and self._may_run_dry()):
-            self._events.ask()
+        self._events.ask()
         # Not while more waits, which the next claim takes in its order.
         if not self._waking and not self._more and self._window.room > 0 and not self._broker.is_full:
             self._broker.ask_wake(self._wake)
@@ -407,9 +399,6 @@ class _Session:
         elif share <= _REFILL:
             self._filled.discard(name)
         return name not in self._filled
-
-    def _may_run_dry(self) -> bool:
-        return any(self._cluster.outstanding_jobs(device.name) < 2 * device.slots for device in self._cluster.devices)
 
     def _room(self) -> int:
         """How many more jobs devices may have, if they take as long as those that each has already."""

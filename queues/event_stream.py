@@ -24,21 +24,20 @@ class EventStream:
         self.position = position or self._last()
         self.is_behind = False
         """The last answer was as long as one can be, so there may be more already."""
-        self.is_asked = False
-        """`ask` has been called and `answer` has not."""
+        self._is_asked = False
 
     def ask(self, block_ms: int = 0) -> None:
         """Asks for what comes next; `answer` collects it once the connection is readable."""
-        if not self.is_asked:
+        if not self._is_asked:
             self.connection.send(
                 [("XREAD", "COUNT", _ENTRIES_AT_ONCE, "BLOCK", block_ms, "STREAMS", topology.EVENTS, self.position)]
             )
-            self.is_asked = True
+            self._is_asked = True
 
     def answer(self, timeout_s: float = 30.0) -> list[tuple[str, Event]]:
         """The Events that `ask` waited for, each with the id of its entry; [] when its time ran out."""
         (reply,) = self.connection.receive(1, timeout_s)
-        self.is_asked = False
+        self._is_asked = False
         self.is_behind = any(len(entries) == _ENTRIES_AT_ONCE for entries in (reply or {}).values())
         return list(self._events(reply))
 
