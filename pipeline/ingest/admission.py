@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -31,6 +33,9 @@ _MOST_JOBS: Final = 50_000
 #: How far below a limit the backlog should be when whoever was refused comes again, and how late that is at most.
 _HEADROOM: Final = 0.05
 _LONGEST_RETRY_AFTER_S: Final = 60
+#: Requests of so many jobs at most, without keys, are accepted with those that come at the same moment: in one step,
+#: which has so many jobs at most.
+_FEW, _TOGETHER = 16, 1024
 _ENDS: Final = ("succeeded", "failed", "cancelled", "expired", "dead")
 
 log = structlog.get_logger()
@@ -47,6 +52,13 @@ class Arrival(msgspec.Struct, frozen=True):
     fingerprint: bytes = b""
 
 
+class _Gathered(msgspec.Struct, eq=False):
+    """A request that is accepted together with others."""
+
+    jobs: Sequence[Arrival]
+    answer: asyncio.Future[list[bool]]
+
+
 class Admission:
     """What one ingest lets in."""
 
@@ -58,6 +70,9 @@ class Admission:
         self._limits = (settings.waiting_jobs, settings.waiting_bytes, settings.tenant_jobs, settings.tenant_bytes)
         self._durability = settings.durability
         self._barrier: Barrier | None = None
+        self._gathered: dict[str | None, list[_Gathered]] = {}
+        """By tenant, what has come while the step before was under way."""
+        self._steps: dict[str | None, asyncio.Task[None]] = {}
         self.drain = Drain()
 
     async def accept(self, jobs: Sequence[Arrival], tenant: str | None) -> list[bool]:
@@ -70,6 +85,45 @@ class Admission:
             raise TooLarge(f"a request has at most {_MOST_JOBS} jobs, this one {len(jobs)}")
         if not jobs:
             return []
+        if len(jobs) > _FEW or any(job.key is not None for job in jobs):
+            return await self._accept(jobs, tenant)
+        each = _Gathered(jobs, asyncio.get_running_loop().create_future())
+        self._gathered.setdefault(tenant, []).append(each)
+        if tenant not in self._steps:
+            self._steps[tenant] = asyncio.create_task(self._accept_gathered(tenant))
+        return await each.answer
+
+    async def _accept_gathered(self, tenant: str | None) -> None:
+        """Accepts what has been gathered, step after step until there is nothing more; waits for nobody."""
+        try:
+            while gathered := self._gathered.pop(tenant, None):
+                for some in _steps(gathered):
+                    await self._accept_together(some, tenant)
+        finally:
+            del self._steps[tenant]
+
+    async def _accept_together(self, gathered: Sequence[_Gathered], tenant: str | None) -> None:
+        """Each request is accepted or refused whole: where there is no room for all, each is tried by itself."""
+        try:
+            found = await self._accept([job for each in gathered for job in each.jobs], tenant)
+        except (QuotaExceeded, Overloaded) as error:
+            if len(gathered) > 1:
+                for each in gathered:
+                    await self._accept_together([each], tenant)
+                return
+            _settle(gathered, error)
+        except BaseException as error:  # nobody may wait for ever
+            _settle(gathered, error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            accepted = iter(found)
+            for each in gathered:
+                own = [next(accepted) for _ in each.jobs]
+                if not each.answer.done():
+                    each.answer.set_result(own)
+
+    async def _accept(self, jobs: Sequence[Arrival], tenant: str | None) -> list[bool]:
         once, places = _each_once(jobs)
         lane = topology.lane(tenant)
         told, more_told = self._told(once)
@@ -188,6 +242,28 @@ class Drain:
         if excess <= 0 or self.rate_hz * _LONGEST_RETRY_AFTER_S <= 0:
             return 1.0
         return float(min(_LONGEST_RETRY_AFTER_S, max(1, math.ceil(excess / self.rate_hz))))
+
+
+def _steps(gathered: Sequence[_Gathered]) -> Iterator[list[_Gathered]]:
+    """Requests in steps of few enough jobs."""
+    some: list[_Gathered] = []
+    count = 0
+    for each in gathered:
+        if some and count + len(each.jobs) > _TOGETHER:
+            yield some
+            some, count = [], 0
+        some.append(each)
+        count += len(each.jobs)
+    yield some
+
+
+def _settle(gathered: Iterable[_Gathered], error: BaseException) -> None:
+    for each in gathered:
+        if not each.answer.done():  # else whoever asked has gone
+            if isinstance(error, Exception):
+                each.answer.set_exception(copy.copy(error) if isinstance(error, LeptonError) else error)
+            else:
+                each.answer.cancel()
 
 
 def _each_once(jobs: Sequence[Arrival]) -> tuple[list[Arrival], list[int]]:

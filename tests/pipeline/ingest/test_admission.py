@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 import pytest
+import redis.asyncio as redis
 
 from lepton_ai import AsyncClient, Client, event, results, topology, wire
 from lepton_ai.device import Announcement, Peaks
@@ -82,6 +83,72 @@ def accepted(connection: Connection) -> list[str]:
     """The jobs that the event stream says were accepted."""
     entries = connection.call("XRANGE", topology.EVENTS, "-", "+")
     return [job for _, (_, raw) in entries for each in event.decode(raw) for job in each.jobs]
+
+
+# -- many at once -----------------------------------------------------------------------------------------------------
+
+
+def calls(connection: Connection) -> int:
+    """How often a function has been called, by anybody."""
+    found: bytes = connection.call("INFO", "commandstats")
+    return sum(
+        int(line.partition(b"calls=")[2].partition(b",")[0]) for line in found.splitlines() if b"_fcall:" in line
+    )
+
+
+def test_requests_that_come_at_once_are_accepted_in_a_step_or_two(broker_url: str, connection: Connection) -> None:
+    async def work(door: Door) -> Any:
+        await door.accept([request()], 0)  # the functions are there now, and the kernels known
+        before = calls(connection)
+        found = await asyncio.gather(*(door.accept([request()] * 2, 0, "team-a") for _ in range(50)))
+        return found, calls(connection) - before
+
+    found, called = through(broker_url, work)
+    jobs = [view.id for views in found for view in views]
+    assert len(set(jobs)) == 100
+    assert sorted(waiting(connection, topology.lane("team-a"))) == sorted(accepted(connection)[1:]) == sorted(jobs)
+    assert called <= 2
+
+
+def test_where_there_is_no_room_for_all_that_come_at_once_each_has_its_own_answer(
+    broker_url: str, connection: Connection
+) -> None:
+    async def work(door: Door) -> Any:
+        return await asyncio.gather(*(door.accept([request()], 0) for _ in range(8)), return_exceptions=True)
+
+    found = through(broker_url, work, waiting_jobs=3)
+    kept = [each[0].id for each in found if not isinstance(each, Overloaded)]
+    assert len(kept) == 3
+    assert sorted(waiting(connection)) == sorted(kept)
+
+
+def test_whoever_goes_away_does_not_harm_who_came_with_him(broker_url: str, connection: Connection) -> None:
+    async def work(door: Door) -> Any:
+        requests = [asyncio.create_task(door.accept([request()], 0)) for _ in range(3)]
+        while not waiting(connection):
+            requests[1].cancel()
+            await asyncio.sleep(0)
+        first, gone, last = await asyncio.gather(*requests, return_exceptions=True)
+        assert isinstance(gone, asyncio.CancelledError)
+        return [first[0].id, last[0].id]
+
+    kept = through(broker_url, work)
+    assert set(kept) <= set(waiting(connection))
+
+
+def test_each_of_those_that_come_at_once_is_told_that_the_broker_is_away(broker_url: str) -> None:
+    async def work(door: Door) -> Any:
+        async def fails(*_: object, **__: object) -> None:
+            raise redis.ConnectionError("gone")
+
+        await door.accept([request()], 0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(admission.functions, "call", fails)
+            return await asyncio.gather(*(door.accept([request()], 0) for _ in range(3)), return_exceptions=True)
+
+    found = through(broker_url, work)
+    assert [type(each) for each in found] == [BrokerUnavailable] * 3
+    assert len(set(map(id, found))) == 3
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
