@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lepton_ai import blob, topology
 from lepton_ai.blob import Command, Reference
+from lepton_ai.bundle import Row
 from lepton_ai.device import Announcement
 from lepton_ai.job import Meta
 from lepton_ai.ring import Ring
@@ -52,8 +53,8 @@ class Parcel(msgspec.Struct, frozen=True, eq=False):
         return self.size
 
 
-#: As it is on a list, or a parcel with it.
-Message = bytes | Parcel
+#: As it is on a list, a parcel with it, or a job that may share its message with others.
+Message = bytes | Parcel | Row
 
 
 class Blobs:

@@ -33,9 +33,13 @@ PARKED: Final = "lepton:parked"
 DEVICES: Final = "lepton:devices"
 DEAD: Final = "lepton:dead"
 MODEL: Final = "lepton:model"
+#: How many more jobs wait in each lane, or the first claim behind it, than messages, by the lane.
+BUNDLED: Final = "lepton:bundled"
 CANCELLED: Final = "lepton:cancelled"
 
 DEFAULT_PRIORITY: Final = 5
+#: Jobs in one message (lepton_ai/bundle.py).
+MOST_BUNDLED: Final = 256
 _ALONE: Final = ".alone"
 
 

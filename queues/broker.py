@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 from lepton_ai import blob, cancellation, topology, wire
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import Fenced
-from lepton_ai.identity import minute_of
+from lepton_ai.identity import minute_of, shared_by
 from lepton_ai.job import FINAL_STATES
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps
@@ -430,6 +430,8 @@ class Broker:
         for counter, count in step.counts.items():
             if count:
                 yield ("HINCRBY", topology.COUNTERS, counter, count)
+        for lane, count in step.bundled.items():
+            yield ("HINCRBY", topology.BUNDLED, lane, -count)
         if cancelled := [outcome.job for outcome in step.rejected if outcome.status == "cancelled"]:
             yield ("ZREM", topology.CANCELLED, *cancelled)
         if step.event:
@@ -479,27 +481,29 @@ class Broker:
         found: list[bytes] = self.connection.call("LRANGE", topology.held(self.incarnation, slot), 0, -1)
         return found[::-1]
 
-    def known(self, jobs: Sequence[str], minutes: Iterable[int]) -> tuple[dict[str, bytes], set[str]]:
+    def known(
+        self, jobs: Sequence[str], minutes: Iterable[int], bundles: Sequence[Sequence[str]] = ()
+    ) -> tuple[dict[str, bytes], set[str]]:
         """The placements of these jobs, and which are to be cancelled.
 
-        A job is looked for in the hash of its own minute, and in those of `minutes` where it is not found there.
+        A job is looked for in the hash of its own minute, and in those of `minutes` where it is not found there. The
+        jobs of a bundle have one placement together, which names the first of them.
         """
         by_minute: dict[int, list[str]] = {}
         for job in jobs:
             if (minute := minute_of(job)) is not None:
                 by_minute.setdefault(minute, []).append(job)
+        fields = [(topology.jobs(minute), each) for minute, each in by_minute.items()]
+        fields += [(topology.jobs(minute_of(each[0]) or 0), [shared_by(each[0]) or ""]) for each in bundles]
         sent = self.connection.send(
-            [
-                ("TIME",),
-                ("ZCARD", topology.CANCELLED),
-                *(("HMGET", topology.jobs(minute), *each) for minute, each in by_minute.items()),
-            ]
+            [("TIME",), ("ZCARD", topology.CANCELLED), *(("HMGET", key, *each) for key, each in fields)]
         )
         clock, marks, *answers = self.connection.receive(sent)
         self._look_at_clock(*clock)
         placements: dict[str, bytes] = {}
-        for each, values in zip(by_minute.values(), _checked(answers), strict=True):
-            placements.update(_found(each, values))
+        for each, values in zip([*by_minute.values(), *bundles], _checked(answers), strict=True):
+            placements.update(_found(each, values * len(each) if len(values) < len(each) else values))
+        jobs = [*jobs, *chain.from_iterable(bundles)]
         if missing := [job for job in jobs if job not in placements]:
             for values in self.connection.many([("HMGET", topology.jobs(minute), *missing) for minute in minutes]):
                 placements.update(_found(missing, values))
@@ -526,7 +530,7 @@ class Broker:
         settings = self._settings
         cancelled = [outcome.job for outcome in step.outcomes if outcome.status == "cancelled"]
         arguments = (
-            *(step.held, self._ttl_s, settings.events_kept, settings.dead_bytes, step.event),
+            *(step.held, self._ttl_s, settings.events_kept, settings.dead_bytes, step.event, step.bundled),
             *_grouped(step.outcomes),
             *_section(step.pushes),
             *_section((job, round(delay_s * 1000), message) for job, delay_s, message in step.retries),

@@ -59,6 +59,8 @@ class Commit(msgspec.Struct, frozen=True):
     chord_parts: Sequence[tuple[str, bytes]] = ()
     """What is to be counted in Celery's chords, each with its job."""
     dead: Sequence[DeadLetter] = ()
+    bundled: int = 0
+    """How many more jobs than messages it ends."""
     blobs: Sequence[tuple[str, int, str]] = ()
     """Keys of its jobs' blobs, each with its job and how many seconds it is kept: 0 for none, or GOES_ON. A
     duplicate's are left to themselves for a minute."""
@@ -94,6 +96,8 @@ class Dispatch(msgspec.Struct):
     placements: dict[int, dict[str, bytes]] = {}
     """Placements by the minute whose hash they go into."""
     counts: dict[str, int] = {}
+    bundled: dict[str, int] = {}
+    """By the lane: how many more jobs than messages are in it, or in the claims behind it, no longer."""
     event: bytes = b""
     told: Command | None = None
     """A message for Celery's event listeners (queues/celery_events.py)."""

@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from lepton_ai import blob, wire
+from lepton_ai import blob, bundle, wire
 from lepton_ai.blob import Reference
 from lepton_ai.errors import InvalidArguments, LeptonError, OptionNotSupported, UnknownKernel
 from lepton_ai.job import Options
@@ -18,7 +18,7 @@ from lepton_ai.kernel import Kernel, Work
 from lepton_ai.succession import Sequel, inherit, sequel_of
 from lepton_ai.tensor import MOST, TensorMap
 
-__all__ = ["Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "split"]
+__all__ = ["Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "read_all", "split"]
 
 _NO_OPTIONS: Final = Options()
 _ARRAYS: Final = (TensorMap, np.ndarray)
@@ -38,6 +38,10 @@ class TakenJob(msgspec.Struct, eq=False):
     keep: bool
     """False where the caller asked to ignore the result."""
     message: bytes
+    """Where it has come in a bundle, that."""
+    place: int = 0
+    """And which of its jobs it is."""
+    bundled: bool = False
     retries: int = 0
     """How often its kernel has been run again."""
     limit_s: float | None = None
@@ -52,6 +56,10 @@ class TakenJob(msgspec.Struct, eq=False):
     """What those of its arrays take that are outside its message: References, where they have not been read yet."""
     seen: Sequence[Reference] = ()
     """Those that have been read, in memory that may become another job's."""
+
+    def own_message(self) -> bytes:
+        """A message of the job alone."""
+        return bundle.single(self.message, self.place) if self.bundled else self.message
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -93,8 +101,48 @@ class Group(msgspec.Struct, eq=False):
         }
 
 
+def read_all(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> list[TakenJob | Refused | Unreadable]:
+    """The jobs of a message, one but for a bundle, or why each is none. Never raises for what a message holds."""
+    if bundle.may_be(message):
+        with suppress(LeptonError):  # of which it is told below
+            envelope = wire.read_envelope(message)
+            options = wire.read_options(envelope.headers)
+            ids = bundle.ids_of(envelope.headers, options)
+            if len(ids) > 1:
+                return _read_bundle(message, envelope, options, ids, kernels, limit_bytes)
+    return [read(message, kernels, limit_bytes)]
+
+
+def _read_bundle(
+    message: bytes,
+    envelope: wire.Envelope,
+    options: Options,
+    ids: Sequence[str],
+    kernels: dict[str, Kernel],
+    limit_bytes: int,
+) -> list[TakenJob | Refused | Unreadable]:
+    headers = envelope.headers
+    try:
+        bodies = bundle.read_rows(envelope, len(ids), limit_bytes=limit_bytes)
+        taken = [_read(message, headers, body, options, kernels, keep=True) for body in bodies]
+    except LeptonError as error:  # one of its jobs is at fault, or all are
+        why = error
+    else:
+        for place, (job, job_id) in enumerate(zip(taken, ids, strict=True)):
+            job.id, job.place, job.bundled = job_id, place, True
+        return [*taken]
+    try:
+        found = [read(each, kernels, limit_bytes) for each in bundle.split(message)]
+    except LeptonError:
+        return [Refused(job, headers.task, options, why) for job in ids]
+    for place, each in enumerate(found):
+        if isinstance(each, TakenJob):
+            each.message, each.place, each.bundled = message, place, True
+    return found
+
+
 def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJob | Refused | Unreadable:
-    """The job of a message, or why it is none. Never raises for what a message holds."""
+    """The job of a message that is no bundle, or why it is none. Never raises for what a message holds."""
     try:
         envelope = wire.read_envelope(message)
     except LeptonError as error:
@@ -103,7 +151,9 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
     keep = not headers.ignore_result
     try:
         options = wire.read_options(headers)
-        return _read(message, envelope, options, kernels, limit_bytes, keep)
+        bundle.ids_of(headers, options)
+        body = wire.read_body(envelope, limit_bytes=limit_bytes)
+        return _read(message, headers, body, options, kernels, keep)
     except LeptonError as error:
         if options is _NO_OPTIONS:
             options = Options(blobs=wire.read_places(headers))
@@ -114,19 +164,12 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
 
 
 def _read(
-    message: bytes,
-    envelope: wire.Envelope,
-    options: Options,
-    kernels: dict[str, Kernel],
-    limit_bytes: int,
-    keep: bool,
+    message: bytes, headers: wire.Headers, body: wire.Body, options: Options, kernels: dict[str, Kernel], keep: bool
 ) -> TakenJob:
-    headers = envelope.headers
     kernel = kernels.get(headers.task)
     if kernel is None:
         raise UnknownKernel(f"this worker has no kernel {headers.task!r}; it has {', '.join(sorted(kernels))}")
     deadline_at = wire.deadline_at(headers)
-    body = wire.read_body(envelope, limit_bytes=limit_bytes)
     sequel = sequel_of(headers, body.embed)
     arguments = inherit(kernel.signature, body)
     inputs, dims = kernel.signature.bind(arguments)
@@ -141,10 +184,10 @@ def _read(
         not forms.isdisjoint(_ARRAYS) or (list not in forms and options.result == "msgpack"),
         keep,
         message,
-        max(0, headers.retries or 0),
-        _limit_s(options, headers),
-        deadline_at,
-        sequel,
+        retries=max(0, headers.retries or 0),
+        limit_s=_limit_s(options, headers),
+        deadline_at=deadline_at,
+        sequel=sequel,
         outside_bytes=outside_bytes,
     )
 

@@ -6,7 +6,7 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -36,7 +36,7 @@ from lepton_ai.tensor import SENDABLE
 from queues.broker import Broker
 from queues.connection import CommandError
 from queues.steps import GOES_ON, Commit, DeadLetter, Outcome
-from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, names, read, split
+from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, names, read_all, split
 from tasks.driver import Driver
 from tasks.limits import kill_after_s, own_limit_s
 from tasks.outside import fetch
@@ -193,7 +193,7 @@ class Runner:
         settings = self._settings
         try:
             found = self._read(messages)
-            notes, marked = self._known(broker, [job.id for job in found if not isinstance(job, Unreadable)])
+            notes, marked = self._known(broker, found)
             batch = _Batch(_placements(notes), notes, taken_at)
             jobs = self._begin(found, marked, broker.now(), batch)
             for group in groups(jobs, settings.batch_jobs, settings.batch_bytes):
@@ -210,6 +210,7 @@ class Runner:
             batch.retries,
             batch.chord_parts,
             batch.dead,
+            len(found) - len(messages),
             batch.blobs,
         )
         return step, batch.endings
@@ -221,21 +222,32 @@ class Runner:
         found: list[TakenJob | Refused | Unreadable] = []
         start = time.perf_counter()
         for message in messages:
-            job = read(message, kernels, limit)
+            jobs = read_all(message, kernels, limit)
             end = time.perf_counter()
-            if isinstance(job, TakenJob):
-                job.decode_s = end - start
+            each_s = (end - start) / len(jobs)
+            for job in jobs:
+                if isinstance(job, TakenJob):
+                    job.decode_s = each_s
             start = end
-            found.append(job)
+            found += jobs
         return found
 
-    def _known(self, broker: Broker, ids: Sequence[str]) -> tuple[dict[str, bytes], set[str]]:
+    def _known(
+        self, broker: Broker, found: Iterable[TakenJob | Refused | Unreadable]
+    ) -> tuple[dict[str, bytes], set[str]]:
         """The jobs' placements, in msgpack, and which of them are marked as cancelled."""
-        if not ids:
+        singles: list[str] = []
+        bundles: dict[bytes, list[str]] = {}
+        for job in found:
+            if isinstance(job, TakenJob) and job.bundled and not job.options.split:
+                bundles.setdefault(job.message, []).append(job.id)
+            elif not isinstance(job, Unreadable):
+                singles.append(job.id)
+        if not singles and not bundles:
             return {}, set()
         now = int(broker.now()) // 60
         try:
-            return broker.known(ids, range(now, now - _MINUTES_BACK, -1))
+            return broker.known(singles, range(now, now - _MINUTES_BACK, -1), list(bundles.values()))
         except CommandError as error:  # the jobs run all the same, unexplained
             log.error("placements_unreadable", reason=str(error))
             return {}, set()
@@ -317,7 +329,7 @@ class Runner:
             encoding = self._encoding(job)
             shown_placement: Any = placement
             if placement is not None and encoding == "msgpack":  # as it came: it is not written anew
-                shown_placement = msgspec.Raw(batch.notes[job.id])
+                shown_placement = msgspec.Raw(_named(batch.notes[job.id], placement.job, job.id))
             meta = results.success(job.id, answer(job, part), Record(shown_placement, cost))
             follow_ups = None
             if job.sequel is not None:
@@ -444,7 +456,7 @@ class Runner:
         if job.retries >= policy.times:
             attempts = job.retries + 1
             reason = f"it failed {attempts} times, the last with {known.message}"
-            letter = DeadLetter(job.id, job.kernel.name, "retries", reason, attempts, job.message, trace or "")
+            letter = DeadLetter(job.id, job.kernel.name, "retries", reason, attempts, job.own_message(), trace or "")
             batch.dead.append(letter)
             return self._fail(job, known, batch, trace, "dead", attempts=attempts)
         return self._fail(job, known, batch, trace)
@@ -456,7 +468,7 @@ class Runner:
             asked = policy.wait_s(job.retries, random.random())
         delay_s = min(max(0.0, asked), LATEST_S)
         try:
-            message = wire.retried(job.message)
+            message = wire.retried(job.own_message())
         except LeptonError:  # it can be read, but not written again
             return self._fail(job, error, batch, trace)
         record = results.encode(results.retrying(job.id, error, trace), self._encoding(job)) if job.keep else b""
@@ -502,7 +514,7 @@ class Runner:
         """The broker has no memory for what follows a job, which therefore cannot end yet: it comes again later."""
         batch.dead = [letter for letter in batch.dead if letter.job != job.id]
         batch.outcomes.append(Outcome(job.id, "retried", b""))
-        batch.retries.append((job.id, PUT_OFF_S, job.message))
+        batch.retries.append((job.id, PUT_OFF_S, job.own_message()))
         log.warning("job_put_off", job=job.id, kernel=job.kernel.name, delay_s=PUT_OFF_S)
 
     def _note(self, job: str, follow_ups: FollowUps, batch: _Batch) -> None:
@@ -521,9 +533,16 @@ class Runner:
 _STATUSES: Mapping[type[LeptonError], str] = {JobCancelled: "cancelled", JobExpired: "expired"}
 
 
+def _named(note: bytes, noted: str, job: str) -> bytes:
+    """A Placement that names this job: that of a bundle names its first."""
+    return note if noted == job else note.replace(noted.encode(), job.encode(), 1)
+
+
 def _placements(notes: Mapping[str, bytes]) -> dict[str, Placement]:
+    """The Placements; that of a bundle is read once, and names its first job."""
+    known: dict[bytes, Placement] = {}
     try:
-        return {job: _PLACEMENT.decode(note) for job, note in notes.items()}
+        return {job: known.get(note) or known.setdefault(note, _PLACEMENT.decode(note)) for job, note in notes.items()}
     except msgspec.DecodeError as error:  # the jobs run all the same, unexplained
         log.error("placements_unreadable", reason=str(error))
         return {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from lepton_ai import topology, wire
-from lepton_ai.direct_protocol import read_look
+from lepton_ai.direct_protocol import noted_as, read_look
 from lepton_ai.errors import LeptonError, UnknownJob
 from lepton_ai.identity import minute_of
 from lepton_ai.job import FINAL_STATES, Meta, Placement, Record, state_of
@@ -37,18 +37,15 @@ async def find(client: Any, ids: Sequence[str]) -> dict[str, Found]:
             pipeline.get(topology.result(job_id))
             pipeline.zscore(topology.ETA, job_id)
         for job_id, minute in own.items():
-            pipeline.hget(topology.jobs(minute), job_id)
+            pipeline.hmget(topology.jobs(minute), noted_as(job_id))
         for minute in minutes:
             pipeline.hmget(topology.jobs(minute), foreign)
         answers = await pipeline.execute()
     stored, notes = answers[: 2 * len(ids)], answers[2 * len(ids) :]
-    placements: dict[str, Iterable[bytes | None]] = {
-        job_id: [note] for job_id, note in zip(own, notes[: len(own)], strict=True)
-    }
+    placements: dict[str, Sequence[bytes | None]] = dict(zip(own, notes[: len(own)], strict=True))
     placements |= dict(zip(foreign, zip(*notes[len(own) :], strict=True), strict=True)) if foreign else {}
     return {
-        job_id: _read(job_id, (stored[2 * at], stored[2 * at + 1], *placements[job_id]))
-        for at, job_id in enumerate(ids)
+        job_id: _read(job_id, (stored[2 * at], stored[2 * at + 1], placements[job_id])) for at, job_id in enumerate(ids)
     }
 
 

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from lepton_ai import AsyncClient, AsyncJobHandle, event, results, topology, wire
+from lepton_ai import AsyncClient, AsyncJobHandle, bundle, event, results, topology, wire
 from lepton_ai.errors import (
     BrokerUnavailable,
     InvalidArguments,
@@ -60,7 +60,8 @@ def run(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 def waiting(connection: Connection) -> list[wire.Envelope]:
     """The messages of the lane, oldest first."""
-    return [wire.read_envelope(each) for each in connection.call("LRANGE", topology.LANE, 0, -1)[::-1]]
+    found = connection.call("LRANGE", topology.LANE, 0, -1)[::-1]
+    return [wire.read_envelope(each) for message in found for each in bundle.singles(message)]
 
 
 def reply_list(connection: Connection) -> str:
@@ -106,7 +107,7 @@ def answering(url: str, answer: Answer = echoed, *, replies: bool = True) -> Ite
         connection = Connection(url, "answering")
         while not stopped.is_set():
             taken = connection.call("BLMPOP", 0.05, 1, topology.LANE, "RIGHT", "COUNT", 100)
-            for raw in taken[1] if taken else ():
+            for raw in (each for message in (taken[1] if taken else ()) for each in bundle.singles(message)):
                 found = wire.read_envelope(raw)
                 meta = answer(found.headers.id, wire.read_body(found, limit_bytes=10_000).kwargs)
                 if meta is not None:

@@ -28,6 +28,7 @@ from lepton_ai import (
     JobHandle,
     KernelSpec,
     Peaks,
+    bundle,
     event,
     results,
     sse,
@@ -64,7 +65,7 @@ def client(broker_url: str) -> Iterator[Client]:
 def waiting(connection: Connection, priority: int = 5) -> list[wire.Envelope]:
     """The messages of a list of the lane, oldest first."""
     raw = connection.call("LRANGE", topology.lane_list(priority), 0, -1)
-    return [wire.read_envelope(each) for each in raw[::-1]]
+    return [wire.read_envelope(each) for message in raw[::-1] for each in bundle.singles(message)]
 
 
 def reply_list(connection: Connection) -> str:
@@ -384,7 +385,7 @@ def answering(url: str, answer: Answer = echoed, *, replies: bool = True) -> Ite
         connection = Connection(url, "answering")
         while not stopped.is_set():
             taken = connection.call("BLMPOP", 0.05, 1, topology.LANE, "RIGHT", "COUNT", 100)
-            for raw in taken[1] if taken else ():
+            for raw in (each for message in (taken[1] if taken else ()) for each in bundle.singles(message)):
                 found = wire.read_envelope(raw)
                 meta = answer(found.headers.id, wire.read_body(found, limit_bytes=10_000).kwargs)
                 if meta is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import redis
 
-from lepton_ai import AsyncClient, Client, blob, results, topology, wire
+from lepton_ai import AsyncClient, Client, blob, bundle, results, topology, wire
 from lepton_ai.blob import WORTH_BYTES
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.direct_protocol import push, writer
@@ -72,9 +72,9 @@ def written(blobs: Blobs, row: dict[str, Any], terms: Terms | None = None, **mor
 
 
 def test_small_arrays_stay_in_their_message(blobs: Blobs) -> None:
-    message = written(blobs, {"x": numbers(WORTH_BYTES // 4), "n": 3})
-    assert isinstance(message, bytes)
-    assert places(message) == []
+    row = written(blobs, {"x": numbers(WORTH_BYTES // 4), "n": 3})
+    ((_, *messages),) = push([row], Terms(), None).commands
+    assert places(messages[-1]) == []
 
 
 @in_memory
@@ -113,7 +113,7 @@ def test_it_is_asked_who_shares_our_memory_when_that_is_not_known() -> None:
         blobs.learn([announced()])
 
     write = writer("a.b", Terms(), None, blobs, prepare)
-    assert isinstance(write(new_id(), {"x": numbers(10)}), bytes)
+    assert not isinstance(write(new_id(), {"x": numbers(10)}), Parcel)
     assert asked == []
     found = write(new_id(), {"x": numbers()})
     assert isinstance(found, Parcel)
@@ -225,7 +225,7 @@ def client(broker_url: str) -> Iterator[Client]:
 
 def lane(connection: Connection) -> list[bytes]:
     found: list[bytes] = connection.call("LRANGE", topology.LANE, 0, -1)
-    return found[::-1]
+    return [each for message in found[::-1] for each in bundle.singles(message)]
 
 
 def test_what_is_submitted_is_in_the_broker_for_as_long_as_the_job_is_open(

@@ -637,7 +637,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
 
 CLAIMS = [[kind.value] for kind in Kind]
 ENDS = ("succeeded", "failed", "cancelled", "expired", "dead", "retried", "duplicate")
-TERMS = ("lanes", "claimed", "again", "alone", "reclaimed", "parked_now", "scheduled_now", "queued", "held")
+TERMS = ("lanes", "bundled", "claimed", "again", "alone", "reclaimed", "parked_now", "scheduled_now", "queued", "held")
 
 
 def _term(key: str) -> str:

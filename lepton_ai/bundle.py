@@ -1,0 +1,196 @@
+"""Bundles: jobs that were submitted together and travel as one message until something sets them apart.
+
+A bundle is a Celery protocol 2 message whose header `lepton` says how many jobs are in it (`bundle`). Its id is the
+first one's, the others count up from there (lepton_ai/identity.py); where a single message's body has arguments, it has
+a list of them. Kernel, options and the shapes of arrays are the same for all. Whoever has to treat one of its jobs
+otherwise than the others splits it, and finds messages as if they had been submitted one by one.
+"""
+
+from __future__ import annotations
+
+import binascii
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from lepton_ai import wire
+from lepton_ai.errors import LeptonError, Malformed, OptionNotSupported
+from lepton_ai.identity import run_of, shared_by
+from lepton_ai.job import Options
+from lepton_ai.signature import describe, shapes_of
+
+__all__ = ["Row", "bundled", "ids_of", "may_be", "read_rows", "single", "singles", "split"]
+
+#: Fewer jobs than these are sent one by one, more are several bundles; so are bodies beyond these bytes.
+_FEWEST: Final = 4
+_MOST: Final = 128
+_MOST_BYTES: Final = 128 * 1024
+#: What a job's share of the headers takes on the way, for whoever counts bytes before it is a message.
+_HEADERS_BYTES: Final = 64
+_MSGPACK: Final = wire.MSGPACK
+
+
+class Row(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """A job on its way that may share its message with those beside it."""
+
+    id: str
+    packed: bytes
+    """Its arguments, in msgpack."""
+    shapes: dict[str, Any]
+    template: wire.Template
+
+    def __len__(self) -> int:
+        """What it takes on the way, in bytes: base64 of its arguments, and its share of the headers."""
+        return len(self.packed) * 4 // 3 + _HEADERS_BYTES
+
+
+class _Rows(msgspec.Struct, array_like=True):
+    """The body of a bundle, its arguments unread."""
+
+    args: Any
+    rows: list[msgspec.Raw]
+    embed: Any = None
+
+
+class _Bodies(msgspec.Struct, array_like=True):
+    """The body of a bundle, read."""
+
+    args: list[Any]
+    rows: list[dict[str, wire.Value]]
+    embed: Any = None
+
+
+_ROWS = {_MSGPACK: msgspec.msgpack.Decoder(_Rows)}
+_BODIES = {_MSGPACK: msgspec.msgpack.Decoder(_Bodies)}
+_ARGUMENTS = msgspec.msgpack.Decoder(dict[str, wire.Value])
+_ANYTHING = msgspec.json.Decoder()
+_JSON = msgspec.json.Encoder()
+
+
+def bundled(rows: Sequence[Row]) -> list[tuple[bytes, int]]:
+    """Messages for these jobs, in their order, each with how many it holds: neighbours that are alike share one."""
+    found: list[tuple[bytes, int]] = []
+    start = 0
+    while start < len(rows):
+        end = _end(rows, start)
+        here = rows[start:end]
+        if len(here) < _FEWEST:
+            found += [(each.template.single(each.id, each.packed, each.shapes), 1) for each in here]
+        else:
+            message = here[0].template.bundle(here[0].id, [each.packed for each in here], _largest(here))
+            found.append((message, len(here)))
+        start = end
+    return found
+
+
+def _end(rows: Sequence[Row], start: int) -> int:
+    """Up to which row those from `start` on fit into one message."""
+    first, size = rows[start], 0
+    head, number, form = shared_by(first.id), int(first.id[-3:], 16), _form(first.shapes)
+    end = start
+    for each in rows[start : start + _MOST]:
+        size += len(each.packed)
+        follows = each.id[:-3] == head and int(each.id[-3:], 16) == number + end - start
+        if end > start and not (follows and size <= _MOST_BYTES and _form(each.shapes) == form):
+            break
+        end += 1
+    return end
+
+
+def _form(shapes: Mapping[str, Any]) -> list[Any]:
+    """What rows must share: the names, which of them are numbers, and the sizes of arrays."""
+    return [(name, value if type(value) is list else None) for name, value in shapes.items()]
+
+
+def _largest(rows: Sequence[Row]) -> dict[str, Any]:
+    """The shapes of all these rows, of numbers the largest: what they cost is not underrated."""
+    shapes = dict(rows[0].shapes)
+    for name, value in shapes.items():
+        if type(value) is not list:
+            shapes[name] = max(each.shapes[name] for each in rows)
+    return shapes
+
+
+def may_be(message: bytes) -> bool:
+    """Whether a message may be a bundle: False is certain, and takes no decoding."""
+    return b'"bundle":' in message
+
+
+def ids_of(headers: wire.Headers, options: Options) -> tuple[str, ...]:
+    """The ids of the jobs in a message; OptionNotSupported where it says that it is a bundle, and cannot be one."""
+    if options.bundle is None:
+        return (headers.id,)
+    single_only = {
+        "eta": headers.eta,
+        "expires": headers.expires,
+        "retries": headers.retries or None,
+        "limit_s": options.limit_s,
+        "blobs": options.blobs,
+        "ignore_result": headers.ignore_result or None,
+    }
+    for name, value in single_only.items():
+        if value is not None:
+            raise OptionNotSupported(f"a bundle of {options.bundle} jobs cannot have {name}", "bundle")
+    try:
+        return run_of(headers.id, options.bundle)
+    except ValueError as error:
+        raise OptionNotSupported(f"a bundle: {error}", "bundle") from None
+
+
+def read_rows(envelope: wire.Envelope, count: int, *, limit_bytes: int) -> list[wire.Body]:
+    """The bodies of the jobs in a bundle. Raises as `wire.read_body`, for all of them."""
+    found: _Bodies = wire.open_body(envelope, limit_bytes, _BODIES)
+    if len(found.rows) != count:
+        raise Malformed(f"a bundle of {count} jobs has the arguments of {len(found.rows)}")
+    return [wire.Body(found.args, row, found.embed) for row in found.rows]
+
+
+def split(message: bytes, most: int = 1) -> list[bytes]:
+    """The messages of the jobs in a bundle: bundles of at most `most`, or single ones. Malformed where it is none."""
+    envelope = wire.read_envelope(message)
+    options = wire.read_options(envelope.headers)
+    ids = ids_of(envelope.headers, options)
+    body: _Rows = wire.open_body(envelope, len(message), _ROWS)
+    if len(body.rows) != len(ids):
+        raise Malformed(f"a bundle of {len(ids)} jobs has the arguments of {len(body.rows)}")
+    shared: dict[str, Any] = _ANYTHING.decode(message) | {"body": ""}
+    packed = list(map(bytes, body.rows))
+    starts = range(0, len(ids), max(1, most))
+    return [_part(shared, options, ids[at : at + most], packed[at : at + most]) for at in starts]
+
+
+def singles(message: bytes) -> list[bytes]:
+    """The messages of its jobs one by one: itself where it is no bundle. Raises as `split` where it says it is one."""
+    is_one = may_be(message) and wire.read_options(wire.read_envelope(message).headers).bundle is not None
+    return split(message) if is_one else [message]
+
+
+def single(message: bytes, at: int) -> bytes:
+    """The message of one job of a bundle, by its place in it. Raises as `split`."""
+    return split(message)[at]
+
+
+def _part(shared: Mapping[str, Any], options: Options, ids: Sequence[str], packed: Sequence[bytes]) -> bytes:
+    """A message that shares what is not said here with the bundle that it comes from."""
+    headers = shared["headers"] | {"id": ids[0], "root_id": ids[0]}
+    if len(ids) > 1:
+        headers["lepton"] = msgspec.structs.replace(options, bundle=len(ids), split=True)
+        body = wire.pack_rows(packed)
+    else:
+        shapes = _shapes(packed[0])
+        headers["kwargsrepr"] = describe(shapes or {})
+        headers["lepton"] = msgspec.structs.replace(options, bundle=None, split=False, shapes=shapes)
+        body = wire.pack_row(packed[0])
+    own = {"correlation_id": ids[0], "delivery_tag": str(uuid.uuid4())}
+    text = binascii.b2a_base64(body, newline=False).decode()
+    return _JSON.encode({**shared, "body": text, "headers": headers, "properties": shared["properties"] | own})
+
+
+def _shapes(packed: bytes) -> dict[str, Any] | None:
+    """The shapes of arguments; None where they are none, which their kernel is told by its worker."""
+    try:
+        return shapes_of(wire.typed(_ARGUMENTS, packed))
+    except LeptonError:
+        return None
