@@ -6,6 +6,7 @@ heartbeat to renew its lease. The thinking is in `pricing` and in the policy; th
 
 from __future__ import annotations
 
+import math
 import secrets
 import select
 import threading
@@ -49,7 +50,7 @@ __all__ = ["Router"]
 _STEP = 512
 _RETRY_S = (0.05, 2.0)
 #: Jobs of a bundle stay together for so long a time on one slot, or none do; nor do fewer.
-_TOGETHER_S: Final = 0.01
+_TOGETHER_S: Final = 0.02
 _FEWEST_TOGETHER: Final = 4
 #: A device that has been filled is filled again once it has less than this part of what it may have.
 _REFILL = 0.75
@@ -304,8 +305,11 @@ class _Session:
         if claim.kind is Kind.ALONE or self._narrator.shows or any(job in marked for job in found.ids):
             return 1
         each_s = quickest_s(found.headers.task, found.options, self._cluster, self._model)
-        most = 0 if each_s is None else int(_TOGETHER_S / each_s)
-        return most if most >= _FEWEST_TOGETHER else 1
+        if each_s is None:
+            return 1
+        count = len(found.ids)
+        parts = math.ceil(count * each_s / _TOGETHER_S)
+        return -(-count // parts) if parts * _FEWEST_TOGETHER <= count else 1
 
     def _split(self, claim: Claim, bundles: Sequence[tuple[bytes, int]]) -> dict[int, list[bytes]]:
         """Splits bundles of a claim, each into parts of so many jobs at most; their parts by the `id()` of each.
