@@ -77,17 +77,17 @@ def from_wire(value: TensorMap, field: str | None = None) -> NDArray[Any]:
     dtype = _BY_WIRE.get(value.dtype)
     if dtype is None:
         raise InvalidArguments(f"unknown dtype {value.dtype!r}; use one of {', '.join(DTYPES)}", field)
-    _check_shape(value.shape, field)
-    expected = math.prod(value.shape) * dtype.itemsize
+    shape = value.shape
+    _check_shape(shape, field)
+    expected = math.prod(shape) * dtype.itemsize
     if data.nbytes != expected:
-        raise InvalidArguments(
-            f"shape {value.shape} of {dtype.name} takes {expected} bytes, data has {data.nbytes}", field
-        )
+        raise InvalidArguments(f"shape {shape} of {dtype.name} takes {expected} bytes, data has {data.nbytes}", field)
     try:
-        array: NDArray[Any] = np.ndarray(value.shape, dtype, data)
+        array: NDArray[Any] = np.ndarray(shape, dtype, data)
     except (ValueError, OverflowError) as error:  # a size of 0 can hide others beyond any memory
-        raise InvalidArguments(f"shape {value.shape} is too large: {error}", field) from None
-    array.flags.writeable = False
+        raise InvalidArguments(f"shape {shape} is too large: {error}", field) from None
+    if not data.readonly:  # what was decoded from bytes is so already
+        array.flags.writeable = False
     return array
 
 

@@ -7,7 +7,7 @@ import random
 import time
 import traceback
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 import numpy as np
@@ -279,15 +279,15 @@ class Runner:
             group = self._filled(broker, group, batch)
             if not group.jobs:
                 return
-        kernel, jobs = group.kernel, names(group.jobs)
-        limits = [
-            kill_after_s(job.limit_s, kernel.spec, batch.placements.get(job.id), self._settings) for job in group.jobs
-        ]
-        longest, own = max(limits)
+        kernel, jobs, placements = group.kernel, names(group.jobs), batch.placements
+        longest, own = max(
+            [kill_after_s(job.limit_s, kernel.spec, placements.get(job.id), self._settings) for job in group.jobs]
+        )
         started = time.monotonic()
         self.running = Running(self._slot, jobs, started, longest, own)
         self._observer.started(jobs)
-        context = _Context(group, jobs, started, self._observer)
+        limit_s = own_limit_s([job.limit_s for job in group.jobs])
+        context = _Context(jobs, kernel.name, self._observer, started, limit_s, started)
         try:
             outputs, launch = self._launch(group, context)
             parts = split(group, outputs)
@@ -303,15 +303,16 @@ class Runner:
         each_transfer_s, each_run_s = launch.transfer_s / count, launch.run_s / count
         start = time.perf_counter()
         succeeded: list[str] = []
+        is_revoked = self._observer.is_revoked
         for job, part in zip(group.jobs, parts, strict=True):
             # Its kernel may have seen it and stopped half way, whatever has been forgotten since.
-            if context.cancel_told or self._observer.is_revoked(job.id):
+            if context.cancel_told or is_revoked(job.id):
                 self._fail(job, JobCancelled("cancelled while it ran"), batch)
                 continue
             if job.limit_s is not None and (context.limit_told or each_run_s > job.limit_s):
                 self._fail(job, _over(job), batch)
                 continue
-            placement = batch.placements.get(job.id)
+            placement = placements.get(job.id)
             wait_s = max(0.0, batch.taken_at - placement.placed_at) if placement is not None else 0.0
             cost = Cost(self._incarnation, self._device, wait_s, each_transfer_s, each_run_s, count)
             encoding = self._encoding(job)
@@ -377,8 +378,9 @@ class Runner:
     def _launch(self, group: Group, context: _Context) -> tuple[dict[str, np.ndarray[Any, Any]], _Launch]:
         driver, name = self._driver, group.kernel.name
         size = 0
+        inputs: dict[str, Any] = {}
+        outputs: dict[str, np.ndarray[Any, Any]] = {}
         start = time.perf_counter()
-        inputs = {}
         for key, value in group.inputs.items():
             if isinstance(value, np.ndarray):
                 size += value.nbytes
@@ -391,10 +393,10 @@ class Runner:
         ran = time.perf_counter()
         if found.keys() != group.kernel.signature.outputs.keys():
             raise KernelFailed(f"{name} returned {sorted(found)}, not {sorted(group.kernel.signature.outputs)}")
-        outputs = {key: driver.download(value) for key, value in found.items()}
-        for key, value in outputs.items():
-            if value.dtype.num not in SENDABLE:  # found out here it fails a job; at the commit, the slot for ever
-                raise KernelFailed(f"{name} returned {key!r} of dtype {value.dtype}, which cannot be sent")
+        for key, value in found.items():
+            output = outputs[key] = driver.download(value)
+            if output.dtype.num not in SENDABLE:  # found out here it fails a job; at the commit, the slot for ever
+                raise KernelFailed(f"{name} returned {key!r} of dtype {output.dtype}, which cannot be sent")
         transfer_s = uploaded - start + time.perf_counter() - ran
         for job in group.jobs:
             transfer_s += job.decode_s
@@ -544,21 +546,21 @@ def _shapes(outputs: Mapping[str, np.ndarray[Any, Any]]) -> str:
     return ", ".join(f"{name}={value.dtype}{list(value.shape)}" for name, value in outputs.items())
 
 
-class _Context:
-    """What the running variant may ask. See lepton_ai.kernel.Context."""
+class _Context(msgspec.Struct, eq=False):
+    """What the running variant may ask: see lepton_ai.kernel.Context. One is made a launch, hence a struct."""
 
-    stream = None
+    stream: ClassVar[None] = None
 
-    def __init__(self, group: Group, jobs: tuple[str, ...], started: float, observer: Observer) -> None:
-        self._jobs = jobs
-        self._kernel = group.kernel.name
-        self._observer = observer
-        self._started = self._told_at = started
-        self._limit_s = own_limit_s(job.limit_s for job in group.jobs)
-        self.cancel_told = False
-        """The kernel has been told that all its jobs are cancelled."""
-        self.limit_told = False
-        """Or that their time is up."""
+    _jobs: tuple[str, ...]
+    _kernel: str
+    _observer: Observer
+    _started: float
+    _limit_s: float | None
+    _told_at: float
+    cancel_told: bool = False
+    """The kernel has been told that all its jobs are cancelled."""
+    limit_told: bool = False
+    """Or that their time is up."""
 
     @property
     def deadline(self) -> float | None:
