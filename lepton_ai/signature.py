@@ -186,13 +186,13 @@ def describe(shapes: Mapping[str, Any]) -> str:
 
 
 def _bind_shape(argument: Argument, shape: tuple[int, ...], dims: Dims) -> None:
-    assert argument.dims is not None
-    if len(shape) != len(argument.dims):
+    declared = argument.dims or ()
+    if len(shape) != len(declared):
         raise InvalidArguments(
             f"argument {argument.name!r} must be {argument}, not of {len(shape)} dimensions {list(shape)}",
             argument.name,
         )
-    for dim, size in zip(argument.dims, shape, strict=True):
+    for dim, size in zip(declared, shape):  # noqa: B905 - as long as each other, and this is done for every job
         if type(size) is not int or not 0 <= size <= tensor.MOST:
             raise InvalidArguments(f"the shape of {argument.name!r} must hold sizes, 0 to 2**63 - 1", argument.name)
         expected = dims.setdefault(dim, size) if type(dim) is str else dim
