@@ -143,11 +143,12 @@ def _read(
         not forms.isdisjoint(_ARRAYS) or (list not in forms and options.result == "msgpack"),
         keep,
         message,
-        max(0, headers.retries or 0),
+        max(0, headers.retries) if headers.retries else 0,
         _limit_s(options, headers),
         deadline_at,
         sequel,
-        outside_bytes=outside_bytes,
+        0.0,
+        outside_bytes,
     )
 
 

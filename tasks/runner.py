@@ -6,7 +6,7 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import msgspec
@@ -27,7 +27,8 @@ from lepton_ai.errors import (
     Unavailable,
 )
 from lepton_ai.event import Event, Observation
-from lepton_ai.job import LATEST_S, Cost, Placement, Record
+from lepton_ai.identity import minute_of
+from lepton_ai.job import LATEST_S, Cost, Estimate, Placement, Record
 from lepton_ai.kernel import Retry
 from lepton_ai.ring import RingReader
 from lepton_ai.settings import Settings
@@ -48,7 +49,6 @@ __all__ = ["Ending", "Observer", "Runner", "Running"]
 _MINUTES_BACK = 10
 #: A kernel's progress is told so often at most.
 _PROGRESS_S = 0.2
-_PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 log = structlog.get_logger()
 
@@ -103,6 +103,18 @@ class Running(msgspec.Struct, frozen=True):
     """Whether that is what the job asked for, and not its kernel's limit."""
 
 
+class _Note(msgspec.Struct, frozen=True, gc=False):
+    """What is read of a Placement that stays where it is: in the hash of the minute that its job's id carries."""
+
+    placed_at: float
+    estimate: Estimate | None = None
+    shown: bool = False
+
+
+_NOTE = msgspec.msgpack.Decoder(_Note)
+_PLACEMENT = msgspec.msgpack.Decoder(Placement)
+
+
 class _Launch(msgspec.Struct):
     """The times of one launch, and the size of its array arguments."""
 
@@ -141,9 +153,9 @@ class _Lesson(msgspec.Struct):
 class _Batch(msgspec.Struct):
     """What is known of a batch while it runs, and how its jobs have ended."""
 
-    placements: dict[str, Placement]
-    notes: dict[str, bytes]
-    """The placements as they came, in msgpack."""
+    notes: dict[str, _Note | Placement]
+    minutes: set[int]
+    """Those in which the jobs' placements stand."""
     taken_at: float
     lessons: dict[tuple[str, int, int, int], _Lesson] = {}
     """By the kernel, the jobs of a launch, and the orders of magnitude of its flops and bytes."""
@@ -193,8 +205,10 @@ class Runner:
         settings = self._settings
         try:
             found = self._read(messages)
-            notes, marked = self._known(broker, [job.id for job in found if not isinstance(job, Unreadable)])
-            batch = _Batch(_placements(notes), notes, taken_at)
+            ids = [job.id for job in found if not isinstance(job, Unreadable)]
+            notes, marked = self._known(broker, ids)
+            minutes = {job: minute for job in ids if (minute := minute_of(job)) is not None}
+            batch = _Batch(_notes(notes, minutes), set(minutes.values()), taken_at)
             jobs = self._begin(found, marked, broker.now(), batch)
             for group in groups(jobs, settings.batch_jobs, settings.batch_bytes):
                 self._run_group(broker, group, batch)
@@ -211,6 +225,7 @@ class Runner:
             batch.chord_parts,
             batch.dead,
             batch.blobs,
+            batch.minutes,
         )
         return step, batch.endings
 
@@ -247,7 +262,7 @@ class Runner:
         known = [job for job in found if not isinstance(job, Unreadable)]
         self._observer.taken(
             [(job.id, job.kernel if isinstance(job, Refused) else job.kernel.name) for job in known],
-            {job for job, placement in batch.placements.items() if placement.shown},
+            {job for job, note in batch.notes.items() if note.shown},
         )
         jobs: list[TakenJob] = []
         seen: set[str] = set()
@@ -279,15 +294,13 @@ class Runner:
             group = self._filled(broker, group, batch)
             if not group.jobs:
                 return
-        kernel, jobs, placements = group.kernel, names(group.jobs), batch.placements
-        longest, own = max(
-            [kill_after_s(job.limit_s, kernel.spec, placements.get(job.id), self._settings) for job in group.jobs]
-        )
+        kernel, jobs = group.kernel, names(group.jobs)
+        limits = [job.limit_s for job in group.jobs]
+        longest, own = self._kill_after_s(group, limits, batch)
         started = time.monotonic()
         self.running = Running(self._slot, jobs, started, longest, own)
         self._observer.started(jobs)
-        limit_s = own_limit_s([job.limit_s for job in group.jobs])
-        context = _Context(jobs, kernel.name, self._observer, started, limit_s, started)
+        context = _Context(jobs, kernel.name, self._observer, started, own_limit_s(limits), started)
         try:
             outputs, launch = self._launch(group, context)
             parts = split(group, outputs)
@@ -299,11 +312,11 @@ class Runner:
                 return
             self._kernel_raised(group.jobs[0], error, context, batch)
             return
+        start = time.perf_counter()
         count = len(jobs)
         each_transfer_s, each_run_s = launch.transfer_s / count, launch.run_s / count
-        start = time.perf_counter()
-        succeeded: list[str] = []
         is_revoked = self._observer.is_revoked
+        succeeded: list[str] = []
         for job, part in zip(group.jobs, parts, strict=True):
             # Its kernel may have seen it and stopped half way, whatever has been forgotten since.
             if context.cancel_told or is_revoked(job.id):
@@ -312,14 +325,11 @@ class Runner:
             if job.limit_s is not None and (context.limit_told or each_run_s > job.limit_s):
                 self._fail(job, _over(job), batch)
                 continue
-            placement = placements.get(job.id)
-            wait_s = max(0.0, batch.taken_at - placement.placed_at) if placement is not None else 0.0
+            note = batch.notes.get(job.id)
+            wait_s = max(0.0, batch.taken_at - note.placed_at) if note is not None else 0.0
             cost = Cost(self._incarnation, self._device, wait_s, each_transfer_s, each_run_s, count)
-            encoding = self._encoding(job)
-            shown_placement: Any = placement
-            if placement is not None and encoding == "msgpack":  # as it came: it is not written anew
-                shown_placement = msgspec.Raw(batch.notes[job.id])
-            meta = results.success(job.id, answer(job, part), Record(shown_placement, cost))
+            placement = note if isinstance(note, Placement) else None
+            meta = results.success(job.id, answer(job, part), Record(placement, cost))
             follow_ups = None
             if job.sequel is not None:
                 try:
@@ -337,7 +347,7 @@ class Runner:
                     self._fail(job, InvalidArguments(f"what should follow it: {error!r:.300}", "callbacks"), batch)
                     continue
                 meta = msgspec.structs.replace(meta, children=list(follow_ups.children))
-            record = results.encode(meta, encoding) if job.keep else b""
+            record = results.encode(meta, self._encoding(job)) if job.keep else b""
             if job.seen and (lost := self._lost(job)) is not None:  # the answer may be a view of its arguments
                 self._fail(job, lost, batch)
                 continue
@@ -345,12 +355,23 @@ class Runner:
                 self._note(job.id, follow_ups, batch)
             self._end_blobs(job, 0, batch)
             batch.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
-            shapes = _shapes(part) if placement is not None and placement.shown else ""
+            shapes = _shapes(part) if note is not None and note.shown else ""
             batch.endings.append(Ending(job.id, "succeeded", time.time(), each_run_s, shapes))
             succeeded.append(job.id)
         if succeeded:
             launch.transfer_s += time.perf_counter() - start
             self._note_launch(group, launch, succeeded, batch)
+
+    def _kill_after_s(self, group: Group, limits: Sequence[float | None], batch: _Batch) -> tuple[float, bool]:
+        """The longest that one of these jobs, with these limits of their own, may run: see tasks.limits."""
+        spec, settings = group.kernel.spec, self._settings
+        if limits.count(None) == len(limits):
+            return kill_after_s(None, spec, None, settings)
+        notes = [batch.notes.get(job.id) for job in group.jobs]
+        return max(
+            kill_after_s(limit_s, spec, note.estimate if note is not None else None, settings)
+            for limit_s, note in zip(limits, notes, strict=True)
+        )
 
     def _filled(self, broker: Broker, group: Group, batch: _Batch) -> Group:
         """The group with what its jobs have outside their messages; those who cannot have it fail."""
@@ -376,27 +397,27 @@ class Runner:
             batch.blobs += [(job.id, kept_s, key) for key in blob.keys(job.id, job.options.blobs)]
 
     def _launch(self, group: Group, context: _Context) -> tuple[dict[str, np.ndarray[Any, Any]], _Launch]:
-        driver, name = self._driver, group.kernel.name
+        driver, kernel, array = self._driver, group.kernel, np.ndarray
         size = 0
         inputs: dict[str, Any] = {}
         outputs: dict[str, np.ndarray[Any, Any]] = {}
         start = time.perf_counter()
         for key, value in group.inputs.items():
-            if isinstance(value, np.ndarray):
+            if isinstance(value, array):
                 size += value.nbytes
                 inputs[key] = driver.upload(value)
             else:
                 inputs[key] = value
         uploaded = time.perf_counter()
-        found = self._repertoire.runs[name](inputs, context)
+        found = self._repertoire.runs[kernel.name](inputs, context)
         driver.synchronize()
         ran = time.perf_counter()
-        if found.keys() != group.kernel.signature.outputs.keys():
-            raise KernelFailed(f"{name} returned {sorted(found)}, not {sorted(group.kernel.signature.outputs)}")
+        if found.keys() != kernel.signature.outputs.keys():
+            raise KernelFailed(f"{kernel.name} returned {sorted(found)}, not {sorted(kernel.signature.outputs)}")
         for key, value in found.items():
             output = outputs[key] = driver.download(value)
             if output.dtype.num not in SENDABLE:  # found out here it fails a job; at the commit, the slot for ever
-                raise KernelFailed(f"{name} returned {key!r} of dtype {output.dtype}, which cannot be sent")
+                raise KernelFailed(f"{kernel.name} returned {key!r} of dtype {output.dtype}, which cannot be sent")
         transfer_s = uploaded - start + time.perf_counter() - ran
         for job in group.jobs:
             transfer_s += job.decode_s
@@ -523,9 +544,9 @@ class Runner:
 _STATUSES: Mapping[type[LeptonError], str] = {JobCancelled: "cancelled", JobExpired: "expired"}
 
 
-def _placements(notes: Mapping[str, bytes]) -> dict[str, Placement]:
+def _notes(notes: Mapping[str, bytes], minutes: Container[str]) -> dict[str, _Note | Placement]:
     try:
-        return {job: _PLACEMENT.decode(note) for job, note in notes.items()}
+        return {job: (_NOTE if job in minutes else _PLACEMENT).decode(note) for job, note in notes.items()}
     except msgspec.DecodeError as error:  # the jobs run all the same, unexplained
         log.error("placements_unreadable", reason=str(error))
         return {}
