@@ -45,7 +45,7 @@ _MAX_DIMS = 32
 MOST = 2**63 - 1
 
 
-class TensorMap(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class TensorMap(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """An array as it crosses the wire: its data, or where they are."""
 
     dtype: str

@@ -27,7 +27,7 @@ _ARRAYS: Final = (TensorMap, np.ndarray)
 _SHAPED: Final = (np.ndarray, Reference)
 
 
-class TakenJob(msgspec.Struct, eq=False):
+class TakenJob(msgspec.Struct, eq=False, gc=False):
     """A job with its checked inputs, ready to run."""
 
     id: str
@@ -74,7 +74,7 @@ class Unreadable(msgspec.Struct, frozen=True):
     message: bytes
 
 
-class Group(msgspec.Struct, eq=False):
+class Group(msgspec.Struct, eq=False, gc=False):
     """Jobs of one kernel that run in one launch."""
 
     kernel: Kernel

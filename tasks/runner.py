@@ -295,12 +295,11 @@ class Runner:
             if not group.jobs:
                 return
         kernel, jobs = group.kernel, names(group.jobs)
-        limits = [job.limit_s for job in group.jobs]
-        longest, own = self._kill_after_s(group, limits, batch)
+        longest, own, limit_s = self._limits(group, batch)
         started = time.monotonic()
         self.running = Running(self._slot, jobs, started, longest, own)
         self._observer.started(jobs)
-        context = _Context(jobs, kernel.name, self._observer, started, own_limit_s(limits), started)
+        context = _Context(jobs, kernel.name, self._observer, started, limit_s, started)
         try:
             outputs, launch = self._launch(group, context)
             parts = split(group, outputs)
@@ -315,7 +314,7 @@ class Runner:
         start = time.perf_counter()
         count = len(jobs)
         each_transfer_s, each_run_s = launch.transfer_s / count, launch.run_s / count
-        is_revoked = self._observer.is_revoked
+        is_revoked, encoding = self._observer.is_revoked, self._settings.result_serializer
         succeeded: list[str] = []
         for job, part in zip(group.jobs, parts, strict=True):
             # Its kernel may have seen it and stopped half way, whatever has been forgotten since.
@@ -347,7 +346,7 @@ class Runner:
                     self._fail(job, InvalidArguments(f"what should follow it: {error!r:.300}", "callbacks"), batch)
                     continue
                 meta = msgspec.structs.replace(meta, children=list(follow_ups.children))
-            record = results.encode(meta, self._encoding(job)) if job.keep else b""
+            record = results.encode(meta, job.options.result or encoding) if job.keep else b""
             if job.seen and (lost := self._lost(job)) is not None:  # the answer may be a view of its arguments
                 self._fail(job, lost, batch)
                 continue
@@ -362,16 +361,18 @@ class Runner:
             launch.transfer_s += time.perf_counter() - start
             self._note_launch(group, launch, succeeded, batch)
 
-    def _kill_after_s(self, group: Group, limits: Sequence[float | None], batch: _Batch) -> tuple[float, bool]:
-        """The longest that one of these jobs, with these limits of their own, may run: see tasks.limits."""
+    def _limits(self, group: Group, batch: _Batch) -> tuple[float, bool, float | None]:
+        """When a launch ends its worker, whether by a job's own limit, and how long its jobs want to run at most."""
         spec, settings = group.kernel.spec, self._settings
+        limits = [job.limit_s for job in group.jobs]
         if limits.count(None) == len(limits):
-            return kill_after_s(None, spec, None, settings)
+            return *kill_after_s(None, spec, None, settings), None
         notes = [batch.notes.get(job.id) for job in group.jobs]
-        return max(
+        longest = max(
             kill_after_s(limit_s, spec, note.estimate if note is not None else None, settings)
             for limit_s, note in zip(limits, notes, strict=True)
         )
+        return *longest, own_limit_s(limits)
 
     def _filled(self, broker: Broker, group: Group, batch: _Batch) -> Group:
         """The group with what its jobs have outside their messages; those who cannot have it fail."""
