@@ -77,12 +77,15 @@ def from_wire(value: TensorMap, field: str | None = None) -> NDArray[Any]:
     dtype = _BY_WIRE.get(value.dtype)
     if dtype is None:
         raise InvalidArguments(f"unknown dtype {value.dtype!r}; use one of {', '.join(DTYPES)}", field)
+    shape = value.shape
+    if shape and min(shape) < 0:  # NumPy takes some of these
+        raise _unfit(shape, dtype, data.nbytes, field)
     try:
-        array: NDArray[Any] = np.ndarray(value.shape, dtype, data)
+        array: NDArray[Any] = np.ndarray(shape, dtype, data)
     except (ValueError, OverflowError, TypeError) as error:
-        raise _unfit(value.shape, dtype, data.nbytes, field, str(error)) from None
+        raise _unfit(shape, dtype, data.nbytes, field, str(error)) from None
     if array.nbytes != data.nbytes or array.ndim > _MAX_DIMS:
-        raise _unfit(value.shape, dtype, data.nbytes, field)
+        raise _unfit(shape, dtype, data.nbytes, field)
     if not data.readonly:  # what was decoded from bytes is so already
         array.flags.writeable = False
     return array
