@@ -149,16 +149,8 @@ def read_rows(envelope: wire.Envelope, count: int, *, limit_bytes: int) -> list[
 
 def split(message: bytes, most: int = 1) -> list[bytes]:
     """The messages of the jobs in a bundle: bundles of at most `most`, or single ones. Malformed where it is none."""
-    envelope = wire.read_envelope(message)
-    options = wire.read_options(envelope.headers)
-    ids = ids_of(envelope.headers, options)
-    body: _Rows = wire.open_body(envelope, len(message), _ROWS)
-    if len(body.rows) != len(ids):
-        raise Malformed(f"a bundle of {len(ids)} jobs has the arguments of {len(body.rows)}")
-    shared: dict[str, Any] = _ANYTHING.decode(message) | {"body": ""}
-    packed = list(map(bytes, body.rows))
-    starts = range(0, len(ids), max(1, most))
-    return [_part(shared, options, ids[at : at + most], packed[at : at + most]) for at in starts]
+    found = _opened(message)
+    return [found.part(at, most) for at in range(0, len(found.ids), max(1, most))]
 
 
 def singles(message: bytes) -> list[bytes]:
@@ -169,23 +161,43 @@ def singles(message: bytes) -> list[bytes]:
 
 def single(message: bytes, at: int) -> bytes:
     """The message of one job of a bundle, by its place in it. Raises as `split`."""
-    return split(message)[at]
+    return _opened(message).part(at, 1)
 
 
-def _part(shared: Mapping[str, Any], options: Options, ids: Sequence[str], packed: Sequence[bytes]) -> bytes:
-    """A message that shares what is not said here with the bundle that it comes from."""
-    headers = shared["headers"] | {"id": ids[0], "root_id": ids[0]}
-    if len(ids) > 1:
-        headers["lepton"] = msgspec.structs.replace(options, bundle=len(ids), split=True)
-        body = wire.pack_rows(packed)
-    else:
-        shapes = _shapes(packed[0])
-        headers["kwargsrepr"] = describe(shapes or {})
-        headers["lepton"] = msgspec.structs.replace(options, bundle=None, split=False, shapes=shapes)
-        body = wire.pack_row(packed[0])
-    own = {"correlation_id": ids[0], "delivery_tag": str(uuid.uuid4())}
-    text = binascii.b2a_base64(body, newline=False).decode()
-    return _JSON.encode({**shared, "body": text, "headers": headers, "properties": shared["properties"] | own})
+class _Opened(msgspec.Struct, frozen=True):
+    """A bundle, ready to be split."""
+
+    shared: Mapping[str, Any]
+    """Its envelope, without the body."""
+    options: Options
+    ids: tuple[str, ...]
+    rows: list[msgspec.Raw]
+
+    def part(self, at: int, count: int) -> bytes:
+        """The message of so many of its jobs, which shares with it what is not said here."""
+        ids, packed = self.ids[at : at + count], list(map(bytes, self.rows[at : at + count]))
+        headers = self.shared["headers"] | {"id": ids[0], "root_id": ids[0]}
+        if len(ids) > 1:
+            headers["lepton"] = msgspec.structs.replace(self.options, bundle=len(ids), split=True)
+            body = wire.pack_rows(packed)
+        else:
+            shapes = _shapes(packed[0])
+            headers["kwargsrepr"] = describe(shapes or {})
+            headers["lepton"] = msgspec.structs.replace(self.options, bundle=None, split=False, shapes=shapes)
+            body = wire.pack_row(packed[0])
+        properties = self.shared["properties"] | {"correlation_id": ids[0], "delivery_tag": str(uuid.uuid4())}
+        text = binascii.b2a_base64(body, newline=False).decode()
+        return _JSON.encode({**self.shared, "body": text, "headers": headers, "properties": properties})
+
+
+def _opened(message: bytes) -> _Opened:
+    envelope = wire.read_envelope(message)
+    options = wire.read_options(envelope.headers)
+    ids = ids_of(envelope.headers, options)
+    body: _Rows = wire.open_body(envelope, len(message), _ROWS)
+    if len(body.rows) != len(ids):
+        raise Malformed(f"a bundle of {len(ids)} jobs has the arguments of {len(body.rows)}")
+    return _Opened(_ANYTHING.decode(message) | {"body": ""}, options, ids, body.rows)
 
 
 def _shapes(packed: bytes) -> dict[str, Any] | None:

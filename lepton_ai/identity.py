@@ -11,6 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from typing import Final
 
@@ -63,18 +64,24 @@ def shared_by(job_id: str) -> str | None:
     return job_id[:-3] if _OURS.fullmatch(job_id) else None
 
 
+@lru_cache(maxsize=1024)  # of a job that ends it is asked more than once
 def minute_of(job_id: str) -> int | None:
     """The minute (since the epoch) that an id of ours carries, or None for a foreign id."""
-    at = made_at(job_id)
-    return None if at is None else int(at) // 60
+    at_ms = _made_at_ms(job_id)
+    return None if at_ms is None else at_ms // 60_000
 
 
 def made_at(job_id: str) -> float | None:
     """When (seconds since the epoch) an id of ours was made, or None for a foreign id."""
+    at_ms = _made_at_ms(job_id)
+    return None if at_ms is None else at_ms / 1000
+
+
+def _made_at_ms(job_id: str) -> int | None:
     if _OURS.fullmatch(job_id):
-        return int(job_id[:8] + job_id[9:13], 16) / 1000
+        return int(job_id[:8] + job_id[9:13], 16)
     try:
         parsed = uuid.UUID(job_id)
     except ValueError:
         return None
-    return (parsed.int >> 80) / 1000 if parsed.version == 7 else None
+    return parsed.int >> 80 if parsed.version == 7 else None

@@ -537,6 +537,7 @@ class Broker:
             *_section(step.chord_parts),
             *_section(letter.words for letter in step.dead),
             *_section(step.blobs),
+            *_section((minute,) for minute in step.minutes),
         )
         duplicates = self._fenced("commit", held, arguments)
         if cancelled:  # afterwards, and not with it: a mark that stays behind does no harm

@@ -285,6 +285,7 @@ end
 --   pushes: id list message        retries: id delay_ms message
 --   chord parts: id part           dead letters: id kernel code reason attempts trace message
 --   blobs: id kept_s key (0: forgotten; below: the job goes on)
+--   minutes: those whose placements are kept as long as these results
 -- What a duplicate would have set off does not happen. Returns the ids that had a final result already. Refused whole,
 -- as FENCED, unless the lease is alive and the held list is exactly the n messages that the worker took.
 local function fenced(held, lease, n)
@@ -346,6 +347,7 @@ local function commit(keys, args)
   section(3, function(first)
     end_blob(args[first + 2], tonumber(args[first + 1]), late[args[first]])
   end)
+  section(1, function(first) redis.pcall('EXPIRE', 'lepton:jobs:' .. args[first], ttl, 'GT') end)
   for status, number in pairs(counts) do
     if number > 0 then count(status, number) end
   end

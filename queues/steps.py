@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import msgspec
@@ -64,6 +64,8 @@ class Commit(msgspec.Struct, frozen=True):
     blobs: Sequence[tuple[str, int, str]] = ()
     """Keys of its jobs' blobs, each with its job and how many seconds it is kept: 0 for none, or GOES_ON. A
     duplicate's are left to themselves for a minute."""
+    minutes: Collection[int] = ()
+    """Those whose placements are kept as long as these results are: what ends a job says no more where it went."""
 
 
 class Dispatch(msgspec.Struct):

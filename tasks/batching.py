@@ -21,11 +21,13 @@ from lepton_ai.tensor import MOST, TensorMap
 __all__ = ["Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "read_all", "split"]
 
 _NO_OPTIONS: Final = Options()
+#: As most messages have it.
+_NO_LIMITS: Final[list[float | None]] = [None, None]
 _ARRAYS: Final = (TensorMap, np.ndarray)
 _SHAPED: Final = (np.ndarray, Reference)
 
 
-class TakenJob(msgspec.Struct, eq=False):
+class TakenJob(msgspec.Struct, eq=False, gc=False):
     """A job with its checked inputs, ready to run."""
 
     id: str
@@ -80,7 +82,7 @@ class Unreadable(msgspec.Struct, frozen=True):
     message: bytes
 
 
-class Group(msgspec.Struct, eq=False):
+class Group(msgspec.Struct, eq=False, gc=False):
     """Jobs of one kernel that run in one launch."""
 
     kernel: Kernel
@@ -184,7 +186,7 @@ def _read(
         not forms.isdisjoint(_ARRAYS) or (list not in forms and options.result == "msgpack"),
         keep,
         message,
-        retries=max(0, headers.retries or 0),
+        retries=max(0, headers.retries) if headers.retries else 0,
         limit_s=_limit_s(options, headers),
         deadline_at=deadline_at,
         sequel=sequel,
@@ -207,7 +209,9 @@ def _limit_s(options: Options, headers: wire.Headers) -> float | None:
     """The job's own limit: ours, or the shorter of Celery's two (time_limit, soft_time_limit)."""
     if options.limit_s is not None:
         return options.limit_s
-    limits = [limit for limit in headers.timelimit or () if limit is not None]
+    if headers.timelimit is None or headers.timelimit == _NO_LIMITS:
+        return None
+    limits = [limit for limit in headers.timelimit if limit is not None]
     if not limits:
         return None
     if any(not 0 < limit < math.inf for limit in limits):
@@ -280,8 +284,8 @@ def _check_lengths(group: Group, outputs: dict[str, np.ndarray[Any, Any]], expec
 def answer(job: TakenJob, outputs: dict[str, Any]) -> dict[str, Any]:
     """A job's outputs in the form in which it was asked."""
     if job.tensors:
-        return {name: wire.to_value(np.asarray(value)) for name, value in outputs.items()}
-    return {name: np.asarray(value).tolist() for name, value in outputs.items()}
+        return {name: wire.to_value(value) for name, value in outputs.items()}
+    return {name: value.tolist() for name, value in outputs.items()}
 
 
 def names(jobs: Sequence[TakenJob]) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 import numpy as np
@@ -27,7 +27,8 @@ from lepton_ai.errors import (
     Unavailable,
 )
 from lepton_ai.event import Event, Observation
-from lepton_ai.job import LATEST_S, Cost, Placement, Record
+from lepton_ai.identity import minute_of
+from lepton_ai.job import LATEST_S, Cost, Estimate, Placement, Record
 from lepton_ai.kernel import Retry
 from lepton_ai.ring import RingReader
 from lepton_ai.settings import Settings
@@ -48,7 +49,6 @@ __all__ = ["Ending", "Observer", "Runner", "Running"]
 _MINUTES_BACK = 10
 #: A kernel's progress is told so often at most.
 _PROGRESS_S = 0.2
-_PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 log = structlog.get_logger()
 
@@ -103,6 +103,18 @@ class Running(msgspec.Struct, frozen=True):
     """Whether that is what the job asked for, and not its kernel's limit."""
 
 
+class _Note(msgspec.Struct, frozen=True, gc=False):
+    """What is read of a Placement that stays where it is: in the hash of the minute that its job's id carries."""
+
+    placed_at: float
+    estimate: Estimate | None = None
+    shown: bool = False
+
+
+_NOTE = msgspec.msgpack.Decoder(_Note)
+_PLACEMENT = msgspec.msgpack.Decoder(Placement)
+
+
 class _Launch(msgspec.Struct):
     """The times of one launch, and the size of its array arguments."""
 
@@ -141,9 +153,9 @@ class _Lesson(msgspec.Struct):
 class _Batch(msgspec.Struct):
     """What is known of a batch while it runs, and how its jobs have ended."""
 
-    placements: dict[str, Placement]
-    notes: dict[str, bytes]
-    """The placements as they came, in msgpack."""
+    notes: dict[str, _Note | Placement]
+    minutes: set[int]
+    """Those in which the jobs' placements stand."""
     taken_at: float
     lessons: dict[tuple[str, int, int, int], _Lesson] = {}
     """By the kernel, the jobs of a launch, and the orders of magnitude of its flops and bytes."""
@@ -194,7 +206,8 @@ class Runner:
         try:
             found = self._read(messages)
             notes, marked = self._known(broker, found)
-            batch = _Batch(_placements(notes), notes, taken_at)
+            minutes = _minutes(found)
+            batch = _Batch(_notes(notes, minutes), set(minutes.values()), taken_at)
             jobs = self._begin(found, marked, broker.now(), batch)
             for group in groups(jobs, settings.batch_jobs, settings.batch_bytes):
                 self._run_group(broker, group, batch)
@@ -212,6 +225,7 @@ class Runner:
             batch.dead,
             len(found) - len(messages),
             batch.blobs,
+            batch.minutes,
         )
         return step, batch.endings
 
@@ -259,7 +273,7 @@ class Runner:
         known = [job for job in found if not isinstance(job, Unreadable)]
         self._observer.taken(
             [(job.id, job.kernel if isinstance(job, Refused) else job.kernel.name) for job in known],
-            {job for job, placement in batch.placements.items() if placement.shown},
+            {job for job, note in batch.notes.items() if note.shown},
         )
         jobs: list[TakenJob] = []
         seen: set[str] = set()
@@ -292,14 +306,11 @@ class Runner:
             if not group.jobs:
                 return
         kernel, jobs = group.kernel, names(group.jobs)
-        limits = [
-            kill_after_s(job.limit_s, kernel.spec, batch.placements.get(job.id), self._settings) for job in group.jobs
-        ]
-        longest, own = max(limits)
+        longest, own, limit_s = self._limits(group, batch)
         started = time.monotonic()
         self.running = Running(self._slot, jobs, started, longest, own)
         self._observer.started(jobs)
-        context = _Context(group, jobs, started, self._observer)
+        context = _Context(jobs, kernel.name, self._observer, started, limit_s, started)
         try:
             outputs, launch = self._launch(group, context)
             parts = split(group, outputs)
@@ -311,26 +322,24 @@ class Runner:
                 return
             self._kernel_raised(group.jobs[0], error, context, batch)
             return
+        start = time.perf_counter()
         count = len(jobs)
         each_transfer_s, each_run_s = launch.transfer_s / count, launch.run_s / count
-        start = time.perf_counter()
+        is_revoked, encoding = self._observer.is_revoked, self._settings.result_serializer
         succeeded: list[str] = []
         for job, part in zip(group.jobs, parts, strict=True):
             # Its kernel may have seen it and stopped half way, whatever has been forgotten since.
-            if context.cancel_told or self._observer.is_revoked(job.id):
+            if context.cancel_told or is_revoked(job.id):
                 self._fail(job, JobCancelled("cancelled while it ran"), batch)
                 continue
             if job.limit_s is not None and (context.limit_told or each_run_s > job.limit_s):
                 self._fail(job, _over(job), batch)
                 continue
-            placement = batch.placements.get(job.id)
-            wait_s = max(0.0, batch.taken_at - placement.placed_at) if placement is not None else 0.0
+            note = batch.notes.get(job.id)
+            wait_s = max(0.0, batch.taken_at - note.placed_at) if note is not None else 0.0
             cost = Cost(self._incarnation, self._device, wait_s, each_transfer_s, each_run_s, count)
-            encoding = self._encoding(job)
-            shown_placement: Any = placement
-            if placement is not None and encoding == "msgpack":  # as it came: it is not written anew
-                shown_placement = msgspec.Raw(_named(batch.notes[job.id], placement.job, job.id))
-            meta = results.success(job.id, answer(job, part), Record(shown_placement, cost))
+            placement = note if isinstance(note, Placement) else None
+            meta = results.success(job.id, answer(job, part), Record(placement, cost))
             follow_ups = None
             if job.sequel is not None:
                 try:
@@ -348,7 +357,7 @@ class Runner:
                     self._fail(job, InvalidArguments(f"what should follow it: {error!r:.300}", "callbacks"), batch)
                     continue
                 meta = msgspec.structs.replace(meta, children=list(follow_ups.children))
-            record = results.encode(meta, encoding) if job.keep else b""
+            record = results.encode(meta, job.options.result or encoding) if job.keep else b""
             if job.seen and (lost := self._lost(job)) is not None:  # the answer may be a view of its arguments
                 self._fail(job, lost, batch)
                 continue
@@ -356,12 +365,25 @@ class Runner:
                 self._note(job.id, follow_ups, batch)
             self._end_blobs(job, 0, batch)
             batch.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
-            shapes = _shapes(part) if placement is not None and placement.shown else ""
+            shapes = _shapes(part) if note is not None and note.shown else ""
             batch.endings.append(Ending(job.id, "succeeded", time.time(), each_run_s, shapes))
             succeeded.append(job.id)
         if succeeded:
             launch.transfer_s += time.perf_counter() - start
             self._note_launch(group, launch, succeeded, batch)
+
+    def _limits(self, group: Group, batch: _Batch) -> tuple[float, bool, float | None]:
+        """When a launch ends its worker, whether by a job's own limit, and how long its jobs want to run at most."""
+        spec, settings = group.kernel.spec, self._settings
+        limits = [job.limit_s for job in group.jobs]
+        if limits.count(None) == len(limits):
+            return *kill_after_s(None, spec, None, settings), None
+        notes = [batch.notes.get(job.id) for job in group.jobs]
+        longest = max(
+            kill_after_s(limit_s, spec, note.estimate if note is not None else None, settings)
+            for limit_s, note in zip(limits, notes, strict=True)
+        )
+        return *longest, own_limit_s(limits)
 
     def _filled(self, broker: Broker, group: Group, batch: _Batch) -> Group:
         """The group with what its jobs have outside their messages; those who cannot have it fail."""
@@ -387,26 +409,27 @@ class Runner:
             batch.blobs += [(job.id, kept_s, key) for key in blob.keys(job.id, job.options.blobs)]
 
     def _launch(self, group: Group, context: _Context) -> tuple[dict[str, np.ndarray[Any, Any]], _Launch]:
-        driver, name = self._driver, group.kernel.name
+        driver, kernel, array = self._driver, group.kernel, np.ndarray
         size = 0
+        inputs: dict[str, Any] = {}
+        outputs: dict[str, np.ndarray[Any, Any]] = {}
         start = time.perf_counter()
-        inputs = {}
         for key, value in group.inputs.items():
-            if isinstance(value, np.ndarray):
+            if isinstance(value, array):
                 size += value.nbytes
                 inputs[key] = driver.upload(value)
             else:
                 inputs[key] = value
         uploaded = time.perf_counter()
-        found = self._repertoire.runs[name](inputs, context)
+        found = self._repertoire.runs[kernel.name](inputs, context)
         driver.synchronize()
         ran = time.perf_counter()
-        if found.keys() != group.kernel.signature.outputs.keys():
-            raise KernelFailed(f"{name} returned {sorted(found)}, not {sorted(group.kernel.signature.outputs)}")
-        outputs = {key: driver.download(value) for key, value in found.items()}
-        for key, value in outputs.items():
-            if value.dtype.num not in SENDABLE:  # found out here it fails a job; at the commit, the slot for ever
-                raise KernelFailed(f"{name} returned {key!r} of dtype {value.dtype}, which cannot be sent")
+        if found.keys() != kernel.signature.outputs.keys():
+            raise KernelFailed(f"{kernel.name} returned {sorted(found)}, not {sorted(kernel.signature.outputs)}")
+        for key, value in found.items():
+            output = outputs[key] = driver.download(value)
+            if output.dtype.num not in SENDABLE:  # found out here it fails a job; at the commit, the slot for ever
+                raise KernelFailed(f"{kernel.name} returned {key!r} of dtype {output.dtype}, which cannot be sent")
         transfer_s = uploaded - start + time.perf_counter() - ran
         for job in group.jobs:
             transfer_s += job.decode_s
@@ -533,16 +556,31 @@ class Runner:
 _STATUSES: Mapping[type[LeptonError], str] = {JobCancelled: "cancelled", JobExpired: "expired"}
 
 
-def _named(note: bytes, noted: str, job: str) -> bytes:
-    """A Placement that names this job: that of a bundle names its first."""
-    return note if noted == job else note.replace(noted.encode(), job.encode(), 1)
+def _minutes(found: Iterable[TakenJob | Refused | Unreadable]) -> dict[str, int]:
+    """The minutes that the jobs' ids carry, where they carry one; those of a bundle have one together."""
+    minutes: dict[str, int] = {}
+    message, minute = b"", None
+    for job in found:
+        if isinstance(job, Unreadable):
+            continue
+        if not (isinstance(job, TakenJob) and job.bundled and job.message is message):
+            minute = minute_of(job.id)
+        message = job.message if isinstance(job, TakenJob) else b""
+        if minute is not None:
+            minutes[job.id] = minute
+    return minutes
 
 
-def _placements(notes: Mapping[str, bytes]) -> dict[str, Placement]:
-    """The Placements; that of a bundle is read once, and names its first job."""
-    known: dict[bytes, Placement] = {}
+def _notes(notes: Mapping[str, bytes], minutes: Container[str]) -> dict[str, _Note | Placement]:
+    """What is read of the placements; that of a bundle is read once."""
+    known: dict[bytes, _Note | Placement] = {}
+    found: dict[str, _Note | Placement] = {}
     try:
-        return {job: known.get(note) or known.setdefault(note, _PLACEMENT.decode(note)) for job, note in notes.items()}
+        for job, note in notes.items():
+            if (read := known.get(note)) is None:
+                read = known[note] = (_NOTE if job in minutes else _PLACEMENT).decode(note)
+            found[job] = read
+        return found
     except msgspec.DecodeError as error:  # the jobs run all the same, unexplained
         log.error("placements_unreadable", reason=str(error))
         return {}
@@ -563,21 +601,21 @@ def _shapes(outputs: Mapping[str, np.ndarray[Any, Any]]) -> str:
     return ", ".join(f"{name}={value.dtype}{list(value.shape)}" for name, value in outputs.items())
 
 
-class _Context:
-    """What the running variant may ask. See lepton_ai.kernel.Context."""
+class _Context(msgspec.Struct, eq=False):
+    """What the running variant may ask: see lepton_ai.kernel.Context. One is made a launch, hence a struct."""
 
-    stream = None
+    stream: ClassVar[None] = None
 
-    def __init__(self, group: Group, jobs: tuple[str, ...], started: float, observer: Observer) -> None:
-        self._jobs = jobs
-        self._kernel = group.kernel.name
-        self._observer = observer
-        self._started = self._told_at = started
-        self._limit_s = own_limit_s(job.limit_s for job in group.jobs)
-        self.cancel_told = False
-        """The kernel has been told that all its jobs are cancelled."""
-        self.limit_told = False
-        """Or that their time is up."""
+    _jobs: tuple[str, ...]
+    _kernel: str
+    _observer: Observer
+    _started: float
+    _limit_s: float | None
+    _told_at: float
+    cancel_told: bool = False
+    """The kernel has been told that all its jobs are cancelled."""
+    limit_told: bool = False
+    """Or that their time is up."""
 
     @property
     def deadline(self) -> float | None:

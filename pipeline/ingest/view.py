@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
 
 from lepton_ai import topology, wire
 from lepton_ai.direct_protocol import noted_as, read_look
-from lepton_ai.errors import LeptonError, UnknownJob
+from lepton_ai.errors import BrokerUnavailable, LeptonError, UnknownJob
 from lepton_ai.identity import minute_of
 from lepton_ai.job import FINAL_STATES, Meta, Placement, Record, state_of
 from lepton_ai.remote import JobView
 from pipeline.ingest.redispy import broker_errors
 
-__all__ = ["Found", "Known", "find", "view"]
+__all__ = ["Found", "Known", "find", "placed", "view"]
+
+_PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 #: How many minutes of placements back a foreign id (one that carries no minute) is looked for.
 _MINUTES_BACK: Final = 60
@@ -47,6 +50,32 @@ async def find(client: Any, ids: Sequence[str]) -> dict[str, Found]:
     return {
         job_id: _read(job_id, (stored[2 * at], stored[2 * at + 1], placements[job_id])) for at, job_id in enumerate(ids)
     }
+
+
+async def placed(client: Any, metas: Mapping[str, Meta]) -> dict[str, Known]:
+    """What is known of jobs that have ended, by their results: their placements are kept apart, in one round trip."""
+    by_minute: dict[int, list[str]] = {}
+    for job_id in metas:
+        if (minute := minute_of(job_id)) is not None:
+            by_minute.setdefault(minute, []).append(job_id)
+    notes: dict[str, Any] = {}
+    if by_minute:
+        with suppress(BrokerUnavailable):  # the results are here, and can be told
+            async with broker_errors(), client.pipeline(transaction=False) as pipeline:
+                fields = {minute: [name for job in ids for name in noted_as(job)] for minute, ids in by_minute.items()}
+                for minute, names in fields.items():
+                    pipeline.hmget(topology.jobs(minute), names)
+                for names, found in zip(fields.values(), await pipeline.execute(), strict=True):
+                    notes.update(zip(names, found, strict=True))
+    noted = {job_id: next(filter(None, map(notes.get, noted_as(job_id))), None) for job_id in metas}
+    return {job_id: (meta, _placement(job_id, noted[job_id])) for job_id, meta in metas.items()}
+
+
+def _placement(job_id: str, note: bytes | None) -> Placement | None:
+    try:
+        return msgspec.structs.replace(_PLACEMENT.decode(note), job=job_id) if note else None
+    except msgspec.DecodeError:
+        return None
 
 
 def _read(job_id: str, answers: Sequence[Any]) -> Found:

@@ -581,6 +581,21 @@ def test_a_result_and_a_reply_list_expire(connection: Connection, broker: Broker
         assert TTL_S - 5 < connection.call("TTL", key) <= TTL_S
 
 
+def test_placements_are_kept_as_long_as_the_results_of_their_jobs_and_never_less(
+    connection: Connection, broker: Broker
+) -> None:
+    kept = {1: TTL_S // 2, 2: 2 * TTL_S, 3: TTL_S // 2}
+    for minute, ttl_s in kept.items():
+        connection.many([("HSET", topology.jobs(minute), "one", b"p"), ("EXPIRE", topology.jobs(minute), ttl_s)])
+    held_batch(connection, broker)
+    broker.commit(Commit(0, 1, [succeeded("one")], b"", minutes={1, 2, 7}))
+    found = {minute: connection.call("TTL", topology.jobs(minute)) for minute in (*kept, 7)}
+    assert TTL_S - 5 < found[1] <= TTL_S
+    assert 2 * TTL_S - 5 < found[2] <= 2 * TTL_S
+    assert found[3] <= TTL_S // 2
+    assert found[7] == -2
+
+
 def test_results_reach_each_clients_reply_list_in_order(connection: Connection, broker: Broker) -> None:
     outcomes = [succeeded(f"j{at}", f"lepton:reply:{at % 2}") for at in range(6)]
     held_batch(connection, broker, 6)

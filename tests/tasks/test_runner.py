@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import uuid
 from typing import Any
 
 import msgspec
@@ -46,16 +47,19 @@ def test_a_reply_goes_to_the_client_that_waits(worker: Worker) -> None:
     assert [reply.task_id for reply in replies] == sent
 
 
-def test_the_record_has_the_placement_and_what_the_job_cost(worker: Worker) -> None:
+def test_the_record_has_what_the_job_cost_and_its_placement_is_kept_as_long(worker: Worker) -> None:
     job = new_id()
     placement = Placement(job, "test.double", "placed", "because", time.time() - 1.0, "router-1", DEVICE)
     key = topology.jobs(minute_of(job) or 0)
     worker.connection.call("HSET", key, job, msgspec.msgpack.encode(placement))
+    worker.connection.call("EXPIRE", key, 60)
     worker.push(message(job, 1.0))
     record = worker.meta(job).lepton
-    assert record.placement == placement
+    assert record.placement is None
     assert (record.cost.worker, record.cost.device, record.cost.batch) == (worker.incarnation, DEVICE, 1)
     assert 1.0 <= record.cost.wait_s < 3.0
+    until_result, until_placement = worker.connection.many([("PTTL", topology.result(job)), ("PTTL", key)])
+    assert until_placement >= until_result - 1000
 
 
 def test_one_event_tells_what_a_launch_taught(worker: Worker) -> None:
@@ -100,24 +104,25 @@ def test_one_that_fails_among_many_that_run_one_after_another_teaches_nothing(wo
     assert told == {"job.succeeded": tuple(good), "job.failed": (bad,)}
 
 
-def test_a_placement_comes_back_whole_in_either_encoding(worker: Worker) -> None:
+def test_a_job_whose_id_carries_no_minute_has_its_placement_in_its_record(worker: Worker) -> None:
     worker.warm_up()
-    jobs = new_ids(2)
+    jobs = [str(uuid.uuid4()) for _ in range(2)]
     for job, encoding in zip(jobs, ("msgpack", "json"), strict=True):
         estimate = Estimate(0.5, 0.25, 0.125)
         candidates = (Candidate(DEVICE, estimate), Candidate("gpu", excluded="announces no test.double"))
         placement = Placement(
             job, "test.double", "placed", "b", 1.0, "router-1", DEVICE, estimate, candidates, "earliest_finish"
         )
-        worker.connection.call("HSET", topology.jobs(minute_of(job) or 0), job, msgspec.msgpack.encode(placement))
+        minute = int(time.time()) // 60
+        worker.connection.call("HSET", topology.jobs(minute), job, msgspec.msgpack.encode(placement))
         worker.push(message(job, 1.0, result=encoding))
         assert worker.meta(job).lepton.placement == placement
 
 
 def test_a_placement_that_cannot_be_read_holds_no_job_up_and_goes_no_further(worker: Worker) -> None:
     for note in (b"\xc1", msgspec.msgpack.encode({"placed_at": 1.0, "candidates": 7})):
-        (job,) = new_ids(1)
-        worker.connection.call("HSET", topology.jobs(minute_of(job) or 0), job, note)
+        job = str(uuid.uuid4())
+        worker.connection.call("HSET", topology.jobs(int(time.time()) // 60), job, note)
         worker.push(message(job, 1.0, result="msgpack"))
         found = worker.meta(job)
         assert (found.status, found.lepton.placement) == ("SUCCESS", None)
