@@ -108,14 +108,12 @@ class Broker:
         """How many messages of each kind waited beside the lanes at the last `claim`."""
         self.is_waking = False
         """A wake-up has been asked for, and not been taken."""
-        self._looked_at: tuple[str, ...] = ()
-        """The lists whose lengths come with the next wake-up."""
-        self._looked_queues: dict[str, str] = {}
-        """And the queues of devices, by their device."""
+        self._looked_at: dict[str, str] = {}
+        """The queues that are looked at with the next wake-up, by their device."""
         self._woken: Connection | None = None
         """Watches the wake claim, which held the message of the last wake-up and nothing else."""
         self._lone_note: bytes | None = None
-        """A Placement that came with the last message taken, perhaps its own; None also where jobs are to be cancelled."""
+        """A Placement that came with the last message taken, perhaps its own; None where jobs are to be cancelled."""
         functions.load(connection)
         self._look_at_clock(*connection.call("TIME"))
 
@@ -193,31 +191,30 @@ class Broker:
 
     def _wake_commands(self) -> list[Command]:
         wait_s = self._settings.lease_s / 2
-        self._looked_at = (self._wake_claim, *_BACK.values(), *self._lane_lists())
         looked_at = islice(self._known_devices, _LOOKED_QUEUES)
-        self._looked_queues = {device: topology.device_queue(device) for device in looked_at}
+        self._looked_at = {device: topology.device_queue(device) for device in looked_at}
         return [
             ("CLIENT", "REPLY", "SKIP"),  # the next moment at which there is something to read is the wake-up
             self._remember,
             ("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", wait_s),
             ("UNWATCH",),
             ("WATCH", self._wake_claim),  # so that the message can leave it in one step: see `_dispatch_woken`
-            *self._looks(self._looked_at),
-            *(("LLEN", queue) for queue in self._looked_queues.values()),
+            ("LLEN", self._wake_claim),
+            ("EXISTS", topology.CANCELLED, *_BACK.values(), *self._lane_lists()),
+            ("SMEMBERS", topology.LANES),
+            *(("LLEN", queue) for queue in self._looked_at.values()),
         ]
 
     def woke(self, wake: Connection) -> Woken:
         """The answer to `ask_wake`: what has landed in the wake claim, and whether that is all that there is to do."""
-        queues = len(self._looked_queues)
-        replies = wake.receive(5 + len(self._looked_at) + queues)
+        answer, _, _, length, others, tenants, *depths = wake.receive(6 + len(self._looked_at))
         self.is_waking = False
-        answer, _, _, marks, tenants, length, *depths = replies
         if self._refused([answer]) or answer is None:
             return Woken(None, is_all=False)
         # Whatever else is not as it should be, the next `claim` deals with.
         lanes = set() if isinstance(tenants, CommandError) else {topology.LANE, *_names(tenants)}
-        are_queues = all(isinstance(each, int) for each in depths[len(depths) - queues :])
-        is_all = marks == 0 and lanes == set(self._lanes) and length == 1 and not any(depths[: len(depths) - queues])
+        is_all = length == 1 and others == 0 and lanes == set(self._lanes)
+        are_queues = not any(isinstance(each, CommandError) for each in depths)
         self._woken = wake if is_all and are_queues else None
         return Woken(answer, is_all)
 
@@ -386,8 +383,9 @@ class Broker:
         """
         claims, lengths = list(step.claims), list(step.claims.values())
         wake, self._woken = self._woken, None
-        if wake is not None and claims == [self._wake_claim] and step.lone and step.lone[0] in self._looked_queues:
-            if self._dispatch_woken(wake, step, self._looked_queues[step.lone[0]]):
+        if wake is not None and claims == [self._wake_claim] and (lone := step.lone) is not None:
+            queue = self._looked_at.get(lone[0])
+            if queue is not None and self._dispatch_woken(wake, step, queue):
                 return
         if step.is_few(_FEW, _FEW_BYTES):
             queues = self._queues(step)

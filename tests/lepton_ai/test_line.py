@@ -49,7 +49,7 @@ def test_a_broker_that_is_away_is_said_to_be(client: redis.Redis) -> None:
         Line(lost).ask("PING")
 
 
-def test_a_child_does_not_talk_over_its_parents_connection(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_leaves_its_parents_connection_alone(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(client)
     before = line.ask("CLIENT", "ID")
     monkeypatch.setattr(os, "getpid", lambda: -1)

@@ -395,7 +395,8 @@ def test_a_placement_that_came_with_another_jobs_message_is_left_alone(connectio
     step = lone(broker, messages[0])
     step.claims, step.rests = {claim: 2}, {claim: messages[1:]}
     broker.dispatch(step)
-    broker.dispatch(Dispatch({claim: 1}, {}, queued={"cpu": messages[1:]}, placements={7: {"two": b"p2", "three": b"p3"}}))
+    several = {7: {"two": b"p2", "three": b"p3"}}
+    broker.dispatch(Dispatch({claim: 1}, {}, queued={"cpu": messages[1:]}, placements=several))
     assert take(broker) == messages
     assert broker.known(["two"], [7]) == ({"two": b"p2"}, set())
 
