@@ -47,6 +47,7 @@ from lepton_ai.flight import Flight, part, taken
 from lepton_ai.handle import JobHandle
 from lepton_ai.identity import ids
 from lepton_ai.job import Meta, Placement
+from lepton_ai.line import Line
 from lepton_ai.parcel import Blobs, Message, Parcel
 from lepton_ai.patience import Patience, Pause
 from lepton_ai.terms import Terms
@@ -65,6 +66,7 @@ class Direct:
         self._tenant = tenant
         self._reply_to = topology.reply(client_id)
         self._redis: redis.Redis = redis.Redis.from_url(url, **CONNECTION)
+        self._line = Line(self._redis)
         self._blobs = Blobs(ring_bytes)
         self._pending: weakref.WeakValueDictionary[str, JobHandle] = weakref.WeakValueDictionary()
         #: Who else is told when a job of ours has its record: the map that it belongs to.
@@ -283,7 +285,7 @@ class Direct:
             blob.require_published(self._all(commands, transaction=True)[:kept])
             return
         with self._asking():
-            self._redis.execute_command(*commands[0])  # type: ignore[no-untyped-call]
+            self._line.ask(*commands[0])
 
     def _is_full(self) -> bool:
         return self._blobs.full
@@ -369,11 +371,8 @@ class Direct:
         metas: list[Meta] = []
         try:
             with self._asking():
-                popped: Any = (
-                    self._redis.blmpop(seconds, 1, self._reply_to, direction="LEFT", count=POP_AT_ONCE)
-                    if seconds
-                    else self._redis.lmpop(1, self._reply_to, direction="LEFT", count=POP_AT_ONCE)
-                )
+                pop = ("BLMPOP", seconds) if seconds else ("LMPOP",)
+                popped = self._line.ask(*pop, 1, self._reply_to, "LEFT", "COUNT", POP_AT_ONCE)
             metas = read_replies(popped)
         finally:
             with self._arrived:

@@ -101,6 +101,11 @@ def jobs(minute: int) -> str:
     return f"lepton:jobs:{minute}"
 
 
+def placed(device: str) -> str:
+    """The Placement of the job that was sent to a device by itself last, beside its place in `jobs`."""
+    return f"lepton:placed:{device}"
+
+
 def parked(kernel: str) -> str:
     return f"{PARKED}:{kernel}"
 

@@ -135,7 +135,6 @@ class _Session:
         self._sequels = Sequels(settings, lambda: self._cluster.kernels)
         self._narrator = Narrator(url, settings, self._main)
         self._endings = Endings(self._broker, self._window, self._cluster, self._narrator, self._sequels, settings)
-        self._waking = False
         self._filled: set[str] = set()
         """Devices that have been filled, and are drawing on it."""
         self._due_at = 0.0
@@ -165,7 +164,7 @@ class _Session:
         return has_left
 
     def _loop(self, stop: threading.Event) -> None:
-        tick_at = 0.0
+        tick_at, readable = 0.0, [self._main]
         while not stop.is_set():
             now = time.monotonic()
             if now >= tick_at:
@@ -173,16 +172,18 @@ class _Session:
                 tick_at = now + self._settings.heartbeat_s
             if now >= self._due_at:
                 self._look_at_due()
-            # Pushes that came in between replies have been read already: no select would tell of them.
-            self._more |= bool(self._main.drain_pushes()) or self._broker.is_full
+            if self._main in readable or self._main.has_more:
+                self._more |= bool(self._main.drain_pushes())
+            self._more |= self._broker.is_full
             if self._more:
                 self._claim(woken=False)
                 self._place()
             self._ask()
-            wait_s = 0.0 if self._more or self._main.pushes else min(tick_at, self._due_at) - time.monotonic()
+            has_more = self._more or self._main.has_more or self._wake.has_more
+            wait_s = 0.0 if has_more else min(tick_at, self._due_at) - time.monotonic()
             wait_s = max(_FULL_S if self._broker.is_full else 0.0, wait_s)
             readable, _, _ = select.select([self._wake, self._main, self._events.connection], [], [], wait_s)
-            if self._wake in readable:
+            if self._wake in readable or self._wake.has_more:
                 self._wake_up()
             if self._events.connection in readable:
                 self._fold(self._events.answer())
@@ -210,13 +211,11 @@ class _Session:
     def _ask(self) -> None:
         self._events.ask()
         # Not while more waits, which the next claim takes in its order.
-        if not self._waking and not self._more and self._window.room > 0 and not self._broker.is_full:
+        if not self._broker.is_waking and not self._more and self._window.room > 0 and not self._broker.is_full:
             self._broker.ask_wake(self._wake)
-            self._waking = True
 
     def _wake_up(self) -> None:
         """Takes the answer of the wake connection. A message that is alone goes from the wake claim to its device."""
-        self._waking = False
         woken = self._broker.woke(self._wake)
         devices = self._cluster.devices
         is_free = woken.is_all and not len(self._window) and all(map(self._has_room, devices))

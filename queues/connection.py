@@ -106,6 +106,11 @@ class Connection:
         pushes, self.pushes = self.pushes, []
         return pushes
 
+    @property
+    def has_more(self) -> bool:
+        """Whether something has been read and not handed out yet: no select tells of that."""
+        return bool(self.pushes) or self._reader.has_data()
+
     def fileno(self) -> int:
         return self._socket.fileno()
 

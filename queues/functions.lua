@@ -296,9 +296,14 @@ end
 local function commit(keys, args)
   local held, n, ttl = keys[1], tonumber(args[1]), tonumber(args[2])
   if not is_list(held) then return redis.error_reply('WRONGTYPE ' .. held .. ' holds something else') end
-  local bad = wrong(EVENTS, COUNTERS, ETA, ETA_MESSAGES, ATTEMPTS, DEAD, PARTS) or fenced(held, keys[2], n)
+  local has_attempts, has_ended = false, false
+  local bad = wrong(EVENTS, COUNTERS)
+  if redis.call('EXISTS', ETA, ETA_MESSAGES, ATTEMPTS, DEAD, PARTS, ENDED) > 0 then -- one call, where all is well
+    bad = bad or wrong(ETA, ETA_MESSAGES, ATTEMPTS, DEAD, PARTS)
+    has_attempts, has_ended = redis.call('EXISTS', ATTEMPTS) == 1, redis.call('EXISTS', ENDED) == 1
+  end
+  bad = bad or fenced(held, keys[2], n)
   if bad then return bad end
-  local has_attempts, has_ended = redis.call('EXISTS', ATTEMPTS) == 1, redis.call('EXISTS', ENDED) == 1
   local counts, duplicates, late = {}, {}, {}
   local at = 8
   for _ = 1, tonumber(args[7]) do

@@ -104,6 +104,14 @@ class Dispatch(msgspec.Struct):
     told: Command | None = None
     """A message for Celery's event listeners (queues/celery_events.py)."""
 
+    @property
+    def lone(self) -> tuple[str, bytes] | None:
+        """The device and the Placement of the one message that goes to a device, where it is one."""
+        if len(self.queued) != 1 or len(self.placements) != 1:
+            return None
+        ((device, messages),), (notes,) = self.queued.items(), self.placements.values()
+        return (device, next(iter(notes.values()))) if len(messages) == len(notes) == 1 else None
+
     def is_few(self, count: int, size_bytes: int) -> bool:
         """Whether it only moves messages, and so many at most."""
         if self.scheduled or self.dead or self.rejected:

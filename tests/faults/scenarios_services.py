@@ -16,7 +16,7 @@ _MAIN = r"router-[0-9a-f]{16}\r\n"
 _WAKE = r"router-[0-9a-f]{16}-wake"
 #: Where a router is killed: when the wake-up has landed in its claim and it does not know; from the first message
 #: claimed, after so many commands; when the dispatch has begun, and when it is done and it does not know, which a lone
-#: job's is in one command.
+#: job's is in one command, or, once its device is known, in one write on the connection that woke it.
 ROUTER_POINTS = (
     (_WAKE, "BLMOVE", 0),
     *((_MAIN, "LMOVE", after) for after in range(14)),
@@ -24,6 +24,9 @@ ROUTER_POINTS = (
     (_MAIN, "EXEC", 0),
     (_MAIN, "FCALL lepton_transact", 0),
     (_MAIN, "FCALL lepton_transact", -1),
+    *((_WAKE, "MULTI", after) for after in (0, 1, 5)),
+    (_WAKE, "EXEC", 0),
+    (_WAKE, "EXEC", -1),
 )
 #: Where the ingest is killed: `accept` is about to be called, has been called; the disk is to be waited for, has it.
 INGEST_POINTS = ((0, True), (0, False), (1, True), (1, False))
@@ -42,7 +45,11 @@ def router_kill(play: Play, size: Size) -> None:
         fleet.restart(router)
         incarnation = fleet.incarnation(router)
         play.until("it waits for jobs", lambda incarnation=incarnation: play.waits(f"{incarnation}-wake"))
-        load.submit([0] * (1 if begins.startswith("FCALL") else size.jobs))
+        is_lone = begins.startswith("FCALL") or (connections == _WAKE and begins != "BLMOVE")
+        if is_lone and connections == _WAKE:
+            load.submit([0])
+            play.drain()
+        load.submit([0] * (1 if is_lone else size.jobs))
         play.until(f"the router is killed at {begins} + {after}", trap.sprung.is_set)
         router.actor.wait()
         fleet.bury(incarnation)
