@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from lepton_ai import blob, idempotency, results, topology, wire
-from lepton_ai.bundle import Row, bundled
+from lepton_ai.bundle import Row, bundled, note_of
 from lepton_ai.errors import LeptonError
 from lepton_ai.identity import minute_of, shared_by
 from lepton_ai.job import FINAL_STATES, Meta, Placement
@@ -223,7 +223,7 @@ def look_commands(job_id: str) -> list[Command]:
 
 
 def noted_as(job_id: str) -> list[str]:
-    """The fields of a minute's hash in which the placement of a job may stand: its own, and that of its bundle."""
+    """The fields of a minute's hash in which the placement of a job may stand: its own, and that of its run."""
     shared = shared_by(job_id)
     return [job_id] if shared is None else [job_id, shared]
 
@@ -231,7 +231,8 @@ def noted_as(job_id: str) -> list[str]:
 def read_look(job_id: str, replies: Sequence[Any]) -> tuple[Meta | None, Placement | None]:
     """The answers to `look_commands`."""
     found, due_ms, *noted = replies
-    raw = next(filter(None, chain.from_iterable(noted)), None)
+    *values, shared = [*chain.from_iterable(noted), None] if shared_by(job_id) is None else noted[0]
+    raw = next(filter(None, values), None) or (None if shared is None else note_of(job_id, shared))
     placement = None if raw is None else msgspec.structs.replace(_PLACEMENT.decode(raw), job=job_id)
     if due_ms is not None and (placement is None or placement.state != "scheduled"):
         due = datetime.fromtimestamp(float(due_ms) / 1000, UTC).isoformat(timespec="seconds")

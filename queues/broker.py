@@ -18,7 +18,7 @@ from enum import StrEnum
 from itertools import chain
 from typing import Any, Final, NamedTuple
 
-from lepton_ai import blob, cancellation, topology, wire
+from lepton_ai import blob, bundle, cancellation, topology, wire
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import Fenced
 from lepton_ai.identity import minute_of, shared_by
@@ -487,7 +487,7 @@ class Broker:
         """The placements of these jobs, and which are to be cancelled.
 
         A job is looked for in the hash of its own minute, and in those of `minutes` where it is not found there. The
-        jobs of a bundle have one placement together, which names the first of them.
+        jobs of each of `bundles` have one note together, whose placement names the first of them.
         """
         by_minute: dict[int, list[str]] = {}
         for job in jobs:
@@ -501,8 +501,11 @@ class Broker:
         clock, marks, *answers = self.connection.receive(sent)
         self._look_at_clock(*clock)
         placements: dict[str, bytes] = {}
-        for each, values in zip([*by_minute.values(), *bundles], _checked(answers), strict=True):
-            placements.update(_found(each, values * len(each) if len(values) < len(each) else values))
+        own, shared = _checked(answers)[: len(by_minute)], answers[len(by_minute) :]
+        for each, values in zip(by_minute.values(), own, strict=True):
+            placements.update(_found(each, values))
+        for ids, (note,) in zip(bundles, shared, strict=True):
+            placements.update(_found(ids, [note and bundle.note_of(job, note) for job in ids]))
         jobs = [*jobs, *chain.from_iterable(bundles)]
         if missing := [job for job in jobs if job not in placements]:
             for values in self.connection.many([("HMGET", topology.jobs(minute), *missing) for minute in minutes]):

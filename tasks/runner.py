@@ -239,7 +239,7 @@ class Runner:
         singles: list[str] = []
         bundles: dict[bytes, list[str]] = {}
         for job in found:
-            if isinstance(job, TakenJob) and job.bundled and not job.options.split:
+            if isinstance(job, TakenJob) and job.noted_together:
                 bundles.setdefault(job.message, []).append(job.id)
             elif not isinstance(job, Unreadable):
                 singles.append(job.id)
@@ -330,6 +330,8 @@ class Runner:
             shown_placement: Any = placement
             if placement is not None and encoding == "msgpack":  # as it came: it is not written anew
                 shown_placement = msgspec.Raw(_named(batch.notes[job.id], placement.job, job.id))
+            elif placement is not None and placement.job != job.id:
+                shown_placement = msgspec.structs.replace(placement, job=job.id)
             meta = results.success(job.id, answer(job, part), Record(shown_placement, cost))
             follow_ups = None
             if job.sequel is not None:
