@@ -21,7 +21,19 @@ from lepton_ai.identity import run_of, shared_by
 from lepton_ai.job import Options
 from lepton_ai.signature import describe, shapes_of
 
-__all__ = ["Row", "bundled", "ids_of", "may_be", "read_rows", "single", "singles", "split"]
+__all__ = [
+    "Row",
+    "bundled",
+    "ids_of",
+    "may_be",
+    "note_of",
+    "noted_as",
+    "read_rows",
+    "shared_note",
+    "single",
+    "singles",
+    "split",
+]
 
 #: Fewer jobs than these are sent one by one, more are several bundles; so are bodies beyond these bytes.
 _FEWEST: Final = 4
@@ -115,7 +127,26 @@ def _largest(rows: Sequence[Row]) -> dict[str, Any]:
 
 def may_be(message: bytes) -> bool:
     """Whether a message may be a bundle: False is certain, and takes no decoding."""
-    return b'"bundle":' in message
+    return b'"bundle"' in message or b"\\u" in message  # JSON may write any letter as a number
+
+
+def noted_as(first: str, options: Options) -> str | None:
+    """Under which name one note says where all jobs of a message were placed; None where each has a note of its own.
+
+    A run of ids may be in several messages (a push ends, or a row differs); the name is that of the first of them.
+    """
+    is_whole = options.bundle is not None and not options.split and first.endswith("000")
+    return shared_by(first) if is_whole else None
+
+
+def shared_note(note: bytes, count: int) -> bytes:
+    """The note of the first so many jobs of a run."""
+    return bytes((count - 1,)) + note
+
+
+def note_of(job_id: str, shared: bytes) -> bytes | None:
+    """What the note of a run says of a job; None where it is not one of those."""
+    return shared[1:] if shared and int(job_id[-3:], 16) <= shared[0] else None
 
 
 def ids_of(headers: wire.Headers, options: Options) -> tuple[str, ...]:
@@ -129,6 +160,7 @@ def ids_of(headers: wire.Headers, options: Options) -> tuple[str, ...]:
         "limit_s": options.limit_s,
         "blobs": options.blobs,
         "ignore_result": headers.ignore_result or None,
+        "compression": headers.compression,
     }
     for name, value in single_only.items():
         if value is not None:
@@ -197,7 +229,7 @@ def _opened(message: bytes) -> _Opened:
     body: _Rows = wire.open_body(envelope, len(message), _ROWS)
     if len(body.rows) != len(ids):
         raise Malformed(f"a bundle of {len(ids)} jobs has the arguments of {len(body.rows)}")
-    return _Opened(_ANYTHING.decode(message) | {"body": ""}, options, ids, body.rows)
+    return _Opened(wire.typed(_ANYTHING, message) | {"body": ""}, options, ids, body.rows)
 
 
 def _shapes(packed: bytes) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from lepton_ai import blob, idempotency, results, topology, wire
-from lepton_ai.bundle import Row, bundled
+from lepton_ai.bundle import Row, bundled, note_of
 from lepton_ai.errors import LeptonError
 from lepton_ai.identity import minute_of, shared_by
 from lepton_ai.job import FINAL_STATES, Meta, Placement
@@ -41,6 +41,7 @@ __all__ = [
     "read_final",
     "read_finals",
     "read_look",
+    "read_note",
     "read_replies",
     "unknown",
     "writer",
@@ -223,16 +224,22 @@ def look_commands(job_id: str) -> list[Command]:
 
 
 def noted_as(job_id: str) -> list[str]:
-    """The fields of a minute's hash in which the placement of a job may stand: its own, and that of its bundle."""
+    """The fields of a minute's hash in which the placement of a job may stand: its own, and that of its run."""
     shared = shared_by(job_id)
     return [job_id] if shared is None else [job_id, shared]
+
+
+def read_note(job_id: str, found: Sequence[bytes | None]) -> Placement | None:
+    """What the fields named by `noted_as` say of a job. Raises DecodeError where that is no placement."""
+    *values, shared = [*found, None] if shared_by(job_id) is None else found
+    raw = next(filter(None, values), None) or (None if shared is None else note_of(job_id, shared))
+    return None if raw is None else msgspec.structs.replace(_PLACEMENT.decode(raw), job=job_id)
 
 
 def read_look(job_id: str, replies: Sequence[Any]) -> tuple[Meta | None, Placement | None]:
     """The answers to `look_commands`."""
     found, due_ms, *noted = replies
-    raw = next(filter(None, chain.from_iterable(noted)), None)
-    placement = None if raw is None else msgspec.structs.replace(_PLACEMENT.decode(raw), job=job_id)
+    placement = read_note(job_id, list(chain.from_iterable(noted)))
     if due_ms is not None and (placement is None or placement.state != "scheduled"):
         due = datetime.fromtimestamp(float(due_ms) / 1000, UTC).isoformat(timespec="seconds")
         placement = placement or Placement(job_id, "", "", "", 0.0, "")  # a note does not last so long

@@ -22,7 +22,6 @@ import structlog
 from lepton_ai import bundle, event, topology, wire
 from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError
 from lepton_ai.event import Event
-from lepton_ai.identity import shared_by
 from lepton_ai.job import Candidate, Placement
 from lepton_ai.placement import policies
 from lepton_ai.placement.costs import CostModel
@@ -294,7 +293,7 @@ class _Session:
         if early:
             self._endings.schedule(claim, early)
             self._due_at = 0.0
-        self._endings.cancel([job for job, _ in added if job.id in marked])
+        self._endings.cancel([job for job, _ in added if job.id in marked and len(job.ids) == 1])
         self._endings.expire([job for job, _ in added if job.deadline_at is not None and job.deadline_at <= now])
 
     def _most_together(self, claim: Claim, found: Incoming, marked: Container[str]) -> int:
@@ -314,7 +313,7 @@ class _Session:
     def _split(self, claim: Claim, bundles: Sequence[tuple[bytes, int]]) -> dict[int, list[bytes]]:
         """Splits bundles of a claim, each into parts of so many jobs at most; their parts by the `id()` of each.
 
-        What cannot be split stays as it is.
+        What cannot be split stays as it is: none of its jobs is ended on its own.
         """
         parts: dict[int, list[bytes]] = {}
         for message, most in bundles:
@@ -419,9 +418,13 @@ class _Session:
             if (note := notes.get(alike)) is None:
                 note = notes[alike] = Note(self._placement(job, pricing.candidates[kind], chosen, now))
             notes_here = step.placements.setdefault(noted_in(job.id, now), {})
-            for name, its_id in _noted_as(job):
-                notes_here[name] = note.of(its_id, packed(wait[at]), waits)
+            if (shared := bundle.noted_as(job.id, job.options)) is not None:
+                notes_here[shared] = bundle.shared_note(note.of(job.id, packed(wait[at]), waits), len(job.ids))
+            else:
+                notes_here |= {its_id: note.of(its_id, packed(wait[at]), waits) for its_id in job.ids}
             left.append(job)
+            if len(job.ids) > 1 and job.claim.kind is Kind.NEW:
+                _count_bundle(step, job)
             if chosen == UNPLACED:
                 self._cluster.finished(job.id)  # it may have come back from a device that died
                 (step.parked_alone if job.alone else step.parked).setdefault(job.kernel, []).append(job.message)
@@ -440,8 +443,6 @@ class _Session:
             here.seconds += [each_s] * len(job.ids)
             for its_id in job.ids:
                 self._cluster.dispatched(its_id, device.name, each_s)
-            if len(job.ids) > 1 and job.claim.kind is Kind.NEW:
-                _count_bundle(step, job)
         if left:
             going = {device.name: here for device, here in zip(devices, placed, strict=True) if here.jobs}
             self._send(step, left, going)
@@ -544,7 +545,7 @@ class _Session:
     def _cancel_asked(self, asked: set[str]) -> None:
         """Ends those jobs that we hold; those that are parked are claimed again, which finds their marks."""
         self._set_apart([job for job in self._window.jobs() if len(job.ids) > 1 and not asked.isdisjoint(job.ids)])
-        ours = [job for job in self._window.jobs() if job.id in asked]
+        ours = [job for job in self._window.jobs() if job.id in asked and len(job.ids) == 1]
         self._endings.cancel(ours)
         others = sorted(asked.difference(job.id for job in ours))
         for at in range(0, len(others), _ASKED_AT_ONCE):
@@ -591,12 +592,6 @@ class _Session:
 
 def _jobs_in(waiting: Iterable[ClaimedJob]) -> int:
     return sum(len(each.ids) for each in waiting)
-
-
-def _noted_as(job: ClaimedJob) -> list[tuple[str, str]]:
-    """Under which names its placement is noted, each with the job that it names: once for a bundle that is whole."""
-    shared = None if len(job.ids) == 1 or job.options.split else shared_by(job.id)
-    return [(each, each) for each in job.ids] if shared is None else [(shared, job.id)]
 
 
 def _count_bundle(step: Dispatch, job: ClaimedJob) -> None:

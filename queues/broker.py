@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from lepton_ai import blob, cancellation, topology, wire
+from lepton_ai import blob, bundle, cancellation, topology, wire
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import Fenced
 from lepton_ai.identity import minute_of, shared_by
@@ -553,14 +553,15 @@ class Broker:
         """The placements of these jobs, and which are to be cancelled.
 
         A job is looked for in the hash of its own minute, and in those of `minutes` where it is not found there. The
-        jobs of a bundle have one placement together, which names the first of them. A lone message's may have come with
-        it, and then nobody is asked.
+        jobs of each of `bundles` have one note together, whose placement names the first of them. A lone message's may
+        have come with it, and then nobody is asked.
         """
         note, self._lone_note = self._lone_note, None
         if note is not None and len(jobs) + len(bundles) == 1:
             lone = bundles[0] if bundles else jobs
-            if _job_of(note) == lone[0]:
-                return dict.fromkeys(lone, note), set()
+            its_note = bundle.note_of(lone[-1], note) if bundles else note
+            if its_note is not None and _job_of(its_note) == lone[0]:
+                return dict.fromkeys(lone, its_note), set()
         by_minute: dict[int, list[str]] = {}
         for job in jobs:
             if (minute := minute_of(job)) is not None:
@@ -573,8 +574,12 @@ class Broker:
         clock, marks, *answers = self.connection.receive(sent)
         self._look_at_clock(*clock)
         placements: dict[str, bytes] = {}
-        for each, values in zip([*by_minute.values(), *bundles], _checked(answers), strict=True):
-            placements.update(_found(each, values * len(each) if len(values) < len(each) else values))
+        own, shared = _checked(answers)[: len(by_minute)], answers[len(by_minute) :]
+        for each, values in zip(by_minute.values(), own, strict=True):
+            placements.update(_found(each, values))
+        for ids, (its_note,) in zip(bundles, shared, strict=True):
+            if its_note is not None and (its_note := bundle.note_of(ids[-1], its_note)) is not None:
+                placements.update(dict.fromkeys(ids, its_note))
         jobs = [*jobs, *chain.from_iterable(bundles)]
         if missing := [job for job in jobs if job not in placements]:
             for values in self.connection.many([("HMGET", topology.jobs(minute), *missing) for minute in minutes]):

@@ -175,14 +175,15 @@ local function backlog(lane, with_bytes)
   return jobs + bundled_in(lane, jobs), bytes
 end
 
--- How many jobs are in a message, and its lane.
+-- How many jobs are in a message, and its lane: what no router would take for a bundle is one job.
 local function bundle_of(message)
+  if not (string.find(message, '"bundle"', 1, true) or string.find(message, '\\u', 1, true)) then return 1, LANE end
   local readable, found = pcall(cjson.decode, message)
   local function at(value, name) return type(value) == 'table' and value[name] or nil end
   local count = readable and at(at(at(found, 'headers'), 'lepton'), 'bundle')
   if type(count) ~= 'number' or count < 2 or count > MOST_BUNDLED or count % 1 ~= 0 then return 1, LANE end
   local lane = at(at(at(found, 'properties'), 'delivery_info'), 'routing_key')
-  return count, type(lane) == 'string' and lane or LANE
+  return count, type(lane) == 'string' and string.sub(lane, 1, #LANE + 1) == LANE .. '.' and lane or LANE
 end
 
 local function room(lane, n, size, limits)

@@ -44,6 +44,8 @@ class TakenJob(msgspec.Struct, eq=False, gc=False):
     place: int = 0
     """And which of its jobs it is."""
     bundled: bool = False
+    noted_together: bool = False
+    """One note says where all jobs of its bundle were placed."""
     retries: int = 0
     """How often its kernel has been run again."""
     limit_s: float | None = None
@@ -124,6 +126,7 @@ def _read_bundle(
     limit_bytes: int,
 ) -> list[TakenJob | Refused | Unreadable]:
     headers = envelope.headers
+    noted_together = bundle.noted_as(ids[0], options) is not None
     try:
         bodies = bundle.read_rows(envelope, len(ids), limit_bytes=limit_bytes)
         taken = [_read(message, headers, body, options, kernels, keep=True) for body in bodies]
@@ -131,7 +134,7 @@ def _read_bundle(
         why = error
     else:
         for place, (job, job_id) in enumerate(zip(taken, ids, strict=True)):
-            job.id, job.place, job.bundled = job_id, place, True
+            job.id, job.place, job.bundled, job.noted_together = job_id, place, True, noted_together
         return [*taken]
     try:
         found = [read(each, kernels, limit_bytes) for each in bundle.split(message)]
@@ -139,7 +142,7 @@ def _read_bundle(
         return [Refused(job, headers.task, options, why) for job in ids]
     for place, each in enumerate(found):
         if isinstance(each, TakenJob):
-            each.message, each.place, each.bundled = message, place, True
+            each.message, each.place, each.bundled, each.noted_together = message, place, True, noted_together
     return found
 
 

@@ -253,7 +253,7 @@ class Runner:
         singles: list[str] = []
         bundles: dict[bytes, list[str]] = {}
         for job in found:
-            if isinstance(job, TakenJob) and job.bundled and not job.options.split:
+            if isinstance(job, TakenJob) and job.noted_together:
                 bundles.setdefault(job.message, []).append(job.id)
             elif not isinstance(job, Unreadable):
                 singles.append(job.id)

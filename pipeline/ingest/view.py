@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from lepton_ai import topology, wire
-from lepton_ai.direct_protocol import noted_as, read_look
+from lepton_ai.direct_protocol import noted_as, read_look, read_note
 from lepton_ai.errors import BrokerUnavailable, LeptonError, UnknownJob
 from lepton_ai.identity import minute_of
 from lepton_ai.job import FINAL_STATES, Meta, Placement, Record, state_of
@@ -18,8 +18,6 @@ from lepton_ai.remote import JobView
 from pipeline.ingest.redispy import broker_errors
 
 __all__ = ["Found", "Known", "find", "placed", "view"]
-
-_PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 #: How many minutes of placements back a foreign id (one that carries no minute) is looked for.
 _MINUTES_BACK: Final = 60
@@ -67,13 +65,12 @@ async def placed(client: Any, metas: Mapping[str, Meta]) -> dict[str, Known]:
                     pipeline.hmget(topology.jobs(minute), names)
                 for names, found in zip(fields.values(), await pipeline.execute(), strict=True):
                     notes.update(zip(names, found, strict=True))
-    noted = {job_id: next(filter(None, map(notes.get, noted_as(job_id))), None) for job_id in metas}
-    return {job_id: (meta, _placement(job_id, noted[job_id])) for job_id, meta in metas.items()}
+    return {job_id: (meta, _placement(job_id, notes)) for job_id, meta in metas.items()}
 
 
-def _placement(job_id: str, note: bytes | None) -> Placement | None:
+def _placement(job_id: str, notes: Mapping[str, bytes | None]) -> Placement | None:
     try:
-        return msgspec.structs.replace(_PLACEMENT.decode(note), job=job_id) if note else None
+        return read_note(job_id, [notes.get(name) for name in noted_as(job_id)])
     except msgspec.DecodeError:
         return None
 

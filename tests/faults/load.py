@@ -62,6 +62,7 @@ class Load:
     def stream(self, jobs: int, costs_ms: Sequence[int], seed: int, *, at_once: int = 50, every_s: float = 0.0) -> None:
         """Submits so many jobs from a thread of its own, `at_once` a call, each cost drawn from `costs_ms`.
 
+        Every other call has the cheapest ones only, which travel in bundles to their end.
         A call that fails is followed by a pause and the next, until so many jobs were acknowledged or `stop`.
         """
         thread = threading.Thread(
@@ -81,9 +82,11 @@ class Load:
             thread.join()
 
     def _stream(self, jobs: int, costs_ms: Sequence[int], chance: random.Random, at_once: int, every_s: float) -> None:
+        given, other = list(costs_ms), [min(costs_ms)]
         while jobs > 0 and not self._stopping.is_set():
-            if self.submit(chance.choices(costs_ms, k=min(at_once, jobs))):
+            if self.submit(chance.choices(given, k=min(at_once, jobs))):
                 jobs -= at_once
+                given, other = other, given
             else:
                 self._stopping.wait(0.2)
             if every_s:

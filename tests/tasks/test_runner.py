@@ -6,6 +6,7 @@ import json
 import math
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -13,14 +14,17 @@ import numpy as np
 import pytest
 
 from lepton_ai import cancellation, event, results, topology, wire
+from lepton_ai.accounts import accounts_of
+from lepton_ai.bundle import shared_note
 from lepton_ai.errors import BrokerUnavailable, InvalidArguments, Overloaded, RetryJob
 from lepton_ai.event import Event
-from lepton_ai.identity import minute_of, new_id, new_ids
+from lepton_ai.identity import minute_of, new_id, new_ids, run_of
 from lepton_ai.job import LATEST_S, Candidate, Estimate, Meta, Options, Placement
 from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Retry
 from lepton_ai.succession import FollowUps
+from queues import functions
 from queues.event_stream import EventStream
-from tests.tasks.workshop import DEVICE, QUEUE, RAISES, RETURNS, Worker, followed, message, until
+from tests.tasks.workshop import DEVICE, QUEUE, RAISES, RETURNS, Worker, bundle_of, followed, message, until
 
 # -- results ----------------------------------------------------------------------------------------------------
 
@@ -491,3 +495,177 @@ def test_a_job_whose_follow_ups_want_the_broker_waits_for_it(worker: Worker, mon
     worker.push(followed(job, {"callbacks": [{"task": "theirs.next"}]}))
     assert worker.double(job) == [2.0]
     assert worker.connection.call("LRANGE", "theirs", 0, -1) == [b"next"]
+
+
+# -- bundles --------------------------------------------------------------------------------------------------------
+
+
+def accepted(worker: Worker, jobs: int, messages: int = 1) -> None:
+    """What a router notes of a bundle that it places."""
+    worker.connection.call("HINCRBY", topology.COUNTERS, "accepted", jobs)
+    worker.connection.call("HINCRBY", topology.COUNTERS, "bundled", jobs - messages)
+
+
+def unaccounted(worker: Worker) -> dict[str, int]:
+    """The terms that must be nought once all is done."""
+    terms = accounts_of(worker.connection.call(*functions.call("sizes", (), ()))).terms
+    return {name: terms[name] for name in ("difference", "bundled", "held", "queued") if terms[name]}
+
+
+def test_a_bundle_is_run_and_each_of_its_jobs_has_its_result(worker: Worker) -> None:
+    accepted(worker, 9)
+    jobs = worker.send_bundle(*range(1, 10), reply_to="lepton:reply:me", result="msgpack")
+    assert [worker.meta(job).result["y"] for job in jobs] == [[2.0 * at] for at in range(1, 10)]
+    assert worker.shop.launches == {9: 1}
+    assert [results.read(each).task_id for each in worker.connection.call("LRANGE", "lepton:reply:me", 0, -1)] == jobs
+    assert worker.counters() == {"accepted": 9, "bundled": 0, "succeeded": 9}
+    assert unaccounted(worker) == {}
+
+
+def test_bundles_and_single_jobs_are_taken_run_and_committed_together(worker: Worker) -> None:
+    worker.warm_up()
+    accepted(worker, 11, 4)
+    worker.connection.call("HINCRBY", topology.COUNTERS, "accepted", 1)  # the first one
+    runs = [run_of(new_id(), count) for count in (5, 4)]
+    alone = new_ids(2)
+    messages = [bundle_of(run, range(1, len(run) + 1)) for run in runs]
+    worker.push(messages[0], message(alone[0], 7.0), messages[1], message(alone[1], 8.0))
+    for run in runs:
+        assert [worker.double(job) for job in run] == [[2.0 * at] for at in range(1, len(run) + 1)]
+    assert [worker.double(job) for job in alone] == [[14.0], [16.0]]
+    assert worker.shop.launches[11] == 1
+    assert unaccounted(worker) == {}
+
+
+def test_a_bad_row_of_a_bundle_fails_alone_and_names_its_argument(worker: Worker) -> None:
+    accepted(worker, 5)
+    jobs = worker.send_bundle(1.0, 2.0, "three", 4.0, 5.0)
+    assert worker.failure(jobs[2])[:2] == ("FAILURE", "InvalidArguments")
+    assert worker.meta(jobs[2]).lepton.error["field"] == "x"
+    assert [worker.double(job) for job in (*jobs[:2], *jobs[3:])] == [[2.0], [4.0], [8.0], [10.0]]
+    assert worker.counters() == {"accepted": 5, "bundled": 0, "succeeded": 4, "failed": 1}
+    assert unaccounted(worker) == {}
+
+
+def test_where_the_kernel_raises_for_one_job_of_a_bundle_the_others_succeed(worker: Worker) -> None:
+    accepted(worker, 5)
+    jobs = worker.send_bundle(1.0, -1.0, 3.0, 4.0, 5.0)
+    assert "below zero" in worker.failure(jobs[1])[2]
+    assert [worker.double(jobs[at]) for at in (0, 2, 3, 4)] == [[2.0], [6.0], [8.0], [10.0]]
+    assert unaccounted(worker) == {}
+
+
+def test_a_bundle_of_a_kernel_that_the_worker_does_not_have_fails_job_by_job(worker: Worker) -> None:
+    accepted(worker, 4)
+    jobs = worker.send_bundle(1.0, 2.0, 3.0, 4.0, kernel="test.missing")
+    assert [worker.failure(job)[1] for job in jobs] == ["UnknownKernel"] * 4
+    assert unaccounted(worker) == {}
+
+
+@pytest.mark.parametrize("spelled", ['"bundle" : 4', '"\\u0062undle":4'])
+def test_a_bundle_is_one_however_its_header_is_spelled(worker: Worker, spelled: str) -> None:
+    accepted(worker, 4)
+    jobs = run_of(new_id(), 4)
+    worker.push(bundle_of(jobs, [1.0, 2.0, 3.0, 4.0]).replace(b'"bundle":4', spelled.encode()))
+    assert [worker.double(job) for job in jobs] == [[2.0], [4.0], [6.0], [8.0]]
+    assert unaccounted(worker) == {}
+
+
+@pytest.mark.parametrize("body", ["!", "/w==", "kZCRgKFu"])
+def test_each_job_of_a_bundle_that_cannot_be_read_fails(worker: Worker, body: str) -> None:
+    accepted(worker, 4)
+    jobs = run_of(new_id(), 4)
+    found = json.loads(bundle_of(jobs, [1.0, 2.0, 3.0, 4.0]))
+    worker.push(json.dumps(found | {"body": body}).encode())
+    assert [worker.meta(job).status for job in jobs] == ["FAILURE"] * 4
+    assert unaccounted(worker) == {}
+
+
+def test_two_copies_of_a_bundle_end_once(worker: Worker) -> None:
+    worker.warm_up()
+    worker.connection.call("HINCRBY", topology.COUNTERS, "accepted", 1)
+    accepted(worker, 8, 2)
+    jobs = run_of(new_id(), 4)
+    worker.push(*[bundle_of(jobs, [1.0, 2.0, 3.0, 4.0], reply_to="lepton:reply:me")] * 2)
+    assert [worker.double(job) for job in jobs] == [[2.0], [4.0], [6.0], [8.0]]
+    until(lambda: worker.counters().get("duplicate") == 4, "the second copy is counted")
+    assert worker.connection.call("LLEN", "lepton:reply:me") == 4
+    assert unaccounted(worker) == {}
+
+
+def test_one_job_of_a_bundle_that_is_to_be_cancelled_is_not_run(worker: Worker) -> None:
+    accepted(worker, 4)
+    jobs = run_of(new_id(), 4)
+    worker.connection.many(cancellation.mark([jobs[2]], "me"))
+    worker.push(bundle_of(jobs, [1.0, 2.0, 3.0, 4.0]))
+    assert [worker.meta(job).status for job in jobs] == ["SUCCESS", "SUCCESS", "REVOKED", "SUCCESS"]
+    assert worker.shop.launches == {3: 1}
+    assert unaccounted(worker) == {}
+
+
+def test_a_job_of_a_bundle_that_is_to_be_run_again_waits_as_a_message_of_its_own(worker: Worker) -> None:
+    accepted(worker, 4)
+    worker.shop.policy(Retry(times=1, delay_s=1000))
+    worker.shop.raising.append(ValueError("not yet"))
+    jobs = worker.send_bundle(1.0, 2.0, 3.0, 4.0, kernel="test.tries")
+    assert [worker.double(job) for job in jobs[1:]] == [[4.0], [6.0], [8.0]]
+    (waiting,) = worker.connection.call("HVALS", topology.ETA_MESSAGES)
+    assert unaccounted(worker) == {}
+    found = wire.read_envelope(waiting)
+    options = wire.read_options(found.headers)
+    assert (found.headers.id, found.headers.retries, options.bundle, options.split) == (jobs[0], 1, None, False)
+    worker.connection.many([("DEL", topology.ETA, topology.ETA_MESSAGES), ("LPUSH", QUEUE, waiting)])
+    until(lambda: worker.meta(jobs[0]).status == "SUCCESS", "it has been run again")
+    assert worker.meta(jobs[0]).result["y"] == [2.0]
+    assert unaccounted(worker) == {}
+
+
+def test_a_job_of_a_bundle_that_is_given_up_is_a_dead_letter_which_can_be_replayed(worker: Worker) -> None:
+    accepted(worker, 4)
+    worker.shop.policy(Retry(times=0))
+    worker.shop.raising.append(ValueError("never"))
+    jobs = worker.send_bundle(1.0, 2.0, 3.0, 4.0, kernel="test.tries")
+    assert worker.meta(jobs[0]).status == "FAILURE"
+    ((_, fields),) = worker.connection.call("XRANGE", topology.DEAD, "-", "+")
+    letter = dict(zip(fields[::2], fields[1::2], strict=True))
+    assert (letter[b"job"], letter[b"kernel"]) == (jobs[0].encode(), b"test.tries")
+    assert unaccounted(worker) == {}
+    worker.connection.call("DEL", topology.result(jobs[0]))
+    accepted(worker, 1)
+    worker.push(letter[b"message"])
+    assert worker.double(jobs[0]) == [2.0]
+    assert unaccounted(worker) == {}
+
+
+def noted(worker: Worker, jobs: Sequence[str], *, together: bool) -> None:
+    """Where these were placed, as a router says it."""
+    placements = [
+        msgspec.msgpack.encode(Placement(job, "test.double", "placed", "b", time.time(), "router-1", DEVICE))
+        for job in jobs
+    ]
+    pairs = zip(jobs, placements, strict=True)
+    fields = (
+        [jobs[0][:-3], shared_note(placements[0], len(jobs))] if together else [part for pair in pairs for part in pair]
+    )
+    worker.connection.call("HSET", topology.jobs(minute_of(jobs[0]) or 0), *fields)
+
+
+@pytest.mark.parametrize("result", ["json", "msgpack"])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("values", [(1.0, 2.0, 3.0, 4.0), (1.0, "two", 3.0, 4.0)], ids=["good", "one bad"])
+def test_how_long_each_job_of_a_bundle_waited_is_known_by_its_placement(
+    worker: Worker, result: str, split: bool, values: tuple[Any, ...]
+) -> None:
+    jobs = run_of(new_id(), 4)
+    noted(worker, jobs, together=not split)
+    worker.push(bundle_of(jobs, values, result=result, split=split))
+    metas = [worker.meta(job) for job in jobs]
+    good = [(meta.task_id, meta.lepton.cost.wait_s > 0) for meta in metas if meta.status == "SUCCESS"]
+    assert good == [(job, True) for job, value in zip(jobs, values, strict=True) if value != "two"]
+
+
+def test_a_bundle_in_the_midst_of_a_run_does_not_take_the_note_of_the_first_for_its_own(worker: Worker) -> None:
+    run = run_of(new_id(), 8)
+    noted(worker, run[:4], together=True)
+    worker.push(bundle_of(run[4:], [1.0, 2.0, 3.0, 4.0]))
+    assert [worker.meta(job).lepton.placement for job in run[4:]] == [None] * 4

@@ -13,12 +13,16 @@ from typing import Any
 import numpy as np
 
 from lepton_ai import results, topology, wire
+from lepton_ai.bundle import bundled
 from lepton_ai.device import Peaks
-from lepton_ai.identity import new_id, new_ids
+from lepton_ai.direct_protocol import writer
+from lepton_ai.identity import new_id, new_ids, run_of
 from lepton_ai.job import Meta, Options
 from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Retry
+from lepton_ai.parcel import Blobs
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps, Sequel
+from lepton_ai.terms import Terms
 from queues.broker import Broker
 from queues.connection import Connection
 from queues.event_stream import EventStream
@@ -206,6 +210,12 @@ class Worker:
         self.push(*(message(job_id, value, kernel, **options) for job_id, value in zip(ids, values, strict=True)))
         return ids
 
+    def send_bundle(self, *values: Any, kernel: str = "test.double", **options: Any) -> list[str]:
+        """As `send`, in one message."""
+        jobs = run_of(new_id(), len(values))
+        self.push(bundle_of(jobs, values, kernel, **options))
+        return list(jobs)
+
     def suspect(self, *values: float, kernel: str = "test.gated", **options: Any) -> list[str]:
         """As `send`, of jobs whose worker died."""
         ids = new_ids(len(values))
@@ -259,6 +269,13 @@ class Worker:
 
 def message(job_id: str, value: float, kernel: str = "test.double", **options: Any) -> bytes:
     return wire.envelope(job_id, kernel, {"x": [value]}, Options(**options))
+
+
+def bundle_of(jobs: Sequence[str], values: Sequence[Any], kernel: str = "test.double", **options: Any) -> bytes:
+    """The message of these jobs."""
+    write = writer(kernel, Terms(Options(**options)), None, Blobs(0))
+    ((found, _),) = bundled([write(job, {"x": [value]}) for job, value in zip(jobs, values, strict=True)])  # type: ignore[misc]
+    return found
 
 
 def followed(job_id: str, embed: dict[str, Any], kernel: str = "test.double", **options: Any) -> bytes:
