@@ -30,7 +30,7 @@ from lepton_ai.succession import FollowUps
 from queues import functions, recovery
 from queues.connection import Command, CommandError, Connection
 from queues.recovery import LISTS_EACH, Recovered, Sequels
-from queues.steps import Commit, Dispatch, Outcome
+from queues.steps import Commit, Dispatch, Moves, Outcome
 
 __all__ = ["CLAIM_LIMIT", "LISTS_EACH", "WAKE", "Broker", "Kind", "Woken", "announcements", "event_command"]
 
@@ -387,13 +387,14 @@ class Broker:
             queue = self._looked_at.get(lone[0])
             if queue is not None and self._dispatch_woken(wake, step, queue):
                 return
-        if step.is_few(_FEW, _FEW_BYTES):
-            queues = self._queues(step)
-            if self._transact([*claims, *queues], [*lengths, *[""] * len(queues)], step) < 0:
+        moves = step.moves()
+        if step.is_few(moves, _FEW, _FEW_BYTES):
+            queues = list(step.queues)
+            if self._transact([*claims, *queues], [*lengths, *[""] * len(queues)], step, moves) < 0:
                 raise Fenced(f"claims {claims} do not hold {lengths}")
             self._known_devices |= step.queued.keys() | step.alone.keys()
             return
-        needed = [*(("LLEN", key) for key in self._queues(step))]
+        needed = [("LLEN", key) for key in step.queues]
         if step.scheduled:
             needed += [("ZCARD", topology.ETA), ("HLEN", topology.ETA_MESSAGES)]
         if step.dead:
@@ -407,10 +408,10 @@ class Broker:
             if isinstance(each, CommandError):
                 self.connection.call("UNWATCH")
                 raise each
-        commands = list(self._dispatch_commands(step))
+        commands = list(self._dispatch_commands(step, moves))
         *queued, answer = self.connection.receive(self.connection.send([("MULTI",), *commands, ("EXEC",)]))
         if self._refused([*queued, None if _is_aborted(answer) else answer]) or _is_aborted(answer):
-            is_done = self._transact(claims, lengths, step) >= 0
+            is_done = self._transact(claims, lengths, step, moves) >= 0
         else:
             is_done = answer is not None
         if not is_done:
@@ -434,20 +435,22 @@ class Broker:
         self._refused(answer)
         return True
 
-    def _transact(self, lists: Sequence[str], lengths: Sequence[int | str], step: Dispatch) -> int:
-        words = [part for command in self._dispatch_commands(step) for part in (len(command), *command)]
+    def _transact(self, lists: Sequence[str], lengths: Sequence[int | str], step: Dispatch, moves: Moves | None) -> int:
+        words = [part for command in self._dispatch_commands(step, moves) for part in (len(command), *command)]
         return int(self._call("transact", lists, (*lengths, *words)))
 
-    @staticmethod
-    def _queues(step: Dispatch) -> list[str]:
-        return [
-            *map(topology.device_queue, step.queued),
-            *map(topology.alone_queue, step.alone),
-            *map(topology.parked, step.parked),
-            *map(topology.parked_alone, step.parked_alone),
-        ]
+    def _dispatch_commands(self, step: Dispatch, moves: Moves | None) -> Iterable[Command]:
+        if unknown := (step.queued.keys() | step.alone.keys()) - self._known_devices:
+            yield ("SADD", topology.DEVICES, *unknown)
+        if moves is not None:
+            yield from (("LMOVE", claim, queue, "RIGHT", "LEFT") for claim, queue in moves)
+        else:
+            yield from self._sort_out(step)
+        yield from self._note_commands(step)
 
-    def _dispatch_commands(self, step: Dispatch) -> Iterable[Command]:
+    @staticmethod
+    def _sort_out(step: Dispatch) -> Iterable[Command]:
+        """Writes messages anew that do not leave their claims in the order in which they go to their lists."""
         for claim in step.claims:
             rest, leaving = step.rests.get(claim, []), step.leaving.get(claim, [])
             if leaving and sum(map(len, leaving)) < sum(map(len, rest)):
@@ -456,13 +459,8 @@ class Broker:
             yield ("DEL", claim)
             if rest:
                 yield ("LPUSH", claim, *rest)
-        if unknown := (step.queued.keys() | step.alone.keys()) - self._known_devices:
-            yield ("SADD", topology.DEVICES, *unknown)
-        lists = (step.queued, step.alone, step.parked, step.parked_alone)
-        messages_of = chain.from_iterable(each.values() for each in lists)
-        for queue, messages in zip(self._queues(step), messages_of, strict=True):
+        for queue, messages in step.queues.items():
             yield ("LPUSH", queue, *messages)
-        yield from self._note_commands(step)
 
     def _note_commands(self, step: Dispatch) -> Iterable[Command]:
         """All that goes with the messages of a step."""
