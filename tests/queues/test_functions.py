@@ -894,6 +894,16 @@ def test_a_sweep_forgets_what_was_counted_in_a_lane_that_was_purged(connection: 
     assert in_lanes(connection) == {}
 
 
+def test_the_jobs_of_a_bundle_are_counted_in_a_claim_whose_lane_is_forgotten(
+    connection: Connection, broker: Broker
+) -> None:
+    push_bundle(connection, 9, "ann")
+    broker.claim(Kind.NEW, 0, 0, 1)
+    sweep(connection)
+    assert connection.call("EXISTS", topology.LANES) == 0
+    assert accounts_of(call(connection, "sizes")).accepted == 9
+
+
 def test_counts_beyond_what_the_messages_can_hold_are_not_believed(connection: Connection) -> None:
     accept(connection, ("a", "", "m"), ("b", "", "m"))
     for told, believed in ((10**9, 2 * 256), (-7, 2)):
