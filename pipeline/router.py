@@ -442,7 +442,7 @@ class _Session:
             here.jobs.append(job)
             here.seconds += [each_s] * len(job.ids)
             for its_id in job.ids:
-                self._cluster.dispatched(its_id, device.name, each_s)
+                self._cluster.dispatched(its_id, device.name, each_s, 1 / len(job.ids))
         if left:
             going = {device.name: here for device, here in zip(devices, placed, strict=True) if here.jobs}
             self._send(step, left, going)

@@ -650,8 +650,9 @@ local function sizes(_, args)
   local messages, extra = 0, 0
   for _, lane in ipairs(lanes) do
     for _, suffix in ipairs(SUFFIXES) do messages = messages + length('LLEN', lane .. suffix) end
-    extra = extra + math.max(0, tonumber(redis.pcall('HGET', BUNDLED, lane) or 0) or 0)
   end
+  -- Of every lane: one that is empty is forgotten, and what came from it may still be in a claim.
+  for _, bundled in ipairs(redis.pcall('HVALS', BUNDLED)) do extra = extra + math.max(0, tonumber(bundled) or 0) end
   note('lanes', messages)
   for _, name in ipairs({ 'claimed', 'again', 'alone', 'reclaimed', 'parked_now', 'scheduled_now', 'queued', 'held' }) do
     note(name, 0)

@@ -8,9 +8,17 @@ from tests.faults.fleet import Member
 from tests.faults.play import Play
 from tests.faults.proxy import Trap
 from tests.faults.scenario import Size
-from tests.faults.scenarios_workers import COSTS_MS, finish
+from tests.faults.scenarios_workers import COSTS_MS, finish, kill_in_turn
 
-__all__ = ["INGEST_POINTS", "ROUTER_POINTS", "ingest_kill", "router_freeze", "router_kill", "two_routers"]
+__all__ = [
+    "INGEST_POINTS",
+    "ROUTER_POINTS",
+    "bundle_storm",
+    "ingest_kill",
+    "router_freeze",
+    "router_kill",
+    "two_routers",
+]
 
 _MAIN = r"router-[0-9a-f]{16}\r\n"
 _WAKE = r"router-[0-9a-f]{16}-wake"
@@ -111,6 +119,25 @@ def two_routers(play: Play, size: Size) -> None:
         fleet.restart(fleet.routers[0])
     finish(play, fleet)
     play.expect(_ran_once(play), "a job ran twice, and no worker was harmed")
+
+
+def bundle_storm(play: Play, size: Size) -> None:
+    """Routers and workers are killed in turn while quick jobs come hundreds at a time, in bundles whole and split."""
+    fleet = play.fleet(("cpu.a", "cpu.b"), routers=2, **size.settings)
+    load = play.load()
+    for _ in range(3):  # so that routers know how quick the kernel is
+        load.submit([0] * 20)
+        play.drain()
+    load.stream(size.jobs, (0, 1), play.seed, at_once=400, every_s=0.02)
+    members = {member.actor: member for member in (*fleet.workers.values(), *fleet.routers)}
+    kill_in_turn(
+        play,
+        list(members),
+        size.rounds,
+        is_online=lambda actor: fleet.is_online(members[actor]),
+        kill=lambda actor: fleet.kill(members[actor]),
+    )
+    finish(play, fleet)
 
 
 def ingest_kill(play: Play, size: Size) -> None:

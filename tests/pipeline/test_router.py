@@ -1482,6 +1482,28 @@ def test_bundles_of_tenants_are_counted_in_their_own_lanes(
 
 
 @pytest.mark.usefixtures("measured")
+def test_the_jobs_of_a_bundle_are_dispatched_one_by_one_while_somebody_is_shown_each(
+    start_router, add_worker, lane: Lane, connection: Connection, broker_url: str
+) -> None:
+    flower = Connection(broker_url, "flower")
+    flower.send([("PSUBSCRIBE", "*celeryev*")])
+    assert flower.call("PING")
+    worker = add_worker()
+    start_router()
+    lane.settle()
+    jobs = lane.send_bundle(9)
+    found = []
+    for _ in jobs:
+        taken = worker.take()
+        assert len(taken) == 1
+        worker.commit(taken)
+        found += taken
+    assert found == jobs
+    assert is_balanced(connection)
+    flower.close()
+
+
+@pytest.mark.usefixtures("measured")
 def test_one_job_of_a_bundle_that_was_cancelled_in_its_lane_ends_and_the_others_run(
     start_router, add_worker, lane: Lane, connection: Connection
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from lepton_ai import event, results, topology, wire
 from lepton_ai.accounts import accounts_of
-from lepton_ai.bundle import bundled
+from lepton_ai.bundle import bundled, split
 from lepton_ai.direct_protocol import push_commands, writer
 from lepton_ai.errors import Fenced, JobFailed
 from lepton_ai.event import Event
@@ -894,6 +894,16 @@ def test_a_sweep_forgets_what_was_counted_in_a_lane_that_was_purged(connection: 
     assert in_lanes(connection) == {}
 
 
+def test_the_jobs_of_a_bundle_are_counted_in_a_claim_whose_lane_is_forgotten(
+    connection: Connection, broker: Broker
+) -> None:
+    push_bundle(connection, 9, "ann")
+    broker.claim(Kind.NEW, 0, 0, 1)
+    sweep(connection)
+    assert connection.call("EXISTS", topology.LANES) == 0
+    assert accounts_of(call(connection, "sizes")).accepted == 9
+
+
 def test_counts_beyond_what_the_messages_can_hold_are_not_believed(connection: Connection) -> None:
     accept(connection, ("a", "", "m"), ("b", "", "m"))
     for told, believed in ((10**9, 2 * 256), (-7, 2)):
@@ -909,3 +919,37 @@ def test_a_quota_counts_the_jobs_of_bundles(connection: Connection) -> None:
         accept(connection, ("b", "", "m"), lane=TENANT, tenant_jobs=10)
     with pytest.raises(CommandError, match=r"^OVERLOADED jobs 10 10"):
         accept(connection, ("c", "", "m"), waiting_jobs=10)
+
+
+def test_a_split_of_a_claim_that_another_has_adopted_is_fenced_and_nothing_counted(
+    connection: Connection, broker: Broker, another
+) -> None:
+    mine = another("mine")
+    message = push_bundle(connection, 9)
+    assert mine.claim(Kind.NEW, 0, 0, 1) == [message]
+    connection.call("DEL", topology.lease("mine"))
+    broker.recover()
+    before = everything(connection)
+    step = Dispatch({topology.claim("mine", 0): 1}, {topology.claim("mine", 0): split(message, 4)})
+    step.bundled = {topology.LANE: 2}
+    with pytest.raises(Fenced):
+        mine.dispatch(step)
+    assert everything(connection) == before
+
+
+def test_two_routers_that_split_what_was_pushed_twice_count_it_twice(
+    connection: Connection, broker: Broker, another
+) -> None:
+    """A client whose answer was lost has pushed it again."""
+    other, message = another("other"), push_bundle(connection, 9)
+    connection.many([("MULTI",), *push_commands([message], Terms(), None, 8), ("EXEC",)])
+    for each in (broker, other):
+        claim = topology.claim(each.incarnation, 0)
+        assert each.claim(Kind.NEW, 0, 0, 1) == [message]
+        parts = split(message, 4)
+        step = Dispatch({claim: 1}, {claim: parts})
+        step.bundled = {topology.LANE: len(parts) - 1}
+        each.dispatch(step)
+    assert in_lanes(connection) == {topology.LANE: 12}
+    found = accounts_of(call(connection, "sizes"))
+    assert (found.accepted, found.terms["claimed"], found.difference) == (18, 6, 0)
