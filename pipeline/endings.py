@@ -144,6 +144,7 @@ def leave(step: Dispatch, leaving: Iterable[tuple[Claim, bytes]]) -> None:
         if (found := by_claim.get(claim.key)) is None:
             found = by_claim[claim.key] = (claim, [])
         found[1].append(message)
+    step.are_oldest = True
     for key, (claim, messages) in by_claim.items():
         if claim.kind is Kind.NEW:  # from here on they are counted
             step.counts["accepted"] = step.counts.get("accepted", 0) + len(messages)

@@ -83,8 +83,8 @@ class Dispatch(msgspec.Struct):
     leaving: dict[str, list[bytes]] = {}
     """What leaves each of them, oldest first, where that is known: the smaller of the two is what has to be written
     again, where the messages cannot be moved as they are."""
-    are_oldest: bool = True
-    """Whether what leaves a claim is the oldest in it."""
+    are_oldest: bool = False
+    """Whether what leaves each claim is known to be the oldest in it."""
     queued: dict[str, list[bytes]] = {}
     """Messages by the device they go to."""
     alone: dict[str, list[bytes]] = {}

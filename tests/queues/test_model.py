@@ -353,6 +353,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                 rejected=[],
                 counts={},
             )
+            step.are_oldest = True
             going = iter(chosen * 100)
             for kind in Kind:
                 for number in (0, 1):
@@ -384,6 +385,10 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                 return
             step.claims[key] = len(messages)
             step.rests[key], step.leaving[key] = [], []
+            self._sort(messages, key, kind, step, going)
+            step.are_oldest &= messages[: len(step.leaving[key])] == step.leaving[key]
+
+        def _sort(self, messages: list[bytes], key: str, kind: Kind, step: Dispatch, going: Any) -> None:
             for message in messages:
                 where, job, extra = next(going), job_of(message), extra_of([message])
                 if extra and where not in ("rest", "parked"):
