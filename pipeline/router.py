@@ -48,9 +48,10 @@ __all__ = ["Router"]
 #: Jobs that are priced and placed in one step; the rest of a deep window waits for the next.
 _STEP = 512
 _RETRY_S = (0.05, 2.0)
-#: Jobs of a bundle stay together for so long a time on one slot, or none do; nor do fewer.
-_TOGETHER_S: Final = 0.02
-_FEWEST_TOGETHER: Final = 4
+#: Jobs of a bundle stay together that keep a slot busy for so long at most; and where that is more than the second, each
+#: slot may have some of them.
+_TOGETHER_S: Final = 0.025
+_WORTH_S: Final = 0.002
 #: A device that has been filled is filled again once it has less than this part of what it may have.
 _REFILL = 0.75
 #: So long it claims at a stretch before it places what it has and renews its lease.
@@ -297,7 +298,7 @@ class _Session:
         self._endings.expire([job for job, _ in added if job.deadline_at is not None and job.deadline_at <= now])
 
     def _most_together(self, claim: Claim, found: Incoming, marked: Container[str]) -> int:
-        """How many jobs of a bundle may stay together: few enough that no slot is long busy with them alone.
+        """How many jobs of a bundle may stay together: few enough that no slot is busy for long while others are not.
 
         One, where somebody looks at each: suspects, jobs that are shown, parked or cancelled, or of unknown cost.
         """
@@ -306,9 +307,10 @@ class _Session:
         each_s = quickest_s(found.headers.task, found.options, self._cluster, self._model)
         if each_s is None:
             return 1
-        count = len(found.ids)
-        parts = math.ceil(count * each_s / _TOGETHER_S)
-        return -(-count // parts) if parts * _FEWEST_TOGETHER <= count else 1
+        kernel, pin, count = found.headers.task, found.options.device, len(found.ids)
+        slots = sum(device.slots for device in self._cluster.devices if device.can_run(kernel, pin))
+        parts = max(math.ceil(count * each_s / _TOGETHER_S), min(slots, int(count * each_s / _WORTH_S)))
+        return max(1, count // parts)
 
     def _split(self, claim: Claim, bundles: Sequence[tuple[bytes, int]]) -> dict[int, list[bytes]]:
         """Splits bundles of a claim, each into parts of so many jobs at most; their parts by the `id()` of each.

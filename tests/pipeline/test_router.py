@@ -1414,7 +1414,7 @@ def test_a_bundle_that_would_keep_a_slot_long_is_split_into_parts(
         worker.commit(jobs_of(more[0]))
     parts = list(map(jobs_of, taken))
     assert [job for part in parts for job in part] == jobs
-    assert {len(part) for part in parts[:-1]} == {17}  # six of them, of 20 ms at most
+    assert {len(part) for part in parts[:-1]} == {20}  # five of them, of 25 ms at most
     assert all(wire.read_options(wire.read_envelope(each).headers).split for each in taken[:-1])
     assert [where(connection, job).job for job in jobs] == jobs
     assert is_balanced(connection)
