@@ -48,7 +48,7 @@ __all__ = ["Router"]
 #: Jobs that are priced and placed in one step; the rest of a deep window waits for the next.
 _STEP = 512
 _RETRY_S = (0.05, 2.0)
-#: Jobs of a bundle stay together that keep a slot busy for so long at most; and where that is more than the second, each
+#: Jobs of a bundle stay together that keep a slot busy for so long at most; where that is more than the second, each
 #: slot may have some of them.
 _TOGETHER_S: Final = 0.025
 _WORTH_S: Final = 0.002
