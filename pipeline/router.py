@@ -263,8 +263,8 @@ class _Session:
         ids = [job for _, each in found if isinstance(each, Incoming) for job in each.ids]
         marked = self._broker.marked(ids) if self._broker.marks else set()
         bundles = [(message, each) for message, each in found if isinstance(each, Incoming) and len(each.ids) > 1]
-        together = [(message, self._most_together(claim, each, marked)) for message, each in bundles]
-        if apart := self._split(claim, together):
+        together = [(message, each, self._most_together(claim, each, marked)) for message, each in bundles]
+        if apart := self._split(claim, [(message, most) for message, each, most in together if most < len(each.ids)]):
             found = [
                 (part, each if part is message else intake.read(part, now))
                 for message, each in found
@@ -309,7 +309,7 @@ class _Session:
     def _split(self, claim: Claim, bundles: Sequence[tuple[bytes, int]]) -> dict[int, list[bytes]]:
         """Splits bundles of a claim, each into parts of so many jobs at most; their parts by the `id()` of each.
 
-        What is as small as it should be, or cannot be split, stays as it is: of the latter no job is ended on its own.
+        What cannot be split stays as it is, and none of its jobs is ended on its own.
         """
         parts: dict[int, list[bytes]] = {}
         for message, most in bundles:
