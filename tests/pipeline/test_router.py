@@ -1608,6 +1608,23 @@ def test_a_bundle_that_comes_back_from_a_dead_router_is_dispatched_whole(
 
 
 @pytest.mark.usefixtures("measured")
+def test_an_urgent_job_goes_before_the_bundles_that_wait_in_the_window(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    busy = lane.send(2, ms=60_000)
+    lane.wait_for("job.placed", 2)
+    many = [job for _ in range(5) for job in lane.send_bundle(9)]
+    lane.settle()
+    (urgent,) = lane.send(suffix=PRIORITY_SEPARATOR + "9", priority=9)
+    lane.settle()
+    assert worker.serve(3) == [*busy, urgent]
+    assert worker.serve(45) == many
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
 def test_two_routers_dispatch_each_job_of_many_bundles_once(
     start_router, add_worker, lane: Lane, connection: Connection
 ) -> None:
