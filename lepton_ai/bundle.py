@@ -149,10 +149,19 @@ def note_of(job_id: str, shared: bytes) -> bytes | None:
     return shared[1:] if shared and int(job_id[-3:], 16) <= shared[0] else None
 
 
-def ids_of(headers: wire.Headers, options: Options) -> tuple[str, ...]:
-    """The ids of the jobs in a message; OptionNotSupported where it says that it is a bundle, and cannot be one."""
+def ids_of(message: bytes, headers: wire.Headers, options: Options) -> tuple[str, ...]:
+    """The ids of the jobs in a message.
+
+    Malformed, InvalidArguments or OptionNotSupported where it says that it is a bundle, and cannot be one. Nobody runs
+    what could not be split afterwards: its jobs could not be told apart where one ends its worker.
+    """
     if options.bundle is None:
         return (headers.id,)
+    wire.typed(_ANYTHING, message)
+    return _ids(headers, options.bundle, options)
+
+
+def _ids(headers: wire.Headers, count: int, options: Options) -> tuple[str, ...]:
     single_only = {
         "eta": headers.eta,
         "expires": headers.expires,
@@ -164,9 +173,9 @@ def ids_of(headers: wire.Headers, options: Options) -> tuple[str, ...]:
     }
     for name, value in single_only.items():
         if value is not None:
-            raise OptionNotSupported(f"a bundle of {options.bundle} jobs cannot have {name}", "bundle")
+            raise OptionNotSupported(f"a bundle of {count} jobs cannot have {name}", "bundle")
     try:
-        return run_of(headers.id, options.bundle)
+        return run_of(headers.id, count)
     except ValueError as error:
         raise OptionNotSupported(f"a bundle: {error}", "bundle") from None
 
@@ -225,7 +234,7 @@ class _Opened(msgspec.Struct, frozen=True):
 def _opened(message: bytes) -> _Opened:
     envelope = wire.read_envelope(message)
     options = wire.read_options(envelope.headers)
-    ids = ids_of(envelope.headers, options)
+    ids = _ids(envelope.headers, options.bundle or 1, options)
     body: _Rows = wire.open_body(envelope, len(message), _ROWS)
     if len(body.rows) != len(ids):
         raise Malformed(f"a bundle of {len(ids)} jobs has the arguments of {len(body.rows)}")

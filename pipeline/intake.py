@@ -60,7 +60,7 @@ def read(message: bytes, now: float) -> Incoming | Refused | Dead:
     headers, options = envelope.headers, Options()
     try:
         options = wire.read_options(headers)
-        ids = ids_of(headers, options)
+        ids = ids_of(message, headers, options)
         due_at, deadline_at = wire.due_at(headers), wire.deadline_at(headers)
         if due_at is not None and due_at > now + LATEST_S:
             raise InvalidArguments(f"eta {headers.eta} is more than 30 days away", "eta")

@@ -111,7 +111,7 @@ def read_all(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> li
         with suppress(LeptonError):  # of which it is told below
             envelope = wire.read_envelope(message)
             options = wire.read_options(envelope.headers)
-            ids = bundle.ids_of(envelope.headers, options)
+            ids = bundle.ids_of(message, envelope.headers, options)
             if len(ids) > 1:
                 return _read_bundle(message, envelope, options, ids, kernels, limit_bytes)
     return [read(message, kernels, limit_bytes)]
@@ -156,7 +156,7 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
     keep = not headers.ignore_result
     try:
         options = wire.read_options(headers)
-        bundle.ids_of(headers, options)
+        bundle.ids_of(message, headers, options)
         body = wire.read_body(envelope, limit_bytes=limit_bytes)
         return _read(message, headers, body, options, kernels, keep)
     except LeptonError as error:

@@ -155,6 +155,6 @@ def _flags(messages: Sequence[bytes], culprit: Running) -> str:
 def _jobs_of(message: bytes) -> tuple[str, ...]:
     try:
         headers = wire.read_envelope(message).headers
-        return bundle.ids_of(headers, wire.read_options(headers))
+        return bundle.ids_of(message, headers, wire.read_options(headers))
     except LeptonError:  # no job, so it did not run
         return ()

@@ -37,13 +37,16 @@ class Load:
         self.stop()
         self._client.close()
 
-    def submit(self, costs_ms: Sequence[int], how: int = 0, **options: Any) -> list[str]:
+    def submit(self, costs_ms: Sequence[int], how: int = 0, at: int | None = None, **options: Any) -> list[str]:
         """Submits one job for each cost, all in one call; returns their ids, none where that failed.
 
-        `options` are those of `Client.submit_many`.
+        All misbehave as `how` says, or the one `at` this place only. `options` are those of `Client.submit_many`.
         """
         numbers = self._auditor.numbers(len(costs_ms))
-        rows = [{"n": number, "ms": ms, "how": how} for number, ms in zip(numbers, costs_ms, strict=True)]
+        rows = [
+            {"n": number, "ms": ms, "how": how if at in (None, place) else 0}
+            for place, (number, ms) in enumerate(zip(numbers, costs_ms, strict=True))
+        ]
         try:
             handles = self._client.submit_many("fault.run", rows, **options)
         except (Overloaded, QuotaExceeded, InvalidRequest) as error:

@@ -29,7 +29,7 @@ def rows_of(arguments: Sequence[dict[str, Any]], terms: Terms | None = None) -> 
 def told(message: bytes) -> tuple[tuple[str, ...], Options]:
     headers = wire.read_envelope(message).headers
     options = wire.read_options(headers)
-    return bundle.ids_of(headers, options), options
+    return bundle.ids_of(message, headers, options), options
 
 
 def arguments_of(message: bytes) -> list[dict[str, Any]]:

@@ -363,6 +363,16 @@ def test_the_jobs_of_bundles_are_counted_in_the_lane_of_their_tenant(broker_url:
     ] == [300, 15]
 
 
+@pytest.mark.parametrize("priority", [1, 5, 9])
+def test_bundles_wait_on_the_list_of_their_priority_and_are_counted_in_their_lane(
+    client: Client, connection: Connection, priority: int
+) -> None:
+    jobs = client.submit_many("a.b", [{"x": 1}] * 20, priority=priority)
+    assert [each.headers.id for each in waiting(connection, priority)] == [job.id for job in jobs]
+    (lane,) = connection.call("HKEYS", topology.BUNDLED)
+    assert lane.decode() == topology.LANE == wire.lane_of(connection.call("LINDEX", topology.lane_list(priority), 0))
+
+
 def test_a_kernel_may_have_an_argument_that_is_called_bundle(client: Client, connection: Connection) -> None:
     client.submit_many("a.b", [{"bundle": at} for at in range(3)] + [{"bundle": at, "n": 1} for at in range(9)])
     found = [wire.read_body(each, limit_bytes=1000).kwargs["bundle"] for each in waiting(connection)]

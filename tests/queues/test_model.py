@@ -72,7 +72,7 @@ def record(job: str, status: str) -> bytes:
 @cache
 def jobs_of(message: bytes) -> tuple[str, ...]:
     headers = wire.read_envelope(message).headers
-    return bundle.ids_of(headers, wire.read_options(headers))
+    return bundle.ids_of(message, headers, wire.read_options(headers))
 
 
 def job_of(message: bytes) -> str:
