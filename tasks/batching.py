@@ -135,13 +135,9 @@ def _read_bundle(
     headers = envelope.headers
     try:
         bodies = bundle.read_rows(envelope, len(ids), limit_bytes=limit_bytes)
-        taken = [_read(message, headers, body, options, kernels, keep=True) for body in bodies]
+        return [*_taken(message, headers, options, ids, bodies, kernels)]
     except LeptonError as error:  # one of its jobs is at fault, or all are
         why = error
-    else:
-        for place, (job, job_id) in enumerate(zip(taken, ids, strict=True)):
-            job.id, job.place, job.bundled = job_id, place, True
-        return [*taken]
     try:
         found = [read(each, kernels, limit_bytes) for each in bundle.split(message)]
     except LeptonError:
@@ -164,7 +160,8 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
         options = wire.read_options(headers)
         bundle.ids_of(headers, options)
         body = wire.read_body(envelope, limit_bytes=limit_bytes)
-        return _read(message, headers, body, options, kernels, keep)
+        (job,) = _taken(message, headers, options, (headers.id,), [body], kernels)
+        return job
     except LeptonError as error:
         if options is _NO_OPTIONS:
             options = Options(blobs=wire.read_places(headers))
@@ -174,33 +171,55 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
         return Refused(headers.id, headers.task, options, error, keep, sequel)
 
 
-def _read(
-    message: bytes, headers: wire.Headers, body: wire.Body, options: Options, kernels: dict[str, Kernel], keep: bool
-) -> TakenJob:
+def _taken(
+    message: bytes,
+    headers: wire.Headers,
+    options: Options,
+    ids: Sequence[str],
+    bodies: Sequence[wire.Body],
+    kernels: dict[str, Kernel],
+) -> list[TakenJob]:
+    """The jobs of a message. What is the same for all of them is read once."""
     kernel = kernels.get(headers.task)
     if kernel is None:
         raise UnknownKernel(f"this worker has no kernel {headers.task!r}; it has {', '.join(sorted(kernels))}")
     deadline_at = wire.deadline_at(headers)
-    sequel = sequel_of(headers, body.embed)
-    arguments = inherit(kernel.signature, body)
-    inputs, dims = kernel.signature.bind(arguments)
-    forms = set(map(type, arguments.values()))
-    outside_bytes = _outside_bytes(inputs, options.blobs or ()) if TensorMap in forms else 0
-    return TakenJob(
-        headers.id,
-        kernel,
-        inputs,
-        kernel.spec.work(dims),
-        options,
-        not forms.isdisjoint(_ARRAYS) or (list not in forms and options.result == "msgpack"),
-        keep,
-        message,
-        retries=max(0, headers.retries) if headers.retries else 0,
-        limit_s=_limit_s(options, headers),
-        deadline_at=deadline_at,
-        sequel=sequel,
-        outside_bytes=outside_bytes,
-    )
+    sequel = sequel_of(headers, bodies[0].embed)
+    signature, work_of, bundled = kernel.signature, kernel.spec.work, len(ids) > 1
+    keep, retries = not headers.ignore_result, max(0, headers.retries) if headers.retries else 0
+    taken: list[TakenJob] = []
+    for place, (job_id, body) in enumerate(zip(ids, bodies, strict=True)):
+        arguments = inherit(signature, body) if body.args else body.kwargs
+        inputs, dims = signature.bind(arguments)
+        forms = set(map(type, arguments.values()))
+        outside_bytes = _outside_bytes(inputs, options.blobs or ()) if TensorMap in forms else 0
+        tensors = not forms.isdisjoint(_ARRAYS) or (list not in forms and options.result == "msgpack")
+        # Positional, as most of a worker's reading goes through here.
+        taken.append(
+            TakenJob(
+                job_id,
+                kernel,
+                inputs,
+                work_of(dims),
+                options,
+                tensors,
+                keep,
+                message,
+                place,
+                bundled,
+                retries,
+                None,
+                deadline_at,
+                sequel,
+                0.0,
+                outside_bytes,
+            )
+        )
+    limit_s = _limit_s(options, headers)
+    if limit_s is not None:
+        for job in taken:
+            job.limit_s = limit_s
+    return taken
 
 
 def _outside_bytes(inputs: Mapping[str, Any], places: Sequence[str]) -> int:
