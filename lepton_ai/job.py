@@ -121,7 +121,7 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a job really cost. Times are of its batch divided by the batch's jobs, compilation not counted."""
+    """What a job really cost. Times are of its batch or series, divided by the jobs in it, compilation not counted."""
 
     worker: str
     device: str

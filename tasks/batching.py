@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -18,13 +18,15 @@ from lepton_ai.kernel import Kernel, Work
 from lepton_ai.succession import Sequel, inherit, sequel_of
 from lepton_ai.tensor import MOST, TensorMap
 
-__all__ = ["Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "read_all", "split"]
+__all__ = ["SERIES_S", "Group", "Refused", "TakenJob", "Unreadable", "groups", "read", "read_all", "split"]
 
 _NO_OPTIONS: Final = Options()
 #: As most messages have it.
 _NO_LIMITS: Final[list[float | None]] = [None, None]
 _ARRAYS: Final = (TensorMap, np.ndarray)
 _SHAPED: Final = (np.ndarray, Reference)
+#: A series takes no longer: its jobs all count as started when the first of them is.
+SERIES_S: Final = 0.01
 
 
 class TakenJob(msgspec.Struct, eq=False, gc=False):
@@ -85,16 +87,23 @@ class Unreadable(msgspec.Struct, frozen=True):
 
 
 class Group(msgspec.Struct, eq=False, gc=False):
-    """Jobs of one kernel that run in one launch."""
+    """Jobs of one kernel that run together: in one launch, or as a series, one quick launch after the other."""
 
     kernel: Kernel
     jobs: list[TakenJob]
     outside_bytes: int = 0
     """Of its jobs."""
+    series_s: float = 0.0
+    """How long its jobs are predicted to run one after the other; of a group that is a series."""
+
+    @property
+    def is_series(self) -> bool:
+        """Whether each of its jobs is a launch of its own, which the only job of a group is in any case."""
+        return len(self.jobs) == 1 or self.kernel.spec.batch is None
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The inputs of the launch: a single job's own, or all jobs' stacked or concatenated. No References."""
+        """The inputs of a launch of all its jobs: a single one's own, or stacked or concatenated. No References."""
         first = self.jobs[0].inputs
         if len(self.jobs) == 1:
             return first
@@ -126,20 +135,16 @@ def _read_bundle(
     limit_bytes: int,
 ) -> list[TakenJob | Refused | Unreadable]:
     headers = envelope.headers
-    noted_together = bundle.noted_as(ids[0], options) is not None
     try:
         bodies = bundle.read_rows(envelope, len(ids), limit_bytes=limit_bytes)
-        taken = [_read(message, headers, body, options, kernels, keep=True) for body in bodies]
+        return [*_taken(message, headers, options, ids, bodies, kernels)]
     except LeptonError as error:  # one of its jobs is at fault, or all are
         why = error
-    else:
-        for place, (job, job_id) in enumerate(zip(taken, ids, strict=True)):
-            job.id, job.place, job.bundled, job.noted_together = job_id, place, True, noted_together
-        return [*taken]
     try:
         found = [read(each, kernels, limit_bytes) for each in bundle.split(message)]
     except LeptonError:
         return [Refused(job, headers.task, options, why) for job in ids]
+    noted_together = bundle.noted_as(ids[0], options) is not None
     for place, each in enumerate(found):
         if isinstance(each, TakenJob):
             each.message, each.place, each.bundled, each.noted_together = message, place, True, noted_together
@@ -158,7 +163,8 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
         options = wire.read_options(headers)
         bundle.ids_of(message, headers, options)
         body = wire.read_body(envelope, limit_bytes=limit_bytes)
-        return _read(message, headers, body, options, kernels, keep)
+        (job,) = _taken(message, headers, options, (headers.id,), [body], kernels)
+        return job
     except LeptonError as error:
         if options is _NO_OPTIONS:
             options = Options(blobs=wire.read_places(headers))
@@ -168,33 +174,57 @@ def read(message: bytes, kernels: dict[str, Kernel], limit_bytes: int) -> TakenJ
         return Refused(headers.id, headers.task, options, error, keep, sequel)
 
 
-def _read(
-    message: bytes, headers: wire.Headers, body: wire.Body, options: Options, kernels: dict[str, Kernel], keep: bool
-) -> TakenJob:
+def _taken(
+    message: bytes,
+    headers: wire.Headers,
+    options: Options,
+    ids: Sequence[str],
+    bodies: Sequence[wire.Body],
+    kernels: dict[str, Kernel],
+) -> list[TakenJob]:
+    """The jobs of a message. What is the same for all of them is read once."""
     kernel = kernels.get(headers.task)
     if kernel is None:
         raise UnknownKernel(f"this worker has no kernel {headers.task!r}; it has {', '.join(sorted(kernels))}")
     deadline_at = wire.deadline_at(headers)
-    sequel = sequel_of(headers, body.embed)
-    arguments = inherit(kernel.signature, body)
-    inputs, dims = kernel.signature.bind(arguments)
-    forms = set(map(type, arguments.values()))
-    outside_bytes = _outside_bytes(inputs, options.blobs or ()) if TensorMap in forms else 0
-    return TakenJob(
-        headers.id,
-        kernel,
-        inputs,
-        kernel.spec.work(dims),
-        options,
-        not forms.isdisjoint(_ARRAYS) or (list not in forms and options.result == "msgpack"),
-        keep,
-        message,
-        retries=max(0, headers.retries) if headers.retries else 0,
-        limit_s=_limit_s(options, headers),
-        deadline_at=deadline_at,
-        sequel=sequel,
-        outside_bytes=outside_bytes,
-    )
+    sequel = sequel_of(headers, bodies[0].embed)
+    signature, work_of, bundled = kernel.signature, kernel.spec.work, len(ids) > 1
+    noted_together = bundle.noted_as(ids[0], options) is not None
+    keep, retries = not headers.ignore_result, max(0, headers.retries) if headers.retries else 0
+    taken: list[TakenJob] = []
+    for place, (job_id, body) in enumerate(zip(ids, bodies, strict=True)):
+        arguments = inherit(signature, body) if body.args else body.kwargs
+        inputs, dims = signature.bind(arguments)
+        forms = set(map(type, arguments.values()))
+        outside_bytes = _outside_bytes(inputs, options.blobs or ()) if TensorMap in forms else 0
+        tensors = not forms.isdisjoint(_ARRAYS) or (list not in forms and options.result == "msgpack")
+        # Positional, as most of a worker's reading goes through here.
+        taken.append(
+            TakenJob(
+                job_id,
+                kernel,
+                inputs,
+                work_of(dims),
+                options,
+                tensors,
+                keep,
+                message,
+                place,
+                bundled,
+                noted_together,
+                retries,
+                None,
+                deadline_at,
+                sequel,
+                0.0,
+                outside_bytes,
+            )
+        )
+    limit_s = _limit_s(options, headers)
+    if limit_s is not None:
+        for job in taken:
+            job.limit_s = limit_s
+    return taken
 
 
 def _outside_bytes(inputs: Mapping[str, Any], places: Sequence[str]) -> int:
@@ -222,31 +252,58 @@ def _limit_s(options: Options, headers: wire.Headers) -> float | None:
     return min(limits)
 
 
-def groups(jobs: Iterable[TakenJob], limit: int, most_bytes: float = math.inf) -> list[Group]:
-    """The jobs in groups of one launch each, in the order in which each group's first job came.
+def groups(
+    jobs: Iterable[TakenJob],
+    limit: int,
+    most_bytes: float = math.inf,
+    predicted_s: Callable[[TakenJob], float] = lambda _: math.inf,
+) -> list[Group]:
+    """The jobs in groups that run together, in the order in which each group's first job came.
 
-    A group has at most `limit` jobs, and those more than one at most `most_bytes` outside their messages.
+    A group has at most `limit` jobs, and those more than one at most `most_bytes` outside their messages. Where
+    a kernel takes one job at a time `predicted_s` says how long one runs, infinity where that is not known.
     """
     open_groups: dict[Any, Group] = {}
     found: list[Group] = []
     for job in jobs:
-        key = _key(job)
+        one_by_one = job.kernel.spec.batch is None
+        run_s = predicted_s(job) if one_by_one and _is_plain(job) else 0.0
+        key = _key(job) if not one_by_one else _series_key(job) if 0 < run_s <= SERIES_S else None
         group = open_groups.get(key) if key is not None else None
-        if group is None or len(group.jobs) >= limit or group.outside_bytes + job.outside_bytes > most_bytes:
+        if (
+            group is None
+            or len(group.jobs) >= limit
+            or group.outside_bytes + job.outside_bytes > most_bytes
+            or group.series_s + run_s > SERIES_S
+        ):
             group = Group(job.kernel, [])
             found.append(group)
             if key is not None:
                 open_groups[key] = group
         group.jobs.append(job)
         group.outside_bytes += job.outside_bytes
+        group.series_s += run_s
     return found
 
 
-def _key(job: TakenJob) -> tuple[Any, ...] | None:
-    """What jobs must share to run in one launch; None where the kernel runs one at a time."""
+def _is_plain(job: TakenJob) -> bool:
+    """Whether nothing about a job asks for a launch that is looked at by itself."""
+    return job.limit_s is None and job.sequel is None and not job.outside_bytes
+
+
+def _series_key(job: TakenJob) -> tuple[Any, ...]:
+    """What jobs must share to run as a series: its times are told as their mean."""
+    return job.kernel.name, *magnitude(job.work)
+
+
+def magnitude(work: Work) -> tuple[int, int]:
+    """The orders of magnitude of its flops and bytes."""
+    return math.frexp(work.flops)[1], math.frexp(work.bytes)[1]
+
+
+def _key(job: TakenJob) -> tuple[Any, ...]:
+    """What jobs must share to run in one launch."""
     batch = job.kernel.spec.batch
-    if batch is None:
-        return None
     parts: list[Any] = [job.kernel.name]
     for name, value in job.inputs.items():
         if not isinstance(value, _SHAPED):

@@ -29,7 +29,7 @@ from lepton_ai.errors import (
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import minute_of
 from lepton_ai.job import LATEST_S, Cost, Estimate, Placement, Record
-from lepton_ai.kernel import Retry
+from lepton_ai.kernel import Kernel, Retry
 from lepton_ai.ring import RingReader
 from lepton_ai.settings import Settings
 from lepton_ai.succession import PUT_OFF_S, Canvas, FollowUps
@@ -37,7 +37,7 @@ from lepton_ai.tensor import SENDABLE
 from queues.broker import Broker
 from queues.connection import CommandError
 from queues.steps import GOES_ON, Commit, DeadLetter, Outcome
-from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, names, read_all, split
+from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, magnitude, names, read_all, split
 from tasks.driver import Driver
 from tasks.limits import kill_after_s, own_limit_s
 from tasks.outside import fetch
@@ -111,16 +111,23 @@ class _Note(msgspec.Struct, frozen=True, gc=False):
     shown: bool = False
 
 
+_Outputs = dict[str, np.ndarray[Any, Any]]
+_Limits = tuple[float, bool, float | None]
 _NOTE = msgspec.msgpack.Decoder(_Note)
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 
 class _Launch(msgspec.Struct):
-    """The times of one launch, and the size of its array arguments."""
+    """The times of one launch and the size of its array arguments, or those of a series in all."""
 
-    transfer_s: float
-    run_s: float
-    transfer_bytes: int
+    transfer_s: float = 0.0
+    run_s: float = 0.0
+    transfer_bytes: int = 0
+
+    def add(self, other: _Launch) -> None:
+        self.transfer_s += other.transfer_s
+        self.run_s += other.run_s
+        self.transfer_bytes += other.transfer_bytes
 
 
 class _Lesson(msgspec.Struct):
@@ -134,9 +141,9 @@ class _Lesson(msgspec.Struct):
     run_s: float = 0.0
     transfer_bytes: int = 0
 
-    def add(self, jobs: Sequence[TakenJob], launch: _Launch) -> None:
-        """Folds in one launch."""
-        self.launches += 1
+    def add(self, jobs: Sequence[TakenJob], launches: int, launch: _Launch) -> None:
+        """Folds in so many launches, which took this together."""
+        self.launches += launches
         for job in jobs:
             self.flops += job.work.flops
             self.bytes += job.work.bytes
@@ -167,6 +174,12 @@ class _Batch(msgspec.Struct):
     chord_parts: list[tuple[str, bytes]] = []
     dead: list[DeadLetter] = []
     blobs: list[tuple[str, int, str]] = []
+
+    def predicted_s(self, job: TakenJob) -> float:
+        """How long a job was predicted to run; infinity where its kernel had not been measured."""
+        note = self.notes.get(job.id)
+        estimate = note.estimate if note is not None else None
+        return estimate.run_s if estimate is not None and estimate.spread > 0 else math.inf
 
 
 class Runner:
@@ -209,7 +222,7 @@ class Runner:
             minutes = _minutes(found)
             batch = _Batch(_notes(notes, minutes), set(minutes.values()), taken_at)
             jobs = self._begin(found, marked, broker.now(), batch)
-            for group in groups(jobs, settings.batch_jobs, settings.batch_bytes):
+            for group in groups(jobs, settings.batch_jobs, settings.batch_bytes, batch.predicted_s):
                 self._run_group(broker, group, batch)
         finally:
             self.running = None
@@ -297,49 +310,89 @@ class Runner:
                 jobs.append(job)
         return jobs
 
-    # -- a launch -----------------------------------------------------------------------------------------------
+    # -- launches -----------------------------------------------------------------------------------------------
 
     def _run_group(self, broker: Broker, group: Group, batch: _Batch) -> None:
-        """Runs a group in one launch; if that raises, each of its jobs alone, so that only the culprit fails."""
+        """Runs a group. Where a launch of several jobs raises, each runs alone, so that only the culprit fails."""
         if group.outside_bytes:
             group = self._filled(broker, group, batch)
             if not group.jobs:
                 return
-        kernel, jobs = group.kernel, names(group.jobs)
-        longest, own, limit_s = self._limits(group, batch)
-        started = time.monotonic()
-        self.running = Running(self._slot, jobs, started, longest, own)
+        if group.is_series:
+            self._run_series(group, batch)
+            return
+        jobs = names(group.jobs)
+        context = self._start(jobs, group.kernel, self._limits(group, batch))
         self._observer.started(jobs)
-        context = _Context(jobs, kernel.name, self._observer, started, limit_s, started)
         try:
-            outputs, launch = self._launch(group, context)
+            outputs, launch = self._launch(group.kernel, group.inputs, context)
             parts = split(group, outputs)
         # What a kernel raises, even sys.exit(), is its job's failure and never the worker's.
-        except (Exception, SystemExit) as error:  # noqa: BLE001
-            if len(group.jobs) > 1:
-                for job in group.jobs:
-                    self._run_group(broker, Group(kernel, [job]), batch)
-                return
-            self._kernel_raised(group.jobs[0], error, context, batch)
+        except (Exception, SystemExit):  # noqa: BLE001
+            for job in group.jobs:
+                self._run_series(Group(group.kernel, [job]), batch)
             return
-        start = time.perf_counter()
-        count = len(jobs)
-        each_transfer_s, each_run_s = launch.transfer_s / count, launch.run_s / count
-        is_revoked, encoding = self._observer.is_revoked, self._settings.result_serializer
-        succeeded: list[str] = []
-        for job, part in zip(group.jobs, parts, strict=True):
-            # Its kernel may have seen it and stopped half way, whatever has been forgotten since.
-            if context.cancel_told or is_revoked(job.id):
-                self._fail(job, JobCancelled("cancelled while it ran"), batch)
+        ran = [(job, part) for job, part in zip(group.jobs, parts, strict=True) if self._counts(job, context, batch)]
+        self._succeed(group, launch, ran, batch)
+
+    def _run_series(self, group: Group, batch: _Batch) -> None:
+        """Runs a group's jobs one after the other; one that raises fails, and the others go on."""
+        kernel, limits = group.kernel, self._limits(group, batch)
+        self._observer.started(names(group.jobs))
+        ran: list[tuple[TakenJob, _Outputs]] = []
+        taken = _Launch()
+        for job in group.jobs:
+            context = self._start((job.id,), kernel, limits)
+            try:
+                outputs, launch = self._launch(kernel, job.inputs, context)
+            except (Exception, SystemExit) as error:  # noqa: BLE001
+                self._kernel_raised(job, error, context, batch)
                 continue
-            if job.limit_s is not None and (context.limit_told or each_run_s > job.limit_s):
+            if self._counts(job, context, batch):
+                ran.append((job, outputs))
+                taken.add(launch)
+        if ran:
+            self._succeed(Group(kernel, [job for job, _ in ran]), taken, ran, batch)
+
+    def _start(self, jobs: tuple[str, ...], kernel: Kernel, limits: _Limits) -> _Context:
+        """A launch is under way from here on."""
+        kill_after_s, by_own_limit, limit_s = limits
+        started = time.monotonic()
+        self.running = Running(self._slot, jobs, started, kill_after_s, by_own_limit)
+        return _Context(jobs, kernel.name, self._observer, started, limit_s, started)
+
+    def _counts(self, job: TakenJob, context: _Context, batch: _Batch) -> bool:
+        """Whether what a launch returned is a job's result; else the job ends here."""
+        # Its kernel may have seen it and stopped half way, whatever has been forgotten since.
+        if context.cancel_told or self._observer.is_revoked(job.id):
+            self._fail(job, JobCancelled("cancelled while it ran"), batch)
+        elif context.limit_told and job.limit_s is not None:
+            self._fail(job, _over(job), batch)
+        else:
+            return True
+        return False
+
+    def _succeed(self, group: Group, launch: _Launch, ran: Sequence[tuple[TakenJob, _Outputs]], batch: _Batch) -> None:
+        """Ends the jobs of a group whose launch, or launches, took so long, with their outputs."""
+        start = time.perf_counter()
+        count = len(group.jobs)
+        launch.transfer_s += sum([job.decode_s for job in group.jobs])
+        together = 1 if group.is_series else count
+        each_transfer_s, each_run_s = launch.transfer_s / count, launch.run_s / count
+        encoding = self._settings.result_serializer
+        kept: Record | None = None
+        of: _Note | Placement | None = None
+        succeeded: list[str] = []
+        for job, part in ran:
+            if job.limit_s is not None and each_run_s > job.limit_s:
                 self._fail(job, _over(job), batch)
                 continue
             note = batch.notes.get(job.id)
-            wait_s = max(0.0, batch.taken_at - note.placed_at) if note is not None else 0.0
-            cost = Cost(self._incarnation, self._device, wait_s, each_transfer_s, each_run_s, count)
-            placement = note if isinstance(note, Placement) else None
-            meta = results.success(job.id, answer(job, part), Record(placement, cost))
+            if kept is None or note is not of:  # which the jobs of a bundle share
+                wait_s = max(0.0, batch.taken_at - note.placed_at) if note is not None else 0.0
+                cost = Cost(self._incarnation, self._device, wait_s, each_transfer_s, each_run_s, together)
+                kept, of = Record(note if isinstance(note, Placement) else None, cost), note
+            meta = results.success(job.id, answer(job, part), kept)
             follow_ups = None
             if job.sequel is not None:
                 try:
@@ -372,7 +425,7 @@ class Runner:
             launch.transfer_s += time.perf_counter() - start
             self._note_launch(group, launch, succeeded, batch)
 
-    def _limits(self, group: Group, batch: _Batch) -> tuple[float, bool, float | None]:
+    def _limits(self, group: Group, batch: _Batch) -> _Limits:
         """When a launch ends its worker, whether by a job's own limit, and how long its jobs want to run at most."""
         spec, settings = group.kernel.spec, self._settings
         limits = [job.limit_s for job in group.jobs]
@@ -408,13 +461,13 @@ class Runner:
         if job.options.blobs is not None:
             batch.blobs += [(job.id, kept_s, key) for key in blob.keys(job.id, job.options.blobs)]
 
-    def _launch(self, group: Group, context: _Context) -> tuple[dict[str, np.ndarray[Any, Any]], _Launch]:
-        driver, kernel, array = self._driver, group.kernel, np.ndarray
+    def _launch(self, kernel: Kernel, given: Mapping[str, Any], context: _Context) -> tuple[_Outputs, _Launch]:
+        driver, array = self._driver, np.ndarray
         size = 0
         inputs: dict[str, Any] = {}
-        outputs: dict[str, np.ndarray[Any, Any]] = {}
+        outputs: _Outputs = {}
         start = time.perf_counter()
-        for key, value in group.inputs.items():
+        for key, value in given.items():
             if isinstance(value, array):
                 size += value.nbytes
                 inputs[key] = driver.upload(value)
@@ -430,21 +483,18 @@ class Runner:
             output = outputs[key] = driver.download(value)
             if output.dtype.num not in SENDABLE:  # found out here it fails a job; at the commit, the slot for ever
                 raise KernelFailed(f"{kernel.name} returned {key!r} of dtype {output.dtype}, which cannot be sent")
-        transfer_s = uploaded - start + time.perf_counter() - ran
-        for job in group.jobs:
-            transfer_s += job.decode_s
-        return outputs, _Launch(transfer_s, ran - uploaded, size)
+        return outputs, _Launch(uploaded - start + time.perf_counter() - ran, ran - uploaded, size)
 
     @staticmethod
     def _note_launch(group: Group, launch: _Launch, succeeded: Sequence[str], batch: _Batch) -> None:
         """Launches of one kernel that are alike in size are told of together: a batch may have hundreds."""
-        first = group.jobs[0].work
-        alike = group.kernel.name, len(group.jobs), math.frexp(first.flops)[1], math.frexp(first.bytes)[1]
+        launches, jobs = (len(group.jobs), 1) if group.is_series else (1, len(group.jobs))
+        alike = group.kernel.name, jobs, *magnitude(group.jobs[0].work)
         lesson = batch.lessons.get(alike)
         if lesson is None:
             lesson = batch.lessons[alike] = _Lesson()
         lesson.succeeded += succeeded
-        lesson.add(group.jobs, launch)
+        lesson.add(group.jobs, launches, launch)
 
     def _learned(self, batch: _Batch) -> list[Event]:
         """What tells of the jobs that succeeded, and of what their launches taught."""

@@ -669,3 +669,109 @@ def test_a_bundle_in_the_midst_of_a_run_does_not_take_the_note_of_the_first_for_
     noted(worker, run[:4], together=True)
     worker.push(bundle_of(run[4:], [1.0, 2.0, 3.0, 4.0]))
     assert [worker.meta(job).lepton.placement for job in run[4:]] == [None] * 4
+
+
+# -- series -----------------------------------------------------------------------------------------------------
+
+
+def started(worker: Worker) -> list[str]:
+    return [job for what, job in worker.books.seen if what == "started"]
+
+
+def test_quick_jobs_of_a_kernel_that_takes_one_at_a_time_start_together_and_run_one_by_one(worker: Worker) -> None:
+    worker.warm_up()
+    jobs = worker.send_series(1.0, 2.0, 3.0)
+    worker.enters()
+    assert started(worker)[-3:] == jobs
+    assert [each.jobs for each in worker.slots.running] == [(jobs[0],)]
+    worker.shop.gate.set()
+    assert [worker.double(job) for job in jobs] == [[2.0], [4.0], [6.0]]
+
+
+@pytest.mark.parametrize(
+    ("run_s", "spread"), [(1e-4, 0.0), (0.006, 0.1), (1.0, 0.1), (math.inf, 0.1), (math.nan, 0.1), (-1.0, 0.1)]
+)
+def test_slow_jobs_and_those_of_unknown_cost_start_one_by_one(worker: Worker, run_s: float, spread: float) -> None:
+    worker.warm_up()
+    jobs = new_ids(2)
+    worker.predict(run_s, *jobs, spread=spread)
+    worker.push(*(message(job, 1.0, "test.gated") for job in jobs))
+    worker.enters()
+    assert started(worker)[-1] == jobs[0]
+    worker.shop.gate.set()
+    worker.double(jobs[1])
+
+
+def test_jobs_that_something_follows_or_that_have_a_limit_start_one_by_one(worker: Worker) -> None:
+    worker.warm_up()
+    plain, limited, leading = new_ids(3)
+    worker.predict(1e-4, plain, limited, leading)
+    worker.push(
+        message(plain, 1.0, "test.gated"),
+        message(limited, 1.0, "test.gated", limit_s=5.0),
+        followed(leading, {"callbacks": [{"task": "theirs.next"}]}, "test.gated"),
+    )
+    worker.enters()
+    assert started(worker)[-1] == plain
+    worker.shop.gate.set()
+    worker.double(leading)
+
+
+def test_one_of_a_series_fails_the_others_succeed_and_none_runs_twice(worker: Worker) -> None:
+    worker.warm_up()
+    worker.shop._add("test.single", None, worker.shop._double)
+    stream = EventStream(worker.connection)
+    jobs = worker.send_series(1.0, -1.0, 3.0, 102.0, 5.0, kernel="test.single")
+    assert [worker.double(jobs[at]) for at in (0, 2, 4)] == [[2.0], [6.0], [10.0]]
+    assert worker.failure(jobs[1])[1:] == ("KernelFailed", "ValueError: below zero")
+    assert worker.failure(jobs[3])[1] == "KernelFailed"
+    assert worker.shop.launches == {1: 1 + 5}
+    told = [each for _, each in stream.read(5000)]
+    (taught,) = [each for each in told if each.type == "job.succeeded"]
+    assert taught.jobs == (jobs[0], jobs[2], jobs[4])
+
+
+def test_a_series_teaches_what_one_of_its_launches_took(worker: Worker) -> None:
+    worker.warm_up()
+    stream = EventStream(worker.connection)
+    jobs = worker.send_series(1.0, 2.0, 3.0, 4.0, kernel="test.tries")
+    ((_, told),) = stream.read(5000)
+    seen = told.observation
+    assert (told.jobs, seen.jobs, seen.flops, seen.bytes, seen.transfer_bytes) == (tuple(jobs), 1, 2.0, 8.0, 8.0)
+    costs = [worker.meta(job).lepton.cost for job in jobs]
+    assert {(cost.batch, cost.run_s) for cost in costs} == {(1, costs[0].run_s)}
+    assert costs[0].run_s == pytest.approx(seen.run_s)
+
+
+def test_one_of_a_series_is_cancelled_while_it_runs_and_the_others_are_not(worker: Worker) -> None:
+    worker.warm_up()
+    first, second, third = worker.send_series(1.0, 2.0, 3.0)
+    worker.enters()
+    worker.books.revoke({first})
+    assert worker.shop.contexts[-1].cancelled
+    worker.books.revoked.clear()
+    worker.shop.gate.set()
+    worker.enters()
+    assert not worker.shop.contexts[1].cancelled
+    assert worker.failure(first)[0] == "REVOKED"
+    assert [worker.double(job) for job in (second, third)] == [[4.0], [6.0]]
+
+
+def test_one_of_a_series_is_cancelled_before_its_turn_and_has_no_result(worker: Worker) -> None:
+    worker.warm_up()
+    first, second, third = worker.send_series(1.0, 2.0, 3.0)
+    worker.enters()
+    worker.books.revoke({second})
+    worker.shop.gate.set()
+    assert worker.failure(second)[0] == "REVOKED"
+    assert [worker.double(job) for job in (first, third)] == [[2.0], [6.0]]
+
+
+def test_a_series_that_is_predicted_to_take_too_long_is_several(worker: Worker) -> None:
+    worker.warm_up()
+    jobs = worker.send_series(*range(5), run_s=0.004)
+    worker.enters()
+    assert started(worker)[-2:] == jobs[:2]
+    assert jobs[2] not in started(worker)
+    worker.shop.gate.set()
+    assert worker.double(jobs[4]) == [8.0]

@@ -200,6 +200,22 @@ def test_a_bundle_that_ran_as_one_launch_comes_back_as_a_suspect(worker: Worker,
     assert attempts(worker) == {}
 
 
+def test_of_a_series_the_one_that_hangs_is_the_culprit_and_its_neighbours_are_not_suspected(
+    worker: Worker, watch: Any, end: End
+) -> None:
+    hang(worker, limit_s=0.5)
+    worker.shop.gates[1.0] = threading.Event()
+    worker.shop.gates[1.0].set()
+    worker.warm_up()
+    jobs = worker.send_series(1.0, 2.0, 3.0, kernel="test.hung")
+    watch(worker)
+    assert end.wait() == EXIT_CODE
+    assert [id_of(each) for each in held(worker)] == [jobs[1]]
+    assert [id_of(each) for each in oldest_first(worker, topology.AGAIN)] == [jobs[0], jobs[2]]
+    worker.lease.recover()
+    assert attempts(worker) == {jobs[1].encode(): b"1"}
+
+
 def test_of_two_copies_of_the_culprit_one_stays_held(worker: Worker, watch: Any, end: End) -> None:
     hang(worker)
     worker.warm_up()
