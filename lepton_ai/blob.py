@@ -28,6 +28,7 @@ from lepton_ai.errors import BlobLost, InvalidArguments, OptionNotSupported, Too
 __all__ = [
     "DROPPED_S",
     "LETTER_S",
+    "MOST_BLOBS",
     "WORTH_BYTES",
     "WRITTEN_S",
     "InRedis",
@@ -61,8 +62,8 @@ CHUNK_BYTES: Final = 256 * 1024
 #: A reference cannot ask for more reads than chunks of this would need.
 _LEAST_CHUNK_BYTES: Final = 32 * 1024
 _MAX_DIMS: Final = 32
-#: Blobs of one job, and their chunks: each is a key that whoever ends the job has to name.
-_MOST_BLOBS: Final = 64
+#: Blobs of one message, and their chunks: each is a key that whoever ends the job has to name.
+MOST_BLOBS: Final = 64
 _MOST_CHUNKS: Final = 65_536
 _WIRE: Final = {dtype.str: dtype for dtype in tensor.DTYPES.values()}
 _REDIS: Final = re.compile(r"redis:([0-9a-f]{16}):([1-9][0-9]{0,6})", re.ASCII)
@@ -113,8 +114,8 @@ def place_of(reference: Reference, field: str | None = None) -> InRedis | InRing
 
 def check_places(places: Sequence[str]) -> None:
     """Raises OptionNotSupported where these cannot be the places of one job's blobs."""
-    if len(places) > _MOST_BLOBS:
-        raise OptionNotSupported(f"a job has at most {_MOST_BLOBS} blobs, not {len(places)}", "blobs")
+    if len(places) > MOST_BLOBS:
+        raise OptionNotSupported(f"a job has at most {MOST_BLOBS} blobs, not {len(places)}", "blobs")
     chunks = 0
     for place in places:
         if match := _REDIS.fullmatch(place):

@@ -130,8 +130,9 @@ def _read_bundle(
     except LeptonError as error:  # one of its jobs is at fault, or all are
         why = error
     else:
+        own = msgspec.structs.replace(options, blobs=None)  # those are all in shared memory: nobody has to end them
         for place, (job, job_id) in enumerate(zip(taken, ids, strict=True)):
-            job.id, job.place, job.bundled = job_id, place, True
+            job.id, job.place, job.bundled, job.options = job_id, place, True, own
         return [*taken]
     try:
         found = [read(each, kernels, limit_bytes) for each in bundle.split(message)]
