@@ -223,7 +223,7 @@ class _Session:
             claim, found = self._window.wake_claim(), self._seen([woken.message])
             if self._stays_whole(claim, found[0][1]):
                 self._window.hold(claim, [woken.message])
-                self._admit(claim, found)
+                self._admit(claim, found, may_split=False)
                 self._place()
                 return
         self._claim(woken=woken.message is not None)
@@ -265,11 +265,15 @@ class _Session:
         now = self._broker.now()
         return [(message, intake.read(message, now)) for message in messages]
 
-    def _admit(self, claim: Claim, found: list[tuple[bytes, Incoming | Refused | Dead]]) -> None:
+    def _admit(
+        self, claim: Claim, found: list[tuple[bytes, Incoming | Refused | Dead]], *, may_split: bool = True
+    ) -> None:
         now = self._broker.now()
         ids = [job for _, each in found if isinstance(each, Incoming) for job in each.ids]
         marked = self._broker.marked(ids) if self._broker.marks else set()
-        bundles = [(message, each) for message, each in found if isinstance(each, Incoming) and len(each.ids) > 1]
+        bundles = [
+            (message, each) for message, each in found if may_split and isinstance(each, Incoming) and len(each.ids) > 1
+        ]
         together = [(message, each, self._most_together(claim, each, marked)) for message, each in bundles]
         too_many = [(message, most) for message, each, most in together if most < len(each.ids)]
         if too_many and (apart := self._split(claim, too_many)):
