@@ -2,8 +2,9 @@
 
 A bundle is a Celery protocol 2 message whose header `lepton` says how many jobs are in it (`bundle`). Its id is the
 first one's, the others count up from there (lepton_ai/identity.py); where a single message's body has arguments, it has
-a list of them. Kernel, options and the shapes of arrays are the same for all. Whoever has to treat one of its jobs
-otherwise than the others splits it, and finds messages as if they had been submitted one by one.
+a list of them. Kernel, options and the shapes of arrays are the same for all. Arrays may be in shared memory, and the
+header names the places of all; none is beside it in the broker, where keys are made of a job's own id. Whoever has to
+treat one of its jobs otherwise than the others splits it, and finds messages as if they had been submitted one by one.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import binascii
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
 
-from lepton_ai import wire
+from lepton_ai import blob, wire
 from lepton_ai.errors import LeptonError, Malformed, OptionNotSupported
 from lepton_ai.identity import run_of, shared_by
 from lepton_ai.job import Options
 from lepton_ai.signature import describe, shapes_of
+from lepton_ai.tensor import TensorMap
 
 __all__ = [
     "Row",
@@ -52,10 +55,14 @@ class Row(msgspec.Struct, frozen=True, eq=False, gc=False):
     """Its arguments, in msgpack."""
     shapes: dict[str, Any]
     template: wire.Template
+    places: tuple[str, ...] = ()
+    """Where its arrays are that are in shared memory."""
+    beside_bytes: int = 0
+    """What these count for."""
 
     def __len__(self) -> int:
         """What it takes on the way, in bytes: base64 of its arguments, and its share of the headers."""
-        return len(self.packed) * 4 // 3 + _HEADERS_BYTES
+        return len(self.packed) * 4 // 3 + _HEADERS_BYTES + self.beside_bytes
 
 
 class _Rows(msgspec.Struct, array_like=True):
@@ -89,9 +96,10 @@ def bundled(rows: Sequence[Row]) -> list[tuple[bytes, int]]:
         end = _end(rows, start)
         here = rows[start:end]
         if len(here) < _FEWEST:
-            found += [(each.template.single(each.id, each.packed, each.shapes), 1) for each in here]
+            found += [(each.template.single(each.id, each.packed, each.shapes, each.places), 1) for each in here]
         else:
-            message = here[0].template.bundle(here[0].id, [each.packed for each in here], _largest(here))
+            places = [place for each in here for place in each.places]
+            message = here[0].template.bundle(here[0].id, [each.packed for each in here], _largest(here), places)
             found.append((message, len(here)))
         start = end
     return found
@@ -99,13 +107,15 @@ def bundled(rows: Sequence[Row]) -> list[tuple[bytes, int]]:
 
 def _end(rows: Sequence[Row], start: int) -> int:
     """Up to which row those from `start` on fit into one message."""
-    first, size = rows[start], 0
+    first, size, places = rows[start], 0, 0
     head, number, form = shared_by(first.id), int(first.id[-3:], 16), _form(first.shapes)
     end = start
     for each in rows[start : start + _MOST]:
         size += len(each.packed)
+        places += len(each.places)
         follows = each.id[:-3] == head and int(each.id[-3:], 16) == number + end - start
-        if end > start and not (follows and size <= _MOST_BYTES and _form(each.shapes) == form):
+        fits = size <= _MOST_BYTES and places <= blob.MOST_BLOBS
+        if end > start and not (follows and fits and _form(each.shapes) == form):
             break
         end += 1
     return end
@@ -167,7 +177,7 @@ def _ids(headers: wire.Headers, count: int, options: Options) -> tuple[str, ...]
         "expires": headers.expires,
         "retries": headers.retries or None,
         "limit_s": options.limit_s,
-        "blobs": options.blobs,
+        "blobs in the broker": blob.keys(headers.id, options.blobs or ()) or None,
         "ignore_result": headers.ignore_result or None,
         "compression": headers.compression,
     }
@@ -217,14 +227,17 @@ class _Opened(msgspec.Struct, frozen=True):
     def part(self, at: int, count: int) -> bytes:
         """The message of so many of its jobs, which shares with it what is not said here."""
         ids, packed = self.ids[at : at + count], list(map(bytes, self.rows[at : at + count]))
+        places = _places(packed, self.options.blobs) if self.options.blobs else None
         headers = self.shared["headers"] | {"id": ids[0], "root_id": ids[0]}
         if len(ids) > 1:
-            headers["lepton"] = msgspec.structs.replace(self.options, bundle=len(ids), split=True)
+            headers["lepton"] = msgspec.structs.replace(self.options, bundle=len(ids), split=True, blobs=places)
             body = wire.pack_rows(packed)
         else:
             shapes = _shapes(packed[0])
             headers["kwargsrepr"] = describe(shapes or {})
-            headers["lepton"] = msgspec.structs.replace(self.options, bundle=None, split=False, shapes=shapes)
+            headers["lepton"] = msgspec.structs.replace(
+                self.options, bundle=None, split=False, shapes=shapes, blobs=places
+            )
             body = wire.pack_row(packed[0])
         properties = self.shared["properties"] | {"correlation_id": ids[0], "delivery_tag": str(uuid.uuid4())}
         text = binascii.b2a_base64(body, newline=False).decode()
@@ -247,3 +260,14 @@ def _shapes(packed: bytes) -> dict[str, Any] | None:
         return shapes_of(wire.typed(_ARGUMENTS, packed))
     except LeptonError:
         return None
+
+
+def _places(rows: Sequence[bytes], named: Sequence[str]) -> tuple[str, ...] | None:
+    """Which of the places that a bundle names are those of these rows; None where none are."""
+    found: list[str] = []
+    for packed in rows:
+        with suppress(LeptonError):  # which their worker tells of
+            values = wire.typed(_ARGUMENTS, packed).values()
+            told = (each.blob for each in values if isinstance(each, TensorMap))
+            found += [place for place in told if place is not None and place in named]
+    return tuple(found) or None

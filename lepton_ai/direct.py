@@ -48,7 +48,7 @@ from lepton_ai.handle import JobHandle
 from lepton_ai.identity import ids
 from lepton_ai.job import Meta, Placement
 from lepton_ai.line import Line
-from lepton_ai.parcel import Blobs, Message, Parcel
+from lepton_ai.parcel import Blobs, Message, has_blobs
 from lepton_ai.patience import Patience, Pause
 from lepton_ai.terms import Terms
 
@@ -135,7 +135,7 @@ class Direct:
         def each_part() -> Iterator[tuple[JobHandle, Message]]:
             for (number, row), job_id in zip(enumerate(rows), ids(), strict=False):
                 job, message = part(JobHandle(job_id, kernel, self, number), row, write)
-                if isinstance(message, Parcel):
+                if has_blobs(message):
                     gathered.append(job_id)
                 yield job, message
 
@@ -281,11 +281,12 @@ class Direct:
         writes, commands, kept = push(messages, terms, self._tenant)
         for each in writes:
             self._all(each, transaction=False)
-        if len(commands) > 1:
-            blob.require_published(self._all(commands, transaction=True)[:kept])
-            return
         with self._asking():
-            self._line.ask(*commands[0])
+            if len(commands) == 1:
+                self._line.ask(*commands[0])
+                return
+            answers = self._line.transact(commands)
+        blob.require_published(answers[:kept])
 
     def _is_full(self) -> bool:
         return self._blobs.full

@@ -110,7 +110,7 @@ def writer(
         except wire.Oversize:
             if prepare is not None and ring is not None:
                 prepare()
-            return pack(template, job_id, row, times, blobs, ring)
+            return pack(template, job_id, row, times, blobs, ring, may_share=may_share)
 
     return write
 

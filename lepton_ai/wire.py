@@ -292,24 +292,26 @@ class Template:
         """
         values = self._values(arguments)
         shapes = shapes_of(values)
-        told_shapes = self._shapes or _JSON.encode(shapes)
-        if blobs:  # one more field of the header `lepton`, behind the one that stands where the slot is
-            told_shapes += b',"blobs":' + _JSON.encode(blobs)
-        return self._filled(job_id, pack_row(pack(values)), shapes, told_shapes, eta, expires)
+        return self._filled(job_id, pack_row(pack(values)), shapes, self._told(shapes, blobs), eta, expires)
 
     def row(self, arguments: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
         """The arguments of a job that may travel in a bundle, in msgpack, and their shapes. Raises as `envelope`."""
         values = self._values(arguments)
         return pack(values), shapes_of(values)
 
-    def single(self, job_id: str, packed: bytes, shapes: Mapping[str, Any]) -> bytes:
+    def single(self, job_id: str, packed: bytes, shapes: Mapping[str, Any], blobs: Sequence[str] = ()) -> bytes:
         """The message of one job, by what `row` gave for it."""
-        return self._filled(job_id, pack_row(packed), shapes, self._shapes or _JSON.encode(shapes))
+        return self._filled(job_id, pack_row(packed), shapes, self._told(shapes, blobs))
 
-    def bundle(self, first: str, rows: Sequence[bytes], shapes: Mapping[str, Any]) -> bytes:
+    def bundle(self, first: str, rows: Sequence[bytes], shapes: Mapping[str, Any], blobs: Sequence[str] = ()) -> bytes:
         """The message of jobs whose ids follow one another, by what `row` gave for each, and the shapes of all."""
-        told = (self._shapes or _JSON.encode(shapes)) + b',"bundle":%d' % len(rows)
+        told = self._told(shapes, blobs) + b',"bundle":%d' % len(rows)
         return self._filled(first, pack_rows(rows), shapes, told)
+
+    def _told(self, shapes: Mapping[str, Any], blobs: Sequence[str]) -> bytes:
+        """The field `shapes` of the header `lepton`, and behind it `blobs`, where there are some."""
+        told = self._shapes or _JSON.encode(shapes)
+        return told + b',"blobs":' + _JSON.encode(blobs) if blobs else told
 
     def _values(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         most_bytes = self._most_bytes

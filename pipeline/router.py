@@ -219,11 +219,14 @@ class _Session:
         woken = self._broker.woke(self._wake)
         devices = self._cluster.devices
         is_free = woken.is_all and not len(self._window) and all(map(self._has_room, devices))
-        if woken.message is not None and is_free and not bundle.may_be(woken.message):
-            self._read(self._window.wake_claim(), [woken.message])
-            self._place()
-        else:
-            self._claim(woken=woken.message is not None)
+        if woken.message is not None and is_free:
+            claim, found = self._window.wake_claim(), self._seen([woken.message])
+            if self._stays_whole(claim, found[0][1]):
+                self._window.hold(claim, [woken.message])
+                self._admit(claim, found, may_split=False)
+                self._place()
+                return
+        self._claim(woken=woken.message is not None)
 
     def _claim(self, *, woken: bool) -> None:
         """Claims what waits, up to the window; what the wake-up brought even beyond it."""
@@ -256,14 +259,21 @@ class _Session:
     def _read(self, claim: Claim, messages: Sequence[bytes]) -> None:
         """Bytes become jobs; what nobody could run, or was cancelled, ends at once."""
         self._window.hold(claim, messages)
-        self._admit(claim, messages)
+        self._admit(claim, self._seen(messages))
 
-    def _admit(self, claim: Claim, messages: Sequence[bytes]) -> None:
+    def _seen(self, messages: Iterable[bytes]) -> list[tuple[bytes, Incoming | Refused | Dead]]:
         now = self._broker.now()
-        found = [(message, intake.read(message, now)) for message in messages]
+        return [(message, intake.read(message, now)) for message in messages]
+
+    def _admit(
+        self, claim: Claim, found: list[tuple[bytes, Incoming | Refused | Dead]], *, may_split: bool = True
+    ) -> None:
+        now = self._broker.now()
         ids = [job for _, each in found if isinstance(each, Incoming) for job in each.ids]
         marked = self._broker.marked(ids) if self._broker.marks else set()
-        bundles = [(message, each) for message, each in found if isinstance(each, Incoming) and len(each.ids) > 1]
+        bundles = [
+            (message, each) for message, each in found if may_split and isinstance(each, Incoming) and len(each.ids) > 1
+        ]
         together = [(message, each, self._most_together(claim, each, marked)) for message, each in bundles]
         too_many = [(message, most) for message, each, most in together if most < len(each.ids)]
         if too_many and (apart := self._split(claim, too_many)):
@@ -296,6 +306,12 @@ class _Session:
             self._due_at = 0.0
         self._endings.cancel([job for job, _ in added if job.id in marked and len(job.ids) == 1])
         self._endings.expire([job for job, _ in added if job.deadline_at is not None and job.deadline_at <= now])
+
+    def _stays_whole(self, claim: Claim, found: Incoming | Refused | Dead) -> bool:
+        """Whether a message is no bundle, or one that nobody has to split."""
+        if not isinstance(found, Incoming) or len(found.ids) == 1:
+            return True
+        return not self._broker.marks and self._most_together(claim, found, ()) >= len(found.ids)
 
     def _most_together(self, claim: Claim, found: Incoming, marked: Container[str]) -> int:
         """How many jobs of a bundle may stay together: few enough that no slot is busy for long while others are not.
@@ -351,7 +367,7 @@ class _Session:
             claim = here[0].claim
             parts = self._split(claim, [(each.message, 1) for each in here])
             self._window.remove(each for each in here if id(each.message) in parts)
-            self._admit(claim, list(chain.from_iterable(parts.values())))
+            self._admit(claim, self._seen(chain.from_iterable(parts.values())))
 
     def _look_at_due(self) -> None:
         """Takes jobs whose time has come out of the schedule."""

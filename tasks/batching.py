@@ -191,6 +191,8 @@ def _taken(
     signature, work_of, bundled = kernel.signature, kernel.spec.work, len(ids) > 1
     noted_together = bundle.noted_as(ids[0], options) is not None
     keep, retries = not headers.ignore_result, max(0, headers.retries) if headers.retries else 0
+    # Those of a bundle are all in shared memory: nobody has to end them.
+    own = msgspec.structs.replace(options, blobs=None) if bundled and options.blobs else options
     taken: list[TakenJob] = []
     for place, (job_id, body) in enumerate(zip(ids, bodies, strict=True)):
         arguments = inherit(signature, body) if body.args else body.kwargs
@@ -205,7 +207,7 @@ def _taken(
                 kernel,
                 inputs,
                 work_of(dims),
-                options,
+                own,
                 tensors,
                 keep,
                 message,

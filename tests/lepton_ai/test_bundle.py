@@ -151,6 +151,7 @@ def changed(message: bytes, **options: Any) -> bytes:
         {"retries": 1},
         {"limit_s": 1.0},
         {"blobs": ["ring:x"]},
+        {"blobs": ["redis:0123456789abcdef:1"]},
     ],
     ids=str,
 )

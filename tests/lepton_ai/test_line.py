@@ -35,12 +35,30 @@ def test_a_refusal_is_raised_and_the_connection_is_used_again(client: redis.Redi
     assert line.ask("CLIENT", "ID") == before
 
 
+def test_a_transaction_answers_each_of_its_commands(client: redis.Redis) -> None:
+    line = Line(client)
+    assert line.transact([("RPUSH", "list", b"one"), ("LRANGE", "list", 0, -1), ("GET", "none")]) == [1, [b"one"], None]
+
+
+def test_a_transaction_that_is_refused_is_raised_and_the_connection_is_used_again(client: redis.Redis) -> None:
+    line = Line(client)
+    before = line.ask("CLIENT", "ID")
+    with pytest.raises(redis.ResponseError, match="unknown command"):
+        line.transact([("SET", "text", "x"), ("NOSUCH", "command")])
+    assert line.ask("EXISTS", "text") == 0
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        line.transact([("SET", "text", "x"), ("LPUSH", "text", "y"), ("GET", "text")])
+    assert [line.ask("GET", "text"), line.ask("CLIENT", "ID")] == [b"x", before]
+
+
 def test_a_connection_that_broke_is_made_again(client: redis.Redis, connection: Connection) -> None:
     line = Line(client)
     for _ in range(3):
         before = line.ask("CLIENT", "ID")
         connection.call("CLIENT", "KILL", "ID", before)
         assert line.ask("CLIENT", "ID") > before
+        connection.call("CLIENT", "KILL", "ID", line.ask("CLIENT", "ID"))
+        assert line.transact([("SET", "text", "x"), ("GET", "text")]) == [True, b"x"]
 
 
 def test_a_broker_that_is_away_is_said_to_be(client: redis.Redis) -> None:

@@ -19,7 +19,7 @@ from lepton_ai import blob, bundle, cancellation, event, results, topology, wire
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.direct_protocol import look_commands, push, read_look, writer
 from lepton_ai.event import Event, Observation
-from lepton_ai.identity import minute_of, new_id, new_ids, run_of
+from lepton_ai.identity import ids, minute_of, new_id, new_ids, run_of
 from lepton_ai.job import Options, Placement
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.parcel import Blobs
@@ -1774,3 +1774,27 @@ def test_the_blobs_of_a_job_that_a_router_ends_are_left_to_themselves(
     assert lane.wait_for(end, 1) == [jobs[0]]
     assert 0 < connection.call("TTL", keys[0]) <= blob.DROPPED_S
     assert connection.call("TTL", keys[1]) == -1
+
+
+def test_a_bundle_that_is_alone_goes_from_its_wake_up_to_its_device_and_is_counted(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    model = CostModel()
+    for _ in range(3):
+        seen = Observation("test.spin", "cpu", 1, 100, 0, 0.0, 0.11)
+        model.learn(seen, Peaks(SPEED, 1e12, float("inf"), 0.0, 0.0))
+    connection.call("SET", topology.MODEL, model.snapshot())
+    add_worker()
+    start_router()
+    lane.send()
+    lane.wait_for("job.placed", 1)
+    connection.call("CONFIG", "RESETSTAT")
+    for count in (4, 9, 130):  # the last is more than one message: it is claimed as ever
+        write = writer("test.spin", Terms(), None, Blobs(0))
+        messages = [write(job, {"n": 1}) for job, _ in zip(ids(), range(count), strict=False)]
+        connection.many([("MULTI",), *push(messages, Terms(), None).commands, ("EXEC",)])
+        lane.wait_for("job.placed", count)
+        if count == 9:
+            assert b"cmdstat_fcall:" not in connection.call("INFO", "commandstats")  # nor by `transact`
+    found = sizes(connection)
+    assert (found["in_flight"], found["difference"]) == (144, 0)
