@@ -96,7 +96,7 @@ class Connection:
             while data := self._socket.recv(_READ_BYTES):
                 self._reader.feed(data)
             raise BrokerUnavailable("the broker closed the connection")
-        except BlockingIOError:
+        except (BlockingIOError, ssl.SSLWantReadError):
             pass  # everything that was there has been read
         except OSError as error:
             raise BrokerUnavailable(f"the connection to the broker broke: {error}") from error
