@@ -67,10 +67,9 @@ class Narrator:
         heard, _ = self._connection.many([self._message.tasks([]), self._message.worker(beat)])
         self._audience.heard_by(heard, now)
 
-    @property
-    def shows(self) -> bool:
-        """Whether somebody listens who would be shown the next job."""
-        return self._audience.has_room(self._now())
+    def shows(self, jobs: int) -> bool:
+        """Whether somebody listens who would be shown the next jobs, if they were so many."""
+        return self._audience.has_room(self._now(), jobs)
 
     def sent(self, jobs: Sequence[tuple[ClaimedJob, wire.Headers]]) -> None:
         """Jobs have been claimed: those that there is room to show wait from here on."""

@@ -271,11 +271,14 @@ class _Session:
         now = self._broker.now()
         ids = [job for _, each in found if isinstance(each, Incoming) for job in each.ids]
         marked = self._broker.marked(ids) if self._broker.marks else set()
-        bundles = [
-            (message, each) for message, each in found if may_split and isinstance(each, Incoming) and len(each.ids) > 1
-        ]
-        together = [(message, each, self._most_together(claim, each, marked)) for message, each in bundles]
-        too_many = [(message, most) for message, each, most in together if most < len(each.ids)]
+        too_many: list[tuple[bytes, int]] = []
+        singly = 0
+        for message, each in found if may_split else ():
+            if isinstance(each, Incoming) and (count := len(each.ids)) > 1:
+                most = self._most_together(claim, each, marked, singly + count)
+                singly += count if most == 1 else 0
+                if most < count:
+                    too_many.append((message, most))
         if too_many and (apart := self._split(claim, too_many)):
             found = [
                 (part, each if part is message else intake.read(part, now))
@@ -311,14 +314,15 @@ class _Session:
         """Whether a message is no bundle, or one that nobody has to split."""
         if not isinstance(found, Incoming) or len(found.ids) == 1:
             return True
-        return not self._broker.marks and self._most_together(claim, found, ()) >= len(found.ids)
+        return not self._broker.marks and self._most_together(claim, found, (), len(found.ids)) >= len(found.ids)
 
-    def _most_together(self, claim: Claim, found: Incoming, marked: Container[str]) -> int:
+    def _most_together(self, claim: Claim, found: Incoming, marked: Container[str], singly: int) -> int:
         """How many jobs of a bundle may stay together: few enough that no slot is busy for long while others are not.
 
-        One, where somebody looks at each: suspects, jobs that are shown, parked or cancelled, or of unknown cost.
+        One, where somebody looks at each: suspects, jobs that are shown, parked or cancelled, or of unknown cost;
+        `singly` is how many that would be by now.
         """
-        if claim.kind is Kind.ALONE or self._narrator.shows or any(job in marked for job in found.ids):
+        if claim.kind is Kind.ALONE or self._narrator.shows(singly) or any(job in marked for job in found.ids):
             return 1
         each_s = quickest_s(found.headers.task, found.options, self._cluster, self._model)
         if each_s is None:
