@@ -220,8 +220,9 @@ class _Session:
         devices = self._cluster.devices
         is_free = woken.is_all and not len(self._window) and all(map(self._has_room, devices))
         if woken.message is not None and is_free:
-            claim, found = self._window.wake_claim(), self._seen([woken.message])
-            if self._stays_whole(claim, found[0][1]):
+            found = self._seen([woken.message])
+            if self._stays_whole(found[0][1]):
+                claim = self._window.wake_claim()
                 self._window.hold(claim, [woken.message])
                 self._admit(claim, found, may_split=False)
                 self._place()
@@ -275,7 +276,7 @@ class _Session:
         singly = 0
         for message, each in found if may_split else ():
             if isinstance(each, Incoming) and (count := len(each.ids)) > 1:
-                most = self._most_together(claim, each, marked, singly + count)
+                most = self._most_together(claim.kind, each, marked, singly + count)
                 singly += count if most == 1 else 0
                 if most < count:
                     too_many.append((message, most))
@@ -310,19 +311,19 @@ class _Session:
         self._endings.cancel([job for job, _ in added if job.id in marked and len(job.ids) == 1])
         self._endings.expire([job for job, _ in added if job.deadline_at is not None and job.deadline_at <= now])
 
-    def _stays_whole(self, claim: Claim, found: Incoming | Refused | Dead) -> bool:
+    def _stays_whole(self, found: Incoming | Refused | Dead) -> bool:
         """Whether a message is no bundle, or one that nobody has to split."""
         if not isinstance(found, Incoming) or len(found.ids) == 1:
             return True
-        return not self._broker.marks and self._most_together(claim, found, (), len(found.ids)) >= len(found.ids)
+        return not self._broker.marks and self._most_together(Kind.NEW, found, (), len(found.ids)) >= len(found.ids)
 
-    def _most_together(self, claim: Claim, found: Incoming, marked: Container[str], singly: int) -> int:
+    def _most_together(self, kind: Kind, found: Incoming, marked: Container[str], singly: int) -> int:
         """How many jobs of a bundle may stay together: few enough that no slot is busy for long while others are not.
 
         One, where somebody looks at each: suspects, jobs that are shown, parked or cancelled, or of unknown cost;
         `singly` is how many that would be by now.
         """
-        if claim.kind is Kind.ALONE or self._narrator.shows(singly) or any(job in marked for job in found.ids):
+        if kind is Kind.ALONE or self._narrator.shows(singly) or any(job in marked for job in found.ids):
             return 1
         each_s = quickest_s(found.headers.task, found.options, self._cluster, self._model)
         if each_s is None:

@@ -29,7 +29,7 @@ from lepton_ai.terms import Terms
 from lepton_ai.topology import PRIORITY_SEPARATOR
 from pipeline.router import Router
 from queues import functions
-from queues.broker import CLAIM_LIMIT, LISTS_EACH, Broker, Kind
+from queues.broker import CLAIM_LIMIT, LISTS_EACH, WAKE, Broker, Kind
 from queues.connection import Connection
 from queues.event_stream import EventStream
 from queues.steps import Commit, Outcome
@@ -1798,3 +1798,20 @@ def test_a_bundle_that_is_alone_goes_from_its_wake_up_to_its_device_and_is_count
             assert b"cmdstat_fcall:" not in connection.call("INFO", "commandstats")  # nor by `transact`
     found = sizes(connection)
     assert (found["in_flight"], found["difference"]) == (144, 0)
+
+
+def test_a_bundle_that_is_alone_and_has_to_be_split_leaves_the_wake_claim_to_the_next(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    (first,) = lane.send()
+    assert worker.serve(1) == [first]
+    write = writer("test.spin", Terms(), None, Blobs(0))
+    rows = [write(job, {"n": 60_000}) for job, _ in zip(ids(), range(5), strict=False)]
+    connection.many([("MULTI",), *push(rows, Terms(), None).commands, ("EXEC",)])
+    until(lambda: worker.depth >= 2, "it is placed as far as there is room")
+    assert connection.call("KEYS", topology.claim("*", WAKE)) == []
+    lane.send(3)
+    assert len(worker.serve(8)) == 8
+    assert sizes(connection)["difference"] == 0
