@@ -82,6 +82,7 @@ class Window:
         self._limit = min(limit, CLAIM_LIMIT * WAKE)
         self._limit_bytes = limit_bytes
         self._mean_bytes = _FIRST_BYTES
+        self._mean_jobs = 1.0
         self._claims: dict[tuple[Kind, int], Claim] = {}
         self._lines: dict[Line, dict[int, ClaimedJob]] = {}
         """The jobs of each line by their order, the oldest first."""
@@ -93,16 +94,20 @@ class Window:
 
     @property
     def room(self) -> int:
-        """How many more jobs may be claimed, by number and by the size that messages have lately."""
-        left = self._limit - sum(len(claim.messages) for claim in self._claims.values())
+        """How many more messages may be claimed, by the jobs that are in them lately and by their size."""
+        left = self._limit - max(self._count, sum(len(claim.messages) for claim in self._claims.values()))
         left_bytes = self._limit_bytes - sum(claim.size_bytes for claim in self._claims.values())
         if left_bytes <= 0 or left <= 0:
             return 0
-        return min(left, max(1, int(left_bytes / self._mean_bytes)))
+        return max(1, min(int(left / self._mean_jobs), int(left_bytes / self._mean_bytes)))
 
     def open_claim(self, kind: Kind) -> tuple[Claim, int]:
         """A claim of a kind with room, and how much: the fullest that has some, so that few are open."""
-        having = [each for each in self._claims.values() if each.kind is kind and each.room(self._mean_bytes) > 0]
+        having = [
+            each
+            for each in self._claims.values()
+            if each.kind is kind and each.number != WAKE and each.room(self._mean_bytes) > 0
+        ]
         if having:
             claim = min(having, key=lambda each: each.room(self._mean_bytes))
         else:
@@ -143,6 +148,7 @@ class Window:
         job = ClaimedJob(ids, kernel, options, message, claim, order, line, deadline_at)
         self._lines.setdefault(line, {})[order] = job
         self._count += len(ids)
+        self._mean_jobs += _WEIGHT * (len(ids) - self._mean_jobs)
         return job
 
     def expired(self, now: float) -> list[ClaimedJob]:

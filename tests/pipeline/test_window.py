@@ -85,6 +85,26 @@ def test_what_came_back_is_never_in_one_claim_with_what_is_new() -> None:
     assert [job.id for job in window.jobs() if job.alone] == ["2", "5"]
 
 
+def test_the_claim_that_wake_ups_land_in_is_nobody_elses() -> None:
+    window = Window("router", 1000, 10**9)
+    wake = window.wake_claim()
+    window.hold(wake, [b"woken"])
+    claim, _ = window.open_claim(Kind.NEW)
+    assert claim.key != wake.key
+
+
+def test_a_window_has_room_for_jobs_however_many_are_in_a_message() -> None:
+    window = Window("router", 1000, 10**9)
+    claim, _ = window.open_claim(Kind.NEW)
+    for at in range(9):
+        window.hold(claim, [b"message"])
+        window.add(tuple(f"{at}-{n}" for n in range(100)), "test.kernel", Options(), claim.messages[-1], claim)
+    assert 1 <= window.room <= 5
+    window.hold(claim, [b"message"])
+    window.add(tuple(f"9-{n}" for n in range(100)), "test.kernel", Options(), claim.messages[-1], claim)
+    assert window.room == 0
+
+
 def test_jobs_have_expired_once_their_deadline_has_passed() -> None:
     window = Window("router-1", 100, ROOMY)
     claim, _ = window.open_claim(Kind.NEW)
