@@ -148,10 +148,9 @@ class Dispatch(msgspec.Struct):
         return (device, next(iter(notes.values()))) if len(messages) == len(notes) == 1 else None
 
     def is_few(self, moves: Moves | None, count: int, size_bytes: int) -> bool:
-        """Whether it only moves messages, and so many at most, of so many bytes where they have to be written anew."""
+        """Whether it only moves messages, and so many at most, of so many bytes together."""
         if self.scheduled or self.dead or self.rejected:
             return False
-        if moves is not None:
-            return len(moves) <= count
-        messages = [message for each in (self.queues, self.rests) for moved in each.values() for message in moved]
+        lists = (self.queues,) if moves is not None else (self.queues, self.rests)
+        messages = [message for each in lists for moved in each.values() for message in moved]
         return len(messages) <= count and sum(map(len, messages)) <= size_bytes
