@@ -242,11 +242,16 @@ def say(text: str) -> None:
 
 
 def _warmed(contender: Contender, load: Load, seconds: float) -> int:
-    """How many jobs take about so long; the first have waited until its workers were there."""
+    """How many jobs take about so long; the first have waited until its workers were there.
+
+    Whoever takes many at once goes faster the more there are, so a turn's own number is tried once.
+    """
     count = 10
     contender.run(load, count)
     while (took := contender.run(load, count)) < min(_WARM_S, seconds / 2):
         count *= 4 if took < _WARM_S / 8 else 2
+    count = max(10, round(count / took * seconds))
+    took = contender.run(load, count)
     contender.look()
     return max(10, round(count / took * seconds))
 

@@ -50,7 +50,7 @@ from lepton_ai.event_stream import Follower, follow, follow_job
 from lepton_ai.flight import MOST_TOGETHER, part
 from lepton_ai.identity import ids
 from lepton_ai.job import Meta, Placement
-from lepton_ai.parcel import Blobs, Message, Parcel
+from lepton_ai.parcel import Blobs, Message, has_blobs
 from lepton_ai.patience import Patience
 from lepton_ai.terms import Terms
 
@@ -253,7 +253,7 @@ class AsyncDirect:
         else:
             with self._asking():
                 await self._redis.execute_command(*commands[0])
-        if any(isinstance(each, Parcel) for each in messages):
+        if any(map(has_blobs, messages)):
             await self._prepare()
 
     async def _prepare(self) -> None:

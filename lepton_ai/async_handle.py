@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
 from lepton_ai.async_events import AsyncEvents
-from lepton_ai.handle import Handle, joined
+from lepton_ai.handle import Handle
 from lepton_ai.job import ENDED, Meta, Placement, Record, state_of
 
 __all__ = ["AsyncJobHandle", "AsyncJobReader"]
@@ -59,7 +59,7 @@ class AsyncJobHandle(Handle):
 
     async def record(self) -> Record:
         """The placement, and once the job has ended, what it really cost or the error it ended with."""
-        return self._known_record() or joined(*await self._reader.look(self.id))
+        return self._known_record() or self._joined(*await self._reader.look(self.id))
 
     async def cancel(self) -> bool:
         """Asks for the job to be cancelled: see `Client.cancel`."""
@@ -71,5 +71,8 @@ class AsyncJobHandle(Handle):
 
     def _repr_html_(self) -> str:
         """A card for notebooks, with what this handle has seen: nothing is looked up here."""
-        note = "" if self.meta is not None else "await job.record() looks up where it went, and await job its result"
+        note = ""
+        if self._known_record() is None:
+            its_result = ", and await job its result" if self.meta is None else ""
+            note = f"await job.record() looks up where it went{its_result}"
         return self._card(self.meta, None, note)

@@ -16,6 +16,8 @@ import math
 import re
 import secrets
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -28,6 +30,7 @@ from lepton_ai.errors import BlobLost, InvalidArguments, OptionNotSupported, Too
 __all__ = [
     "DROPPED_S",
     "LETTER_S",
+    "MOST_BLOBS",
     "WORTH_BYTES",
     "WRITTEN_S",
     "InRedis",
@@ -61,8 +64,8 @@ CHUNK_BYTES: Final = 256 * 1024
 #: A reference cannot ask for more reads than chunks of this would need.
 _LEAST_CHUNK_BYTES: Final = 32 * 1024
 _MAX_DIMS: Final = 32
-#: Blobs of one job, and their chunks: each is a key that whoever ends the job has to name.
-_MOST_BLOBS: Final = 64
+#: Blobs of one message, and their chunks: each is a key that whoever ends the job has to name.
+MOST_BLOBS: Final = 64
 _MOST_CHUNKS: Final = 65_536
 _WIRE: Final = {dtype.str: dtype for dtype in tensor.DTYPES.values()}
 _REDIS: Final = re.compile(r"redis:([0-9a-f]{16}):([1-9][0-9]{0,6})", re.ASCII)
@@ -104,23 +107,33 @@ def is_worth(array: NDArray[Any]) -> bool:
 
 def place_of(reference: Reference, field: str | None = None) -> InRedis | InRing:
     """Where the bytes of a reference are; InvalidArguments where it names no place."""
-    if match := _RING.fullmatch(reference.blob):
+    try:
+        return _place(reference.blob)
+    except ValueError:
+        raise InvalidArguments(f"{reference.blob[:200]!r} is no place of a blob", field) from None
+
+
+@lru_cache(maxsize=1024)  # of an array it is asked five times
+def _place(told: str) -> InRedis | InRing:
+    if match := _RING.fullmatch(told):
         return InRing(match[1], match[2], int(match[3]), int(match[4]))
-    if match := _REDIS.fullmatch(reference.blob):
+    if match := _REDIS.fullmatch(told):
         return InRedis(match[1], int(match[2]))
-    raise InvalidArguments(f"{reference.blob[:200]!r} is no place of a blob", field)
+    raise ValueError(told[:200])
 
 
 def check_places(places: Sequence[str]) -> None:
     """Raises OptionNotSupported where these cannot be the places of one job's blobs."""
-    if len(places) > _MOST_BLOBS:
-        raise OptionNotSupported(f"a job has at most {_MOST_BLOBS} blobs, not {len(places)}", "blobs")
+    if len(places) > MOST_BLOBS:
+        raise OptionNotSupported(f"a job has at most {MOST_BLOBS} blobs, not {len(places)}", "blobs")
     chunks = 0
     for place in places:
-        if match := _REDIS.fullmatch(place):
-            chunks += int(match[2])
-        elif not _RING.fullmatch(place):
-            raise OptionNotSupported(f"{place[:200]!r} is no place of a blob", "blobs")
+        try:
+            where = _place(place)
+        except ValueError:
+            raise OptionNotSupported(f"{place[:200]!r} is no place of a blob", "blobs") from None
+        if isinstance(where, InRedis):
+            chunks += where.chunks
     if chunks > _MOST_CHUNKS:
         raise OptionNotSupported(f"the blobs of a job have at most {_MOST_CHUNKS} chunks, not {chunks}", "blobs")
 
@@ -174,8 +187,10 @@ def keys(job: str, places: Iterable[str]) -> list[str]:
     """The keys of a job's blobs, by the places that its message names; those that are not in the broker have none."""
     found = []
     for place in places:
-        if match := _REDIS.fullmatch(place):
-            found += [f"lepton-blob:{job}:{match[1]}:{number}" for number in range(int(match[2]))]
+        with suppress(ValueError):
+            where = _place(place)
+            if isinstance(where, InRedis):
+                found += [f"lepton-blob:{job}:{where.nonce}:{number}" for number in range(where.chunks)]
     return found
 
 

@@ -47,7 +47,8 @@ from lepton_ai.flight import Flight, part, taken
 from lepton_ai.handle import JobHandle
 from lepton_ai.identity import ids
 from lepton_ai.job import Meta, Placement
-from lepton_ai.parcel import Blobs, Message, Parcel
+from lepton_ai.line import Line
+from lepton_ai.parcel import Blobs, Message, has_blobs
 from lepton_ai.patience import Patience, Pause
 from lepton_ai.terms import Terms
 
@@ -65,6 +66,7 @@ class Direct:
         self._tenant = tenant
         self._reply_to = topology.reply(client_id)
         self._redis: redis.Redis = redis.Redis.from_url(url, **CONNECTION)
+        self._line = Line(self._redis)
         self._blobs = Blobs(ring_bytes)
         self._pending: weakref.WeakValueDictionary[str, JobHandle] = weakref.WeakValueDictionary()
         #: Who else is told when a job of ours has its record: the map that it belongs to.
@@ -133,7 +135,7 @@ class Direct:
         def each_part() -> Iterator[tuple[JobHandle, Message]]:
             for (number, row), job_id in zip(enumerate(rows), ids(), strict=False):
                 job, message = part(JobHandle(job_id, kernel, self, number), row, write)
-                if isinstance(message, Parcel):
+                if has_blobs(message):
                     gathered.append(job_id)
                 yield job, message
 
@@ -279,11 +281,12 @@ class Direct:
         writes, commands, kept = push(messages, terms, self._tenant)
         for each in writes:
             self._all(each, transaction=False)
-        if len(commands) > 1:
-            blob.require_published(self._all(commands, transaction=True)[:kept])
-            return
         with self._asking():
-            self._redis.execute_command(*commands[0])  # type: ignore[no-untyped-call]
+            if len(commands) == 1:
+                self._line.ask(*commands[0])
+                return
+            answers = self._line.transact(commands)
+        blob.require_published(answers[:kept])
 
     def _is_full(self) -> bool:
         return self._blobs.full
@@ -369,11 +372,8 @@ class Direct:
         metas: list[Meta] = []
         try:
             with self._asking():
-                popped: Any = (
-                    self._redis.blmpop(seconds, 1, self._reply_to, direction="LEFT", count=POP_AT_ONCE)
-                    if seconds
-                    else self._redis.lmpop(1, self._reply_to, direction="LEFT", count=POP_AT_ONCE)
-                )
+                pop = ("BLMPOP", seconds) if seconds else ("LMPOP",)
+                popped = self._line.ask(*pop, 1, self._reply_to, "LEFT", "COUNT", POP_AT_ONCE)
             metas = read_replies(popped)
         finally:
             with self._arrived:

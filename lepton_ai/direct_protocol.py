@@ -6,13 +6,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain, groupby
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from lepton_ai import blob, idempotency, results, topology, wire
+from lepton_ai.bundle import Row, bundled, note_of
 from lepton_ai.errors import LeptonError
-from lepton_ai.identity import minute_of
+from lepton_ai.identity import minute_of, shared_by
 from lepton_ai.job import FINAL_STATES, Meta, Placement
 from lepton_ai.parcel import Blobs, Message, Parcel, pack
 from lepton_ai.terms import Terms
@@ -33,11 +35,13 @@ __all__ = [
     "key_commands",
     "keyed",
     "look_commands",
+    "noted_as",
     "push",
     "push_commands",
     "read_final",
     "read_finals",
     "read_look",
+    "read_note",
     "read_replies",
     "unknown",
     "writer",
@@ -84,32 +88,43 @@ def writer(
     prepare: Callable[[], object] | None = None,
     *,
     in_ring: bool = True,
+    may_share: bool = True,
 ) -> Writer:
-    """What writes jobs as they stand on the lane of a tenant, each submitted when it is written.
+    """What writes jobs for the lane of a tenant, each submitted when it is written, with ids that follow one another.
 
+    Where they `may_share` messages with others, `push` makes bundles of them.
     Large arrays leave their message, into the ring where they may. `prepare` is called before one is placed.
     """
     template = wire.Template(kernel, terms.options, topology.lane(tenant), blob.WORTH_BYTES)
     # A job that waits for its time may outlive its producer, and so the ring.
     ring = (kernel, terms.options.device) if in_ring and not terms.delay_s else None
     is_timed = bool(terms.times())
+    may_share = may_share and not is_timed and terms.options.limit_s is None and terms.options.shapes is None
 
     def write(job_id: str, row: Mapping[str, Any]) -> Message:
         times: Mapping[str, Any] = terms.times() if is_timed else {}
         try:
+            if may_share:
+                return Row(job_id, *template.row(row), template)
             return template.envelope(job_id, row, **times)
         except wire.Oversize:
             if prepare is not None and ring is not None:
                 prepare()
-            return pack(template, job_id, row, times, blobs, ring)
+            return pack(template, job_id, row, times, blobs, ring, may_share=may_share)
 
     return write
 
 
-def push_commands(messages: Iterable[bytes], terms: Terms, tenant: str | None) -> list[Command]:
-    """What puts messages, one or more, on the lane of a tenant: all or none; several commands are one transaction."""
-    push = ("LPUSH", topology.lane_list(terms.options.urgency, topology.lane(tenant)), *messages)
-    return [push] if tenant is None else [("SADD", topology.LANES, topology.lane(tenant)), push]
+def push_commands(messages: Iterable[bytes], terms: Terms, tenant: str | None, extra: int = 0) -> list[Command]:
+    """What puts messages, one or more, on the lane of a tenant: all or none; several commands are one transaction.
+
+    `extra` is how many more jobs than messages these are.
+    """
+    lane = topology.lane(tenant)
+    commands: list[Command] = [("LPUSH", topology.lane_list(terms.options.urgency, lane), *messages)]
+    if extra:
+        commands.append(("HINCRBY", topology.BUNDLED, lane, extra))
+    return commands if tenant is None else [("SADD", topology.LANES, lane), *commands]
 
 
 class Push(NamedTuple):
@@ -124,12 +139,20 @@ class Push(NamedTuple):
 def push(messages: Sequence[Message], terms: Terms, tenant: str | None) -> Push:
     """What publishes messages and parcels, one or more."""
     parcels = [each for each in messages if isinstance(each, Parcel)]
+    plain: list[bytes] = []
+    extra = 0
+    for is_row, group in groupby(messages, lambda each: isinstance(each, Row)):
+        if not is_row:
+            plain += [each.message if isinstance(each, Parcel) else each for each in group]  # type: ignore[misc]
+            continue
+        for message, count in bundled(list(group)):  # type: ignore[arg-type]
+            plain.append(message)
+            extra += count - 1
     if not parcels:
-        return Push((), push_commands(messages, terms, tenant), 0)  # type: ignore[arg-type]
+        return Push((), push_commands(plain, terms, tenant, extra), 0)
     writes = wire.batches((each for one in parcels for each in one.writes), PIPELINE_BYTES, _bytes_written)
     kept = blob.publish_commands([name for each in parcels for name in each.names])
-    plain = [each.message if isinstance(each, Parcel) else each for each in messages]
-    return Push(list(writes), kept + push_commands(plain, terms, tenant), len(kept))
+    return Push(list(writes), kept + push_commands(plain, terms, tenant, extra), len(kept))
 
 
 def _bytes_written(command: Command) -> int:
@@ -161,7 +184,7 @@ def keyed(
     """The jobs of these rows, one for each key. Raises KeyConflict where rows that differ have the same one."""
     seen: dict[str, bytes] = {}
     # Not in the ring: what is submitted again has the same id, and may be one job or none.
-    write = writer(kernel, terms, tenant, blobs, in_ring=False)
+    write = writer(kernel, terms, tenant, blobs, in_ring=False, may_share=False)
     for row, key in idempotency.paired(rows, keys):
         job_id = idempotency.job_id(key, tenant)
         fingerprint = idempotency.fingerprint(kernel, row, terms.options.device)
@@ -196,14 +219,27 @@ def look_commands(job_id: str) -> list[Command]:
     """What to ask for all that is known of a job."""
     minute, now = minute_of(job_id), int(time.time()) // 60
     minutes = [minute] if minute is not None else range(now, now - _MINUTES_BACK, -1)
-    placements = (("HGET", topology.jobs(each), job_id) for each in minutes)
+    placements = (("HMGET", topology.jobs(each), *noted_as(job_id)) for each in minutes)
     return [("GET", topology.result(job_id)), ("ZSCORE", topology.ETA, job_id), *placements]
+
+
+def noted_as(job_id: str) -> list[str]:
+    """The fields of a minute's hash in which the placement of a job may stand: its own, and that of its run."""
+    shared = shared_by(job_id)
+    return [job_id] if shared is None else [job_id, shared]
+
+
+def read_note(job_id: str, found: Sequence[bytes | None]) -> Placement | None:
+    """What the fields named by `noted_as` say of a job. Raises DecodeError where that is no placement."""
+    *values, shared = [*found, None] if shared_by(job_id) is None else found
+    raw = next(filter(None, values), None) or (None if shared is None else note_of(job_id, shared))
+    return None if raw is None else msgspec.structs.replace(_PLACEMENT.decode(raw), job=job_id)
 
 
 def read_look(job_id: str, replies: Sequence[Any]) -> tuple[Meta | None, Placement | None]:
     """The answers to `look_commands`."""
-    found, due_ms, *placements = replies
-    placement = next((_PLACEMENT.decode(raw) for raw in placements if raw), None)
+    found, due_ms, *noted = replies
+    placement = read_note(job_id, list(chain.from_iterable(noted)))
     if due_ms is not None and (placement is None or placement.state != "scheduled"):
         due = datetime.fromtimestamp(float(due_ms) / 1000, UTC).isoformat(timespec="seconds")
         placement = placement or Placement(job_id, "", "", "", 0.0, "")  # a note does not last so long

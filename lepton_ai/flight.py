@@ -10,7 +10,7 @@ from typing import Any, Final, Generic, TypeVar
 from lepton_ai import results
 from lepton_ai.errors import InvalidRequest, OptionNotSupported
 from lepton_ai.handle import Handle
-from lepton_ai.parcel import Message, Parcel
+from lepton_ai.parcel import Message, has_blobs
 from lepton_ai.patience import Clock
 
 __all__ = ["MOST_TOGETHER", "Flight", "part", "taken"]
@@ -104,7 +104,7 @@ def taken(
 ) -> list[tuple[H, M]]:
     """The next rows that go out together: at most `room`, of a few MiB, and no longer gathered than 20 ms.
 
-    None at all only where there are no more. Behind a parcel `held` says whether there is room for another.
+    None at all only where there are no more. Behind one with blobs `held` says whether there is room for another.
     """
     found: list[tuple[H, M]] = []
     size, until = 0, clock() + _GATHER_S
@@ -113,6 +113,6 @@ def taken(
         size += len(each[1])
         if len(found) >= min(room, MOST_TOGETHER) or size >= most_bytes or clock() >= until:
             break
-        if held is not None and isinstance(each[1], Parcel) and held():
+        if held is not None and has_blobs(each[1]) and held():
             break
     return found

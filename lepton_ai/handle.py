@@ -56,6 +56,13 @@ class Handle:
         record = self.meta.record if self.meta is not None else None
         return record if record is not None and record.placement is not None else None
 
+    def _joined(self, meta: Meta | None, placement: Placement | None) -> Record:
+        """The record that was looked up; of a job that we have seen end, it is not looked up again."""
+        record = joined(meta or self.meta, placement)  # what is stored may have expired
+        if self.meta is not None and meta is not None and record.placement is not None:
+            self.meta = msgspec.structs.replace(meta, lepton=record)
+        return record
+
     def _card(self, meta: Meta | None, placement: Placement | None, note: str = "") -> str:
         record = joined(meta, placement)
         if meta is not None and meta.status == "FAILURE":
@@ -121,7 +128,7 @@ class JobHandle(Handle):
 
     def record(self) -> Record:
         """The placement, and once the job has ended, what it really cost or the error it ended with."""
-        return self._known_record() or joined(*self._reader.look(self.id))
+        return self._known_record() or self._joined(*self._reader.look(self.id))
 
     def cancel(self) -> bool:
         """Asks for the job to be cancelled: see `Client.cancel`."""

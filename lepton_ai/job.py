@@ -51,6 +51,10 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     limit_s: float | None = None
     #: The places of the arrays that are kept outside the message, so that whoever ends the job need not open its body.
     blobs: tuple[str, ...] | None = None
+    #: How many jobs are in the message (lepton_ai/bundle.py); `shapes` hold for all, numbers as the largest of them.
+    bundle: int | None = None
+    #: A part of a bundle, whose jobs are noted one by one where they were placed.
+    split: bool = False
 
     def checked(self) -> Options:
         """These options; OptionNotSupported names the first that is out of range."""
@@ -66,6 +70,8 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             raise OptionNotSupported(f"limit_s must be above 0 and finite, not {self.limit_s}", "limit_s")
         if self.blobs is not None:
             blob.check_places(self.blobs)
+        if self.bundle is not None and not 2 <= self.bundle <= topology.MOST_BUNDLED:
+            raise OptionNotSupported(f"bundle is 2 to {topology.MOST_BUNDLED} jobs, not {self.bundle}", "bundle")
         return self
 
     @property
@@ -115,7 +121,7 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a job really cost. Times are of its batch divided by the batch's jobs, compilation not counted."""
+    """What a job really cost. Times are of its batch or series, divided by the jobs in it, compilation not counted."""
 
     worker: str
     device: str

@@ -49,7 +49,6 @@ Builder = Callable[[Any], Run]
 Reference = Callable[..., Outputs]
 Samples = Callable[[], Iterable[dict[str, Any]]]
 
-_formula = lru_cache(maxsize=4096)(Formula)
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 
@@ -58,6 +57,20 @@ class Work(msgspec.Struct, frozen=True):
 
     flops: float
     bytes: float
+
+
+@lru_cache(maxsize=4096)
+def _estimator(flops: str, size: str) -> tuple[tuple[str, ...], Callable[..., Work]]:
+    """The dims that two formulas use, and what makes the Work of their values: the jobs of a batch are much alike."""
+    formulas = Formula(flops), Formula(size)
+    names = tuple(sorted(formulas[0].names | formulas[1].names))
+
+    @lru_cache(maxsize=1024)
+    def work_of(*values: float) -> Work:
+        dims = dict(zip(names, values, strict=True))
+        return Work(*(found if 0 < (found := formula(dims)) < math.inf else 0.0 for formula in formulas))
+
+    return names, work_of
 
 
 class Retry(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -109,8 +122,8 @@ class KernelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def work(self, dims: Dims) -> Work:
         """The Work of a job with these dims; a formula that is not defined there counts as nought."""
-        flops, size = _formula(self.flops)(dims), _formula(self.bytes)(dims)
-        return Work(flops if 0 < flops < math.inf else 0.0, size if 0 < size < math.inf else 0.0)
+        names, work_of = _estimator(self.flops, self.bytes)
+        return work_of(*[dims[name] for name in names])
 
     def signature(self) -> Signature:
         """The parsed signature; InvalidKernel where a string does not parse."""

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from lepton_ai import blob, topology
 from lepton_ai.blob import Command, Reference
+from lepton_ai.bundle import Row
 from lepton_ai.device import Announcement
 from lepton_ai.job import Meta
 from lepton_ai.ring import Ring
 from lepton_ai.tensor import TensorMap
 from lepton_ai.wire import Template
 
-__all__ = ["Blobs", "Message", "Parcel", "pack", "shared"]
+__all__ = ["Blobs", "Message", "Parcel", "has_blobs", "pack", "shared"]
 
 #: How long it is known who shares our memory, and how long it is left alone whose arrays fill the ring.
 _KNOWN_S: Final = 5.0
@@ -52,8 +53,13 @@ class Parcel(msgspec.Struct, frozen=True, eq=False):
         return self.size
 
 
-#: As it is on a list, or a parcel with it.
-Message = bytes | Parcel
+#: As it is on a list, a parcel with it, or a job that may share its message with others.
+Message = bytes | Parcel | Row
+
+
+def has_blobs(message: Message) -> bool:
+    """Whether arrays of its job have left it."""
+    return isinstance(message, Parcel) or (isinstance(message, Row) and bool(message.places))
 
 
 class Blobs:
@@ -156,10 +162,13 @@ def pack(
     times: Mapping[str, Any],
     blobs: Blobs,
     ring: tuple[str, str | None] | None,
-) -> Parcel:
+    *,
+    may_share: bool = False,
+) -> Parcel | Row:
     """The parcel of a row with arrays that leave its message. `ring` is the kernel and device where the ring will do.
 
-    What goes to the broker is copied first: its caller may write to the array as soon as it has been taken.
+    A Row where all of them are in the ring and it `may_share` its message. What goes to the broker is copied first: its
+    caller may write to the array as soon as it has been taken.
     """
     values = dict(row)
     places: list[str] = []
@@ -179,6 +188,8 @@ def pack(
             places.append(reference.blob)
             values[name] = TensorMap(reference.dtype, list(reference.shape), blob=reference.blob)
         blob.check_places(places)
+        if may_share and not writes:
+            return Row(job, *template.row(values), template, tuple(places), size)
         message = template.envelope(job, values, blobs=places, **times)
     except BaseException:
         blobs.free(job)

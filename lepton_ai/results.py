@@ -43,7 +43,7 @@ def encode(meta: Meta, encoding: str) -> bytes:
 
 def success(job_id: str, outputs: Mapping[str, Any], record: Record | None) -> Meta:
     """The record of a job that succeeded; `outputs` are wire values by name."""
-    return Meta("SUCCESS", outputs, date_done=_now(), task_id=job_id, lepton=record)
+    return Meta("SUCCESS", outputs, None, [], _now(), job_id, record)
 
 
 def failure(job_id: str, error: LeptonError, trace: str | None = None, record: Record | None = None) -> Meta:

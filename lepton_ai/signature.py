@@ -37,6 +37,8 @@ _FORMS: Final = {
     name: (float, -math.inf, math.inf) if kind == "f" else (bool, False, True) if kind == "b" else (int, *_RANGES[name])
     for name, kind in _KINDS.items()
 }
+#: What stands there for an array: nothing is of that type.
+_NO_NUMBER: Final = (None, 0, 0)
 
 
 class Argument(msgspec.Struct, frozen=True):
@@ -88,7 +90,10 @@ class Signature:
         self.inputs = {name: parse(name, text) for name, text in inputs.items()}
         self.outputs = {name: parse(name, text) for name, text in outputs.items()}
         self.limits = {name: Formula(text) for name, text in limits.items()}
-        self._forms = [(name, each, *_FORMS[each.dtype]) for name, each in self.inputs.items()]
+        self._forms = [
+            (name, each, *(_FORMS[each.dtype] if each.dims is None else _NO_NUMBER))
+            for name, each in self.inputs.items()
+        ]
         known = self.names
         for name, limit in self.limits.items():
             if name not in self.inputs:
@@ -118,14 +123,15 @@ class Signature:
         dims: Dims = {}
         for name, argument, number, least, most in self._forms:
             value = arguments.get(name, argument.default)
-            if argument.dims is not None:
+            if type(value) is number and least <= value <= most:  # as it should be, which most are
+                inputs[name] = dims[name] = value
+            elif argument.dims is None:
+                inputs[name] = dims[name] = _scalar(argument, value)
+            else:
                 array = inputs[name] = _array(argument, value)
                 _bind_shape(argument, array.shape, dims)
-            elif type(value) is number and least <= value <= most:  # as it should be, which most are
-                inputs[name] = dims[name] = value
-            else:
-                inputs[name] = dims[name] = _scalar(argument, value)
-        self._check_limits(dims)
+        if self.limits:
+            self._check_limits(dims)
         return inputs, dims
 
     def dims(self, shapes: Mapping[str, Any]) -> Dims:
@@ -180,16 +186,16 @@ def describe(shapes: Mapping[str, Any]) -> str:
 
 
 def _bind_shape(argument: Argument, shape: tuple[int, ...], dims: Dims) -> None:
-    assert argument.dims is not None
-    if len(shape) != len(argument.dims):
+    declared = argument.dims or ()
+    if len(shape) != len(declared):
         raise InvalidArguments(
             f"argument {argument.name!r} must be {argument}, not of {len(shape)} dimensions {list(shape)}",
             argument.name,
         )
-    for dim, size in zip(argument.dims, shape, strict=True):
+    for dim, size in zip(declared, shape):  # noqa: B905 - as long as each other, and this is done for every job
         if type(size) is not int or not 0 <= size <= tensor.MOST:
             raise InvalidArguments(f"the shape of {argument.name!r} must hold sizes, 0 to 2**63 - 1", argument.name)
-        expected = dim if isinstance(dim, int) else dims.setdefault(dim, size)
+        expected = dims.setdefault(dim, size) if type(dim) is str else dim
         if size != expected:
             raise InvalidArguments(
                 f"argument {argument.name!r} must be {argument}: {dim} is {expected:g}, here {size}", argument.name

@@ -80,9 +80,9 @@ def sequel_of(headers: Headers, embed: Any) -> Sequel | None:
         return None
     if not isinstance(embed, dict):
         raise OptionNotSupported(f"the third part of the body is a map, not {embed!r:.80}", "callbacks")
-    asked = {name: value for name, value in embed.items() if value}
-    if not asked:
+    if not any(embed.values()):
         return None
+    asked = {name: value for name, value in embed.items() if value}
     if unknown := asked.keys() - _ASKED:
         raise OptionNotSupported(f"the body asks for {', '.join(map(str, unknown))}, which is not known", "callbacks")
     place = {

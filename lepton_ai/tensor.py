@@ -45,7 +45,7 @@ _MAX_DIMS = 32
 MOST = 2**63 - 1
 
 
-class TensorMap(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class TensorMap(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """An array as it crosses the wire: its data, or where they are."""
 
     dtype: str
@@ -77,18 +77,29 @@ def from_wire(value: TensorMap, field: str | None = None) -> NDArray[Any]:
     dtype = _BY_WIRE.get(value.dtype)
     if dtype is None:
         raise InvalidArguments(f"unknown dtype {value.dtype!r}; use one of {', '.join(DTYPES)}", field)
-    _check_shape(value.shape, field)
-    expected = math.prod(value.shape) * dtype.itemsize
-    if data.nbytes != expected:
-        raise InvalidArguments(
-            f"shape {value.shape} of {dtype.name} takes {expected} bytes, data has {data.nbytes}", field
-        )
+    shape = value.shape
+    if shape and min(shape) < 0:  # NumPy takes some of these
+        raise _unfit(shape, dtype, data.nbytes, field)
     try:
-        array: NDArray[Any] = np.ndarray(value.shape, dtype, data)
-    except (ValueError, OverflowError) as error:  # a size of 0 can hide others beyond any memory
-        raise InvalidArguments(f"shape {value.shape} is too large: {error}", field) from None
-    array.flags.writeable = False
+        array: NDArray[Any] = np.ndarray(shape, dtype, data)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise _unfit(shape, dtype, data.nbytes, field, str(error)) from None
+    if array.nbytes != data.nbytes or array.ndim > _MAX_DIMS:
+        raise _unfit(shape, dtype, data.nbytes, field)
+    if not data.readonly:  # what was decoded from bytes is so already
+        array.flags.writeable = False
     return array
+
+
+def _unfit(
+    shape: list[int], dtype: np.dtype[Any], size_bytes: int, field: str | None, told: str = ""
+) -> InvalidArguments:
+    """Why so many bytes are no array of this shape."""
+    _check_shape(shape, field)
+    expected = math.prod(shape) * dtype.itemsize
+    if size_bytes != expected:
+        return InvalidArguments(f"shape {shape} of {dtype.name} takes {expected} bytes, data has {size_bytes}", field)
+    return InvalidArguments(f"shape {shape} is too large: {told}", field)  # a size of 0 hides others beyond any memory
 
 
 def shape_of(value: Any, field: str | None = None) -> tuple[int, ...]:

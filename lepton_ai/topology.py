@@ -33,9 +33,13 @@ PARKED: Final = "lepton:parked"
 DEVICES: Final = "lepton:devices"
 DEAD: Final = "lepton:dead"
 MODEL: Final = "lepton:model"
+#: How many more jobs wait in each lane, or the first claim behind it, than messages, by the lane.
+BUNDLED: Final = "lepton:bundled"
 CANCELLED: Final = "lepton:cancelled"
 
 DEFAULT_PRIORITY: Final = 5
+#: Jobs in one message (lepton_ai/bundle.py).
+MOST_BUNDLED: Final = 256
 _ALONE: Final = ".alone"
 
 
@@ -95,6 +99,11 @@ def lease(incarnation: str) -> str:
 def jobs(minute: int) -> str:
     """The hash of the placements of one minute (minutes since the epoch)."""
     return f"lepton:jobs:{minute}"
+
+
+def placed(device: str) -> str:
+    """The Placement of the job that was sent to a device by itself last, beside its place in `jobs`."""
+    return f"lepton:placed:{device}"
 
 
 def parked(kernel: str) -> str:

@@ -44,7 +44,10 @@ __all__ = [
     "due_at",
     "envelope",
     "lane_of",
+    "open_body",
     "pack",
+    "pack_row",
+    "pack_rows",
     "read_body",
     "read_embed",
     "read_envelope",
@@ -61,14 +64,14 @@ P = TypeVar("P", bound=Sized)
 
 MSGPACK: Final = "application/x-msgpack"
 JSON: Final = "application/json"
-_MOST_PARTS: Final = 500
+_MOST_PARTS: Final = 512
 #: Characters of a job's id and of a kernel's name: both become names of keys.
 _LONGEST_NAME: Final = 255
 _GZIP: Final = "application/x-gzip"
 #: Stands in a template where each message has its own; random, so that it stands nowhere else.
 _SLOT: Final = uuid.uuid4().hex
 _NUMBERS: Final = frozenset({bool, int, float})
-_NO_CALLBACKS: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+_NO_CALLBACKS: Final = msgspec.msgpack.encode({"callbacks": None, "errbacks": None, "chain": None, "chord": None})
 
 #: An argument or output on the wire: a number, a tensor map, or nested lists of numbers up to six deep.
 Number = bool | int | float
@@ -287,15 +290,44 @@ class Template:
         outside it, which stand in `arguments` as tensor maps without data. Raises Oversize for an array that is too
         large to stand in it.
         """
+        values = self._values(arguments)
+        shapes = shapes_of(values)
+        return self._filled(job_id, pack_row(pack(values)), shapes, self._told(shapes, blobs), eta, expires)
+
+    def row(self, arguments: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        """The arguments of a job that may travel in a bundle, in msgpack, and their shapes. Raises as `envelope`."""
+        values = self._values(arguments)
+        return pack(values), shapes_of(values)
+
+    def single(self, job_id: str, packed: bytes, shapes: Mapping[str, Any], blobs: Sequence[str] = ()) -> bytes:
+        """The message of one job, by what `row` gave for it."""
+        return self._filled(job_id, pack_row(packed), shapes, self._told(shapes, blobs))
+
+    def bundle(self, first: str, rows: Sequence[bytes], shapes: Mapping[str, Any], blobs: Sequence[str] = ()) -> bytes:
+        """The message of jobs whose ids follow one another, by what `row` gave for each, and the shapes of all."""
+        told = self._told(shapes, blobs) + b',"bundle":%d' % len(rows)
+        return self._filled(first, pack_rows(rows), shapes, told)
+
+    def _told(self, shapes: Mapping[str, Any], blobs: Sequence[str]) -> bytes:
+        """The field `shapes` of the header `lepton`, and behind it `blobs`, where there are some."""
+        told = self._shapes or _JSON.encode(shapes)
+        return told + b',"blobs":' + _JSON.encode(blobs) if blobs else told
+
+    def _values(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         most_bytes = self._most_bytes
-        values = {
+        return {
             name: value if type(value) in _NUMBERS else to_value(value, most_bytes) for name, value in arguments.items()
         }
-        shapes = shapes_of(values)
-        told_shapes = self._shapes or _JSON.encode(shapes)
-        if blobs:  # one more field of the header `lepton`, behind the one that stands where the slot is
-            told_shapes += b',"blobs":' + _JSON.encode(blobs)
-        body = binascii.b2a_base64(pack(((), values, _NO_CALLBACKS)), newline=False)
+
+    def _filled(
+        self,
+        job_id: str,
+        body: bytes,
+        shapes: Mapping[str, Any],
+        told_shapes: bytes,
+        eta: str | None = None,
+        expires: str | None = None,
+    ) -> bytes:
         its_id = _JSON.encode(job_id)
         behind = self._behind_body % (
             its_id,
@@ -307,7 +339,17 @@ class Template:
             its_id,
             its_id,
         )
-        return b"".join((self._before_body, body, behind))
+        return b"".join((self._before_body, binascii.b2a_base64(body, newline=False), behind))
+
+
+def pack_row(packed: bytes) -> bytes:
+    """The body of a single message, by its arguments in msgpack."""
+    return b"\x93\x90" + packed + _NO_CALLBACKS
+
+
+def pack_rows(rows: Sequence[bytes]) -> bytes:
+    """The body of a bundle: as a single message's, with a list of arguments in their place."""
+    return b"".join((b"\x93\x90\xdc", len(rows).to_bytes(2, "big"), *rows, _NO_CALLBACKS))
 
 
 def envelope(
@@ -406,9 +448,9 @@ def read_body(envelope: Envelope, *, limit_bytes: int) -> Body:
     Malformed where it is not what its headers say.
     """
     try:
-        return _open_body(envelope, limit_bytes, _BODY)  # type: ignore[no-any-return]
+        return open_body(envelope, limit_bytes, _BODY)  # type: ignore[no-any-return]
     except InvalidArguments as error:
-        raise _named(error, _open_body(envelope, limit_bytes, _ANY_BODY).kwargs) from None
+        raise _named(error, open_body(envelope, limit_bytes, _ANY_BODY).kwargs) from None
 
 
 def _named(error: InvalidArguments, arguments: Any) -> InvalidArguments:
@@ -423,10 +465,11 @@ def _named(error: InvalidArguments, arguments: Any) -> InvalidArguments:
 
 def read_embed(envelope: Envelope, *, limit_bytes: int) -> Any:
     """What is to follow a job whose arguments are wrong. Raises as `read_body`, but never for the arguments."""
-    return _open_body(envelope, limit_bytes, _ANY_BODY).embed
+    return open_body(envelope, limit_bytes, _ANY_BODY).embed
 
 
-def _open_body(envelope: Envelope, limit_bytes: int, decoders: Mapping[str, Any]) -> Any:
+def open_body(envelope: Envelope, limit_bytes: int, decoders: Mapping[str, Any]) -> Any:
+    """What the decoder of a message's content type makes of its body. Raises as `read_body`."""
     data: bytes
     if envelope.properties.body_encoding == "base64":
         try:

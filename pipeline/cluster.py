@@ -54,13 +54,15 @@ class _Outstanding(msgspec.Struct, frozen=True):
     device: str
     seconds: float
     since: float
+    share: float
 
 
 class _Load(msgspec.Struct):
-    """What a device has still to do: our jobs and their predicted seconds, and how many jobs others put there."""
+    """What a device has still to do: our jobs, their predicted seconds and messages, and how much others put there."""
 
     seconds: float = 0.0
     jobs: int = 0
+    messages: float = 0.0
     foreign: int = 0
 
 
@@ -106,14 +108,15 @@ class Cluster:
     def device(self, name: str) -> ServedDevice | None:
         return next((device for device in self.devices if device.name == name), None)
 
-    def dispatched(self, job: str, device: str, seconds: float) -> None:
-        """A job was given to a device, and was predicted to take so long there."""
+    def dispatched(self, job: str, device: str, seconds: float, share: float = 1.0) -> None:
+        """A job was given to a device, and was predicted to take so long there; `share` is its part of its message."""
         if job in self._outstanding:
             self.finished(job)
-        self._outstanding[job] = _Outstanding(device, seconds, time.monotonic())
+        self._outstanding[job] = _Outstanding(device, seconds, time.monotonic(), share)
         load = self._loads[device]
         load.seconds += seconds
         load.jobs += 1
+        load.messages += share
 
     def finished(self, job: str, device: str | None = None) -> None:
         """A job has ended, on a device; unknown ones are other routers'."""
@@ -123,6 +126,7 @@ class Cluster:
             load.jobs -= 1
             # Exactly nought when nothing is left, so that rounding never adds up.
             load.seconds = load.seconds - known.seconds if load.jobs else 0.0
+            load.messages = load.messages - known.share if load.jobs else 0.0
         elif device is not None and (load := self._loads[device]).foreign > 0:
             load.foreign -= 1
 
@@ -140,11 +144,11 @@ class Cluster:
     def reconcile(self, device: str, depth: int) -> None:
         """Corrects the picture by the length of a device's queue.
 
-        What is more than we put there is others'; and where it is empty, our own old work is forgotten: the event that
-        ended it was missed.
+        What is more than the messages that we put there is others'; and where it is empty, our own old work is
+        forgotten: the event that ended it was missed.
         """
         load = self._loads[device]
-        load.foreign = max(0, depth - load.jobs)
+        load.foreign = max(0, depth - round(load.messages))
         if depth == 0:
             before = time.monotonic() - _FORGET_S
             for job in [j for j, o in self._outstanding.items() if o.device == device and o.since < before]:

@@ -144,15 +144,15 @@ def leave(step: Dispatch, leaving: Iterable[tuple[Claim, bytes]]) -> None:
         if (found := by_claim.get(claim.key)) is None:
             found = by_claim[claim.key] = (claim, [])
         found[1].append(message)
+    step.are_oldest = True
     for key, (claim, messages) in by_claim.items():
         if claim.kind is Kind.NEW:  # from here on they are counted
             step.counts["accepted"] = step.counts.get("accepted", 0) + len(messages)
-        step.claims[key], step.leaving[key] = len(claim.messages), messages
-        if len(messages) == len(claim.messages):
-            step.rests[key] = []
-        else:
-            gone = set(map(id, messages))
-            step.rests[key] = [each for each in claim.messages if id(each) not in gone]
+        gone = set(map(id, messages))
+        step.claims[key] = len(claim.messages)
+        step.leaving[key] = [each for each in claim.messages if id(each) in gone]
+        step.rests[key] = [each for each in claim.messages if id(each) not in gone]
+        step.are_oldest &= all(id(each) in gone for each in claim.messages[: len(gone)])
 
 
 def noted_in(job: str, now: float) -> int:

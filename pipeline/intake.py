@@ -1,10 +1,11 @@
-"""From a claimed message to a job, or to why it is none. Pure: the router moves the messages."""
+"""From a claimed message to a job, several of a bundle, or to why it is none. Pure: the router moves the messages."""
 
 from __future__ import annotations
 
 import msgspec
 
 from lepton_ai import results, wire
+from lepton_ai.bundle import ids_of
 from lepton_ai.errors import InvalidArguments, JobCancelled, JobExpired, LeptonError
 from lepton_ai.job import LATEST_S, Options
 from queues.steps import Outcome
@@ -17,6 +18,8 @@ class Incoming(msgspec.Struct, frozen=True):
 
     options: Options
     headers: wire.Headers
+    ids: tuple[str, ...]
+    """Several of a bundle (lepton_ai/bundle.py)."""
     due_at: float | None = None
     deadline_at: float | None = None
 
@@ -57,6 +60,7 @@ def read(message: bytes, now: float) -> Incoming | Refused | Dead:
     headers, options = envelope.headers, Options()
     try:
         options = wire.read_options(headers)
+        ids = ids_of(message, headers, options)
         due_at, deadline_at = wire.due_at(headers), wire.deadline_at(headers)
         if due_at is not None and due_at > now + LATEST_S:
             raise InvalidArguments(f"eta {headers.eta} is more than 30 days away", "eta")
@@ -66,7 +70,7 @@ def read(message: bytes, now: float) -> Incoming | Refused | Dead:
         return Refused(headers, _outcome(headers.id, "failed", error, options, "json"), error, options)
     if options.priority is None and (priority := _celery_priority(envelope.properties.priority)) is not None:
         options = msgspec.structs.replace(options, priority=priority)
-    return Incoming(options, headers, due_at, deadline_at)
+    return Incoming(options, headers, ids, due_at, deadline_at)
 
 
 def cancelled(job_id: str, options: Options, serializer: str) -> Outcome:

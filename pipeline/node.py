@@ -67,6 +67,10 @@ class Narrator:
         heard, _ = self._connection.many([self._message.tasks([]), self._message.worker(beat)])
         self._audience.heard_by(heard, now)
 
+    def shows(self, jobs: int) -> bool:
+        """Whether somebody listens who would be shown the next jobs, if they were so many."""
+        return self._audience.has_room(self._now(), jobs)
+
     def sent(self, jobs: Sequence[tuple[ClaimedJob, wire.Headers]]) -> None:
         """Jobs have been claimed: those that there is room to show wait from here on."""
         now = self._now()
@@ -197,8 +201,8 @@ class RemoteControl:
         }
 
     def _reserved(self) -> list[dict[str, Any]]:
-        jobs = self._window.jobs()[:_LISTED]
-        return [{"id": job.id, "name": job.kernel, "type": job.kernel, "args": [], "kwargs": {}} for job in jobs]
+        jobs = [(each, job.kernel) for job in self._window.jobs()[:_LISTED] for each in job.ids][:_LISTED]
+        return [{"id": job, "name": kernel, "type": kernel, "args": [], "kwargs": {}} for job, kernel in jobs]
 
     def _revoke(self, _: Any, task_id: Any = (), **__: Any) -> dict[str, str]:
         return revoke(self._url, self._incarnation, self._settings, task_id)

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from lepton_ai import wire
-from lepton_ai.job import Candidate, Estimate
+from lepton_ai.job import Candidate, Estimate, Options
 from lepton_ai.kernel import Work
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.problem import Problem
@@ -54,9 +54,28 @@ def price(jobs: Sequence[ClaimedJob], cluster: Cluster, model: CostModel) -> Pri
         kinds.append(kind)
     table = [[_seconds(candidate.estimate) for candidate in row] for row in candidates]
     seconds = np.array(table, np.float64).reshape(len(table), len(devices))[kinds]
+    seconds *= np.array([len(job.ids) for job in jobs], np.float64)[:, np.newaxis]
     slots = np.array([device.slots for device in devices], np.float64)
     ready = np.array([cluster.outstanding_s(device.name) / device.slots for device in devices], np.float64)
     return Pricing(Problem(seconds, ready, slots), kinds, candidates)
+
+
+def quickest_s(kernel: str, options: Options, cluster: Cluster, model: CostModel) -> float | None:
+    """What a job of these declared shapes takes on the device that runs it fastest.
+
+    None where none can run it, or that is not known: it has not been measured there twice.
+    """
+    offer = cluster.offer(kernel)
+    if offer is None or options.shapes is None:
+        return None
+    work, transfer_bytes = _work(options.shapes, offer)
+    found = [
+        model.predict(kernel, device.name, work, device.peaks, transfer_bytes)
+        for device in cluster.devices
+        if device.can_run(kernel, options.device)
+    ]
+    fastest = min(found, key=_seconds, default=None)
+    return None if fastest is None or not fastest.spread else _seconds(fastest)
 
 
 def _shapes(job: ClaimedJob, offer: Offer | None) -> tuple[dict[str, Any] | None, Hashable]:

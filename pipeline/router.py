@@ -6,18 +6,20 @@ heartbeat to renew its lease. The thinking is in `pricing` and in the policy; th
 
 from __future__ import annotations
 
+import math
 import secrets
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from itertools import chain
+from typing import Final
 
 import msgspec
 import structlog
 
-from lepton_ai import event, topology, wire
+from lepton_ai import bundle, event, topology, wire
 from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError
 from lepton_ai.event import Event
 from lepton_ai.job import Candidate, Placement
@@ -31,10 +33,10 @@ from pipeline.endings import Endings, leave, noted_in
 from pipeline.intake import Dead, Incoming, Refused
 from pipeline.node import Narrator, RemoteControl
 from pipeline.notes import Note, packed
-from pipeline.pricing import price
+from pipeline.pricing import price, quickest_s
 from pipeline.sequels import Sequels
 from pipeline.telemetry import learn
-from pipeline.window import Claim, ClaimedJob, Window
+from pipeline.window import Claim, ClaimedJob, Window, exchanged
 from queues import functions, recovery
 from queues.broker import Broker, Kind, announcements
 from queues.connection import Connection
@@ -46,6 +48,10 @@ __all__ = ["Router"]
 #: Jobs that are priced and placed in one step; the rest of a deep window waits for the next.
 _STEP = 512
 _RETRY_S = (0.05, 2.0)
+#: Jobs of a bundle stay together that keep a slot busy for so long at most; where that is more than the second, each
+#: slot may have some of them.
+_TOGETHER_S: Final = 0.025
+_WORTH_S: Final = 0.002
 #: A device that has been filled is filled again once it has less than this part of what it may have.
 _REFILL = 0.75
 #: So long it claims at a stretch before it places what it has and renews its lease.
@@ -129,7 +135,6 @@ class _Session:
         self._sequels = Sequels(settings, lambda: self._cluster.kernels)
         self._narrator = Narrator(url, settings, self._main)
         self._endings = Endings(self._broker, self._window, self._cluster, self._narrator, self._sequels, settings)
-        self._waking = False
         self._filled: set[str] = set()
         """Devices that have been filled, and are drawing on it."""
         self._due_at = 0.0
@@ -159,7 +164,7 @@ class _Session:
         return has_left
 
     def _loop(self, stop: threading.Event) -> None:
-        tick_at = 0.0
+        tick_at, readable = 0.0, [self._main]
         while not stop.is_set():
             now = time.monotonic()
             if now >= tick_at:
@@ -167,16 +172,18 @@ class _Session:
                 tick_at = now + self._settings.heartbeat_s
             if now >= self._due_at:
                 self._look_at_due()
-            # Pushes that came in between replies have been read already: no select would tell of them.
-            self._more |= bool(self._main.drain_pushes()) or self._broker.is_full
+            if self._main in readable or self._main.has_more:
+                self._more |= bool(self._main.drain_pushes())
+            self._more |= self._broker.is_full
             if self._more:
                 self._claim(woken=False)
                 self._place()
             self._ask()
-            wait_s = 0.0 if self._more or self._main.pushes else min(tick_at, self._due_at) - time.monotonic()
+            has_more = self._more or self._main.has_more or self._wake.has_more
+            wait_s = 0.0 if has_more else min(tick_at, self._due_at) - time.monotonic()
             wait_s = max(_FULL_S if self._broker.is_full else 0.0, wait_s)
             readable, _, _ = select.select([self._wake, self._main, self._events.connection], [], [], wait_s)
-            if self._wake in readable:
+            if self._wake in readable or self._wake.has_more:
                 self._wake_up()
             if self._events.connection in readable:
                 self._fold(self._events.answer())
@@ -204,20 +211,23 @@ class _Session:
     def _ask(self) -> None:
         self._events.ask()
         # Not while more waits, which the next claim takes in its order.
-        if not self._waking and not self._more and self._window.room > 0 and not self._broker.is_full:
+        if not self._broker.is_waking and not self._more and self._window.room > 0 and not self._broker.is_full:
             self._broker.ask_wake(self._wake)
-            self._waking = True
 
     def _wake_up(self) -> None:
         """Takes the answer of the wake connection. A message that is alone goes from the wake claim to its device."""
-        self._waking = False
         woken = self._broker.woke(self._wake)
         devices = self._cluster.devices
-        if woken.message is not None and woken.is_all and not len(self._window) and all(map(self._has_room, devices)):
-            self._read(self._window.wake_claim(), [woken.message])
-            self._place()
-        else:
-            self._claim(woken=woken.message is not None)
+        is_free = woken.is_all and not len(self._window) and all(map(self._has_room, devices))
+        if woken.message is not None and is_free:
+            found = self._seen([woken.message])
+            if self._stays_whole(found[0][1]):
+                claim = self._window.wake_claim()
+                self._window.hold(claim, [woken.message])
+                self._admit(claim, found, may_split=False)
+                self._place()
+                return
+        self._claim(woken=woken.message is not None)
 
     def _claim(self, *, woken: bool) -> None:
         """Claims what waits, up to the window; what the wake-up brought even beyond it."""
@@ -250,10 +260,32 @@ class _Session:
     def _read(self, claim: Claim, messages: Sequence[bytes]) -> None:
         """Bytes become jobs; what nobody could run, or was cancelled, ends at once."""
         self._window.hold(claim, messages)
+        self._admit(claim, self._seen(messages))
+
+    def _seen(self, messages: Iterable[bytes]) -> list[tuple[bytes, Incoming | Refused | Dead]]:
         now = self._broker.now()
-        found = [(message, intake.read(message, now)) for message in messages]
-        ids = [each.headers.id for _, each in found if isinstance(each, Incoming)]
+        return [(message, intake.read(message, now)) for message in messages]
+
+    def _admit(
+        self, claim: Claim, found: list[tuple[bytes, Incoming | Refused | Dead]], *, may_split: bool = True
+    ) -> None:
+        now = self._broker.now()
+        ids = [job for _, each in found if isinstance(each, Incoming) for job in each.ids]
         marked = self._broker.marked(ids) if self._broker.marks else set()
+        too_many: list[tuple[bytes, int]] = []
+        singly = 0
+        for message, each in found if may_split else ():
+            if isinstance(each, Incoming) and (count := len(each.ids)) > 1:
+                most = self._most_together(claim.kind, each, marked, singly + count)
+                singly += count if most == 1 else 0
+                if most < count:
+                    too_many.append((message, most))
+        if too_many and (apart := self._split(claim, too_many)):
+            found = [
+                (part, each if part is message else intake.read(part, now))
+                for message, each in found
+                for part in apart.get(id(message), (message,))
+            ]
         refused: list[tuple[bytes, Refused | Dead]] = []
         added: list[tuple[ClaimedJob, wire.Headers]] = []
         early: list[tuple[bytes, Incoming, float]] = []
@@ -266,8 +298,9 @@ class _Session:
                 early.append((message, each, until))
                 continue
             if claim.kind is not Kind.NEW:  # it is on its former device no more, which would look full
-                self._cluster.finished(headers.id)
-            job = self._window.add(headers.id, headers.task, each.options, message, claim, each.deadline_at)
+                for its_id in each.ids:
+                    self._cluster.finished(its_id)
+            job = self._window.add(each.ids, headers.task, each.options, message, claim, each.deadline_at)
             added.append((job, headers))
         self._narrator.sent(added)
         if refused:
@@ -275,8 +308,71 @@ class _Session:
         if early:
             self._endings.schedule(claim, early)
             self._due_at = 0.0
-        self._endings.cancel([job for job, _ in added if job.id in marked])
+        self._endings.cancel([job for job, _ in added if job.id in marked and len(job.ids) == 1])
         self._endings.expire([job for job, _ in added if job.deadline_at is not None and job.deadline_at <= now])
+
+    def _stays_whole(self, found: Incoming | Refused | Dead) -> bool:
+        """Whether a message is no bundle, or one that nobody has to split."""
+        if not isinstance(found, Incoming) or len(found.ids) == 1:
+            return True
+        return not self._broker.marks and self._most_together(Kind.NEW, found, (), len(found.ids)) >= len(found.ids)
+
+    def _most_together(self, kind: Kind, found: Incoming, marked: Container[str], singly: int) -> int:
+        """How many jobs of a bundle may stay together: few enough that no slot is busy for long while others are not.
+
+        One, where somebody looks at each: suspects, jobs that are shown, parked or cancelled, or of unknown cost;
+        `singly` is how many that would be by now.
+        """
+        if kind is Kind.ALONE or self._narrator.shows(singly) or any(job in marked for job in found.ids):
+            return 1
+        each_s = quickest_s(found.headers.task, found.options, self._cluster, self._model)
+        if each_s is None:
+            return 1
+        kernel, pin, count = found.headers.task, found.options.device, len(found.ids)
+        slots = sum(device.slots for device in self._cluster.devices if device.can_run(kernel, pin))
+        parts = max(math.ceil(count * each_s / _TOGETHER_S), min(slots, int(count * each_s / _WORTH_S)))
+        return max(1, count // parts)
+
+    def _split(self, claim: Claim, bundles: Sequence[tuple[bytes, int]]) -> dict[int, list[bytes]]:
+        """Splits bundles of a claim, each into parts of so many jobs at most; their parts by the `id()` of each.
+
+        What cannot be split stays as it is: none of its jobs is ended on its own.
+        """
+        parts: dict[int, list[bytes]] = {}
+        for message, most in bundles:
+            try:
+                found = bundle.split(message, most)
+            except LeptonError as error:  # the worker that takes it says so of each of its jobs
+                log.warning("bundle_unreadable", reason=error.message)
+                continue
+            if len(found) > 1:
+                parts[id(message)] = found
+        if not parts:
+            return parts
+        step = Dispatch({claim.key: len(claim.messages)}, {claim.key: exchanged(claim.messages, parts)})
+        for message, _ in bundles:
+            more = len(parts.get(id(message), ())) - 1
+            if more <= 0:
+                continue
+            if claim.kind is Kind.NEW:
+                lane = wire.lane_of(message)
+                step.bundled[lane] = step.bundled.get(lane, 0) + more
+            else:
+                step.counts["bundled"] = step.counts.get("bundled", 0) - more
+        self._broker.dispatch(step)
+        self._window.exchange(claim, parts)
+        return parts
+
+    def _set_apart(self, bundles: Iterable[ClaimedJob]) -> None:
+        """The jobs of these bundles, which wait in the window, wait there one by one."""
+        by_claim: dict[int, list[ClaimedJob]] = {}
+        for each in bundles:
+            by_claim.setdefault(id(each.claim), []).append(each)
+        for here in by_claim.values():
+            claim = here[0].claim
+            parts = self._split(claim, [(each.message, 1) for each in here])
+            self._window.remove(each for each in here if id(each.message) in parts)
+            self._admit(claim, self._seen(chain.from_iterable(parts.values())))
 
     def _look_at_due(self) -> None:
         """Takes jobs whose time has come out of the schedule."""
@@ -301,9 +397,15 @@ class _Session:
     def _step(self, count: int) -> tuple[int, int]:
         """Looks at so many jobs and dispatches what has room; returns how many it looked at, and how many have left."""
         jobs = self._window.first(count, self._worth_placing())
+        if homeless := [job for job in jobs if len(job.ids) > 1 and not self._can_run(job)]:
+            self._set_apart(homeless)  # each is parked by itself
+            jobs = self._window.first(count, self._worth_placing())
         left = self._dispatch(jobs)
         self._window.left(left)
-        return len(jobs), len(left)
+        return min(count, _jobs_in(jobs)), _jobs_in(left)
+
+    def _can_run(self, job: ClaimedJob) -> bool:
+        return any(device.can_run(job.kernel, job.options.device) for device in self._cluster.devices)
 
     def _worth_placing(self) -> Callable[[str, str | None], bool]:
         """Says of a kernel and a pin whether a device that can run both has room, or none can (and they are parked).
@@ -338,9 +440,14 @@ class _Session:
             alike = (job.kernel, kind, chosen, job.sent_at > 0)
             if (note := notes.get(alike)) is None:
                 note = notes[alike] = Note(self._placement(job, pricing.candidates[kind], chosen, now))
-            noted = note.of(job.id, packed(wait[at]), waits)
-            step.placements.setdefault(noted_in(job.id, now), {})[job.id] = noted
+            notes_here = step.placements.setdefault(noted_in(job.id, now), {})
+            if (shared := bundle.noted_as(job.id, job.options)) is not None:
+                notes_here[shared] = bundle.shared_note(note.of(job.id, packed(wait[at]), waits), len(job.ids))
+            else:
+                notes_here |= {its_id: note.of(its_id, packed(wait[at]), waits) for its_id in job.ids}
             left.append(job)
+            if len(job.ids) > 1 and job.claim.kind is Kind.NEW:
+                _count_bundle(step, job)
             if chosen == UNPLACED:
                 self._cluster.finished(job.id)  # it may have come back from a device that died
                 (step.parked_alone if job.alone else step.parked).setdefault(job.kernel, []).append(job.message)
@@ -348,6 +455,7 @@ class _Session:
                     step.deadlines[job.kernel] = min(job.deadline_at, step.deadlines.get(job.kernel, job.deadline_at))
                 continue
             device, need_s, here = devices[chosen], seconds[at][chosen], placed[chosen]
+            each_s = need_s / len(job.ids)
             ready[chosen] += need_s / device.slots
             waits[chosen] = packed(ready[chosen])
             if job.alone:
@@ -355,8 +463,9 @@ class _Session:
             else:
                 here.messages.setdefault(job.kernel, []).append(job.message)
             here.jobs.append(job)
-            here.seconds.append(need_s)
-            self._cluster.dispatched(job.id, device.name, need_s)
+            here.seconds += [each_s] * len(job.ids)
+            for its_id in job.ids:
+                self._cluster.dispatched(its_id, device.name, each_s, 1 / len(job.ids))
         if left:
             going = {device.name: here for device, here in zip(devices, placed, strict=True) if here.jobs}
             self._send(step, left, going)
@@ -368,13 +477,13 @@ class _Session:
         for device, here in placed.items():
             if here.messages:  # those of one kernel side by side, so that a worker can batch them
                 step.queued[device] = list(chain.from_iterable(here.messages.values()))
-            jobs = tuple([job.id for job in here.jobs])
+            jobs = tuple([its_id for job in here.jobs for its_id in job.ids])
             events.append(
                 Event("job.placed", self._incarnation, device=device, jobs=jobs, data={"seconds": here.seconds})
             )
-        count = sum(len(here.jobs) for here in placed.values())
-        step.counts |= {"placed": count, "parked": len(left) - count}
-        if count < len(left):
+        count = sum(_jobs_in(here.jobs) for here in placed.values())
+        step.counts |= {"placed": count, "parked": _jobs_in(left) - count}
+        if count < _jobs_in(left):
             going = {id(job) for here in placed.values() for job in here.jobs}
             parked = [job for job in left if id(job) not in going]
             events.append(Event("job.parked", self._incarnation, jobs=tuple(job.id for job in parked)))
@@ -458,7 +567,8 @@ class _Session:
 
     def _cancel_asked(self, asked: set[str]) -> None:
         """Ends those jobs that we hold; those that are parked are claimed again, which finds their marks."""
-        ours = [job for job in self._window.jobs() if job.id in asked]
+        self._set_apart([job for job in self._window.jobs() if len(job.ids) > 1 and not asked.isdisjoint(job.ids)])
+        ours = [job for job in self._window.jobs() if job.id in asked and len(job.ids) == 1]
         self._endings.cancel(ours)
         others = sorted(asked.difference(job.id for job in ours))
         for at in range(0, len(others), _ASKED_AT_ONCE):
@@ -501,6 +611,18 @@ class _Session:
             if self._cluster.offer(kernel) is not None:
                 log.info("jobs_unparked", kernel=kernel, jobs=self._broker.unpark(kernel))
                 self._more = True
+
+
+def _jobs_in(waiting: Iterable[ClaimedJob]) -> int:
+    return sum(len(each.ids) for each in waiting)
+
+
+def _count_bundle(step: Dispatch, job: ClaimedJob) -> None:
+    """A bundle leaves its first claim: from here on its jobs are counted among those that were accepted."""
+    extra, lane = len(job.ids) - 1, wire.lane_of(job.message)
+    for name in ("accepted", "bundled"):
+        step.counts[name] = step.counts.get(name, 0) + extra
+    step.bundled[lane] = step.bundled.get(lane, 0) + extra
 
 
 def _placements(known: Iterable[bytes]) -> Iterator[Placement]:

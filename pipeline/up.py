@@ -299,7 +299,8 @@ class _Up:
             for number in range(LISTS_EACH):
                 lists += (topology.held(holder, number), topology.claim(holder, number))
         lengths: list[int] = broker.many([("LLEN", each) for each in lists])
-        return sum(lengths)
+        lanes, others = broker.many([("HGET", topology.BUNDLED, topology.LANE), ("HGET", topology.COUNTERS, "bundled")])
+        return sum(lengths) + max(0, int(lanes or 0)) + max(0, int(others or 0))
 
 
 def _refresh(flower_url: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -13,7 +13,7 @@ from lepton_ai import topology
 from lepton_ai.job import Options
 from queues.broker import CLAIM_LIMIT, WAKE, Kind
 
-__all__ = ["Claim", "ClaimedJob", "Window"]
+__all__ = ["Claim", "ClaimedJob", "Window", "exchanged"]
 
 
 #: A claim is written again when a part of it leaves, so it is bounded in bytes as well as in messages.
@@ -30,9 +30,10 @@ Line = tuple[int, str, str | None]
 
 
 class ClaimedJob(msgspec.Struct, eq=False):
-    """A message that has been read, waiting in a claim for its device."""
+    """A message that has been read, waiting in a claim for its device: a job, or a bundle of jobs."""
 
-    id: str
+    ids: tuple[str, ...]
+    """Several of a bundle (lepton_ai/bundle.py)."""
     kernel: str
     options: Options
     message: bytes
@@ -43,6 +44,11 @@ class ClaimedJob(msgspec.Struct, eq=False):
     """After when it must not run any more, in seconds since the epoch."""
     sent_at: float = 0.0
     """When it was sent, by its id or by when it was claimed; nought where Celery's event listeners are not shown it."""
+
+    @property
+    def id(self) -> str:
+        """Its id; of a bundle the first one's."""
+        return self.ids[0]
 
     @property
     def alone(self) -> bool:
@@ -76,6 +82,7 @@ class Window:
         self._limit = min(limit, CLAIM_LIMIT * WAKE)
         self._limit_bytes = limit_bytes
         self._mean_bytes = _FIRST_BYTES
+        self._mean_jobs = 1.0
         self._claims: dict[tuple[Kind, int], Claim] = {}
         self._lines: dict[Line, dict[int, ClaimedJob]] = {}
         """The jobs of each line by their order, the oldest first."""
@@ -87,16 +94,20 @@ class Window:
 
     @property
     def room(self) -> int:
-        """How many more jobs may be claimed, by number and by the size that messages have lately."""
-        left = self._limit - sum(len(claim.messages) for claim in self._claims.values())
+        """How many more messages may be claimed, by the jobs that are in them lately and by their size."""
+        left = self._limit - max(self._count, sum(len(claim.messages) for claim in self._claims.values()))
         left_bytes = self._limit_bytes - sum(claim.size_bytes for claim in self._claims.values())
         if left_bytes <= 0 or left <= 0:
             return 0
-        return min(left, max(1, int(left_bytes / self._mean_bytes)))
+        return max(1, min(int(left / self._mean_jobs), int(left_bytes / self._mean_bytes)))
 
     def open_claim(self, kind: Kind) -> tuple[Claim, int]:
         """A claim of a kind with room, and how much: the fullest that has some, so that few are open."""
-        having = [each for each in self._claims.values() if each.kind is kind and each.room(self._mean_bytes) > 0]
+        having = [
+            each
+            for each in self._claims.values()
+            if each.kind is kind and each.number != WAKE and each.room(self._mean_bytes) > 0
+        ]
         if having:
             claim = min(having, key=lambda each: each.room(self._mean_bytes))
         else:
@@ -124,7 +135,7 @@ class Window:
 
     def add(
         self,
-        job_id: str,
+        ids: tuple[str, ...],
         kernel: str,
         options: Options,
         message: bytes,
@@ -134,9 +145,10 @@ class Window:
         """A message of a claim has been read and waits for its device."""
         order = next(self._order)
         line = (options.urgency, kernel, options.device)
-        job = ClaimedJob(job_id, kernel, options, message, claim, order, line, deadline_at)
+        job = ClaimedJob(ids, kernel, options, message, claim, order, line, deadline_at)
         self._lines.setdefault(line, {})[order] = job
-        self._count += 1
+        self._count += len(ids)
+        self._mean_jobs += _WEIGHT * (len(ids) - self._mean_jobs)
         return job
 
     def expired(self, now: float) -> list[ClaimedJob]:
@@ -151,25 +163,41 @@ class Window:
     def first(self, count: int, wanted: Callable[[str, str | None], bool] = lambda *_: True) -> list[ClaimedJob]:
         """The jobs to look at next: the most urgent first, then in the order of their arrival.
 
-        `wanted` says of a kernel and a pin (a device, a kind, or None) whether jobs with both are looked at.
+        So many, or a few more with the last bundle. `wanted` says of a kernel and a pin (a device, a kind, or None)
+        whether jobs with both are looked at.
         """
         by_urgency: dict[int, list[Iterable[ClaimedJob]]] = {}
         for (urgency, kernel, pin), line in self._lines.items():
             if wanted(kernel, pin):
                 by_urgency.setdefault(urgency, []).append(line.values())
         lines = (lines for _, lines in sorted(by_urgency.items(), reverse=True))
-        return list(itertools.islice(itertools.chain.from_iterable(map(_merged, lines)), count))
+        found: list[ClaimedJob] = []
+        for job in itertools.chain.from_iterable(map(_merged, lines)):
+            if count <= 0:
+                break
+            found.append(job)
+            count -= len(job.ids)
+        return found
 
     def left(self, jobs: Iterable[ClaimedJob]) -> None:
         """These jobs have been dispatched."""
         gone = list(jobs)
-        for job in gone:
+        self.remove(gone)
+        self.forget((job.claim, job.message) for job in gone)
+
+    def remove(self, jobs: Iterable[ClaimedJob]) -> None:
+        """These jobs wait no more, whatever becomes of their messages."""
+        for job in jobs:
             line = self._lines[job.line]
             del line[job.order]
             if not line:
                 del self._lines[job.line]
-        self._count -= len(gone)
-        self.forget((job.claim, job.message) for job in gone)
+            self._count -= len(job.ids)
+
+    def exchange(self, claim: Claim, parts: Mapping[int, Sequence[bytes]]) -> None:
+        """Messages of a claim, by their `id()`, have become others."""
+        claim.messages = exchanged(claim.messages, parts)
+        claim.size_bytes = sum(map(len, claim.messages))
 
     def forget(self, messages: Iterable[tuple[Claim, bytes]]) -> None:
         """These messages are in their claims no longer; a claim that is empty is closed."""
@@ -184,6 +212,11 @@ class Window:
             else:
                 claim.messages = [message for message in claim.messages if id(message) not in gone]
                 claim.size_bytes = sum(map(len, claim.messages))
+
+
+def exchanged(messages: Iterable[bytes], parts: Mapping[int, Sequence[bytes]]) -> list[bytes]:
+    """Messages in their order, those with parts (by their `id()`) as these."""
+    return [part for each in messages for part in parts.get(id(each), (each,))]
 
 
 _order = operator.attrgetter("order")

@@ -15,20 +15,22 @@ import time
 from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from enum import StrEnum
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
-from lepton_ai import blob, cancellation, topology, wire
+import msgspec
+
+from lepton_ai import blob, bundle, cancellation, topology, wire
 from lepton_ai.device import Announcement, read_leases
 from lepton_ai.errors import Fenced
-from lepton_ai.identity import minute_of
+from lepton_ai.identity import minute_of, shared_by
 from lepton_ai.job import FINAL_STATES
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps
 from queues import functions, recovery
 from queues.connection import Command, CommandError, Connection
 from queues.recovery import LISTS_EACH, Recovered, Sequels
-from queues.steps import Commit, Dispatch, Outcome
+from queues.steps import Commit, Dispatch, Moves, Outcome
 
 __all__ = ["CLAIM_LIMIT", "LISTS_EACH", "WAKE", "Broker", "Kind", "Woken", "announcements", "event_command"]
 
@@ -42,6 +44,10 @@ _DUE_AT_ONCE: Final = 256
 #: So many messages, of so many bytes together, are dispatched in one round trip, through Lua; more of them need two.
 _FEW: Final = 8
 _FEW_BYTES: Final = 16 * 1024
+#: The queues of so many devices are looked at with a wake-up: a lone job goes to one of them in one step.
+_LOOKED_QUEUES: Final = 8
+#: How long the Placement of a lone job waits for its worker to take it.
+_PLACED_S: Final = 60
 #: Where in a result its state is looked for.
 _STATE: Final = re.compile(rb"status[^A-Z]*([A-Z]+)")
 _STATE_WITHIN: Final = 200
@@ -49,6 +55,15 @@ _STATE_WITHIN: Final = 200
 _OURS: Final = re.compile(rb'^\{.*"lepton":|^[^{].*\xa6lepton[\x80-\x8f]', re.DOTALL)
 #: How long a full broker is left alone before it is asked again.
 _FULL_S: Final = 0.1
+
+
+class _Noted(msgspec.Struct):
+    """What is read of a Placement to know whose it is."""
+
+    job: str
+
+
+_NOTED: Final = msgspec.msgpack.Decoder(_Noted)
 
 
 class Kind(StrEnum):
@@ -91,8 +106,14 @@ class Broker:
         """How many jobs were marked as cancelled at the last `claim`."""
         self.back: dict[Kind, int] = {}
         """How many messages of each kind waited beside the lanes at the last `claim`."""
-        self._looked_at: tuple[str, ...] = ()
-        """The lists whose lengths come with the next wake-up."""
+        self.is_waking = False
+        """A wake-up has been asked for, and not been taken."""
+        self._looked_at: dict[str, str] = {}
+        """The queues that are looked at with the next wake-up, by their device."""
+        self._woken: Connection | None = None
+        """Watches the wake claim, which held the message of the last wake-up and nothing else."""
+        self._lone_note: bytes | None = None
+        """A Placement that came with the last message taken, perhaps its own; None where jobs are to be cancelled."""
         functions.load(connection)
         self._look_at_clock(*connection.call("TIME"))
 
@@ -165,25 +186,36 @@ class Broker:
         answered yet. The wait ends before our lease can lapse, or a frozen router that has been forgotten would still
         be given messages. `woke` takes the answer.
         """
+        wake.send(self._wake_commands())
+        self.is_waking = True
+
+    def _wake_commands(self) -> list[Command]:
         wait_s = self._settings.lease_s / 2
-        self._looked_at = (self._wake_claim, *_BACK.values(), *self._lane_lists())
-        wake.send(
-            [
-                ("CLIENT", "REPLY", "SKIP"),  # the next moment at which there is something to read is the wake-up
-                self._remember,
-                ("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", wait_s),
-                *self._looks(self._looked_at),
-            ]
-        )
+        looked_at = islice(self._known_devices, _LOOKED_QUEUES)
+        self._looked_at = {device: topology.device_queue(device) for device in looked_at}
+        return [
+            ("CLIENT", "REPLY", "SKIP"),  # the next moment at which there is something to read is the wake-up
+            self._remember,
+            ("BLMOVE", topology.LANE, self._wake_claim, "RIGHT", "LEFT", wait_s),
+            ("UNWATCH",),
+            ("WATCH", self._wake_claim),  # so that the message can leave it in one step: see `_dispatch_woken`
+            ("LLEN", self._wake_claim),
+            ("EXISTS", topology.CANCELLED, *_BACK.values(), *self._lane_lists()),
+            ("SMEMBERS", topology.LANES),
+            *(("LLEN", queue) for queue in self._looked_at.values()),
+        ]
 
     def woke(self, wake: Connection) -> Woken:
         """The answer to `ask_wake`: what has landed in the wake claim, and whether that is all that there is to do."""
-        answer, marks, tenants, length, *depths = wake.receive(3 + len(self._looked_at))
+        answer, _, _, length, others, tenants, *depths = wake.receive(6 + len(self._looked_at))
+        self.is_waking = False
         if self._refused([answer]) or answer is None:
             return Woken(None, is_all=False)
         # Whatever else is not as it should be, the next `claim` deals with.
         lanes = set() if isinstance(tenants, CommandError) else {topology.LANE, *_names(tenants)}
-        is_all = marks == 0 and lanes == set(self._lanes) and length == 1 and not any(depths)
+        is_all = length == 1 and others == 0 and lanes == set(self._lanes)
+        are_queues = not any(isinstance(each, CommandError) for each in depths)
+        self._woken = wake if is_all and are_queues else None
         return Woken(answer, is_all)
 
     def _lane_lists(self) -> list[str]:
@@ -350,13 +382,19 @@ class Broker:
         CommandError where a key it needs holds something else: a transaction that fails half way is not rolled back.
         """
         claims, lengths = list(step.claims), list(step.claims.values())
-        if step.is_few(_FEW, _FEW_BYTES):
-            queues = self._queues(step)
-            if self._transact([*claims, *queues], [*lengths, *[""] * len(queues)], step) < 0:
+        wake, self._woken = self._woken, None
+        if wake is not None and claims == [self._wake_claim] and (lone := step.lone) is not None:
+            queue = self._looked_at.get(lone[0])
+            if queue is not None and self._dispatch_woken(wake, step, queue):
+                return
+        moves = step.moves()
+        if step.is_few(moves, _FEW, _FEW_BYTES):
+            queues = list(step.queues)
+            if self._transact([*claims, *queues], [*lengths, *[""] * len(queues)], step, moves) < 0:
                 raise Fenced(f"claims {claims} do not hold {lengths}")
             self._known_devices |= step.queued.keys() | step.alone.keys()
             return
-        needed = [*(("LLEN", key) for key in self._queues(step))]
+        needed = [("LLEN", key) for key in step.queues]
         if step.scheduled:
             needed += [("ZCARD", topology.ETA), ("HLEN", topology.ETA_MESSAGES)]
         if step.dead:
@@ -370,30 +408,49 @@ class Broker:
             if isinstance(each, CommandError):
                 self.connection.call("UNWATCH")
                 raise each
-        commands = list(self._dispatch_commands(step))
+        commands = list(self._dispatch_commands(step, moves))
         *queued, answer = self.connection.receive(self.connection.send([("MULTI",), *commands, ("EXEC",)]))
         if self._refused([*queued, None if _is_aborted(answer) else answer]) or _is_aborted(answer):
-            is_done = self._transact(claims, lengths, step) >= 0
+            is_done = self._transact(claims, lengths, step, moves) >= 0
         else:
             is_done = answer is not None
         if not is_done:
             raise Fenced(f"claims {claims} changed under our hands")
         self._known_devices |= step.queued.keys() | step.alone.keys()
 
-    def _transact(self, lists: Sequence[str], lengths: Sequence[int | str], step: Dispatch) -> int:
-        words = [part for command in self._dispatch_commands(step) for part in (len(command), *command)]
+    def _dispatch_woken(self, wake: Connection, step: Dispatch, queue: str) -> bool:
+        """Sends the message of the last wake-up to its device and waits for the next one, in one write.
+
+        The claim has been watched since before it was seen to hold one message. False where the broker is full.
+        """
+        move = ("LMOVE", self._wake_claim, queue, "RIGHT", "LEFT")
+        commands = [("MULTI",), move, *self._note_commands(step), ("EXEC",)]
+        wake.send([*commands, *self._wake_commands()])
+        self.is_waking = True
+        *queued, answer = wake.receive(len(commands))
+        if self._refused([*queued, None if _is_aborted(answer) else answer]) or _is_aborted(answer):
+            return False
+        if answer is None:
+            raise Fenced(f"{self._wake_claim} changed under our hands")
+        self._refused(answer)
+        return True
+
+    def _transact(self, lists: Sequence[str], lengths: Sequence[int | str], step: Dispatch, moves: Moves | None) -> int:
+        words = [part for command in self._dispatch_commands(step, moves) for part in (len(command), *command)]
         return int(self._call("transact", lists, (*lengths, *words)))
 
-    @staticmethod
-    def _queues(step: Dispatch) -> list[str]:
-        return [
-            *map(topology.device_queue, step.queued),
-            *map(topology.alone_queue, step.alone),
-            *map(topology.parked, step.parked),
-            *map(topology.parked_alone, step.parked_alone),
-        ]
+    def _dispatch_commands(self, step: Dispatch, moves: Moves | None) -> Iterable[Command]:
+        if unknown := (step.queued.keys() | step.alone.keys()) - self._known_devices:
+            yield ("SADD", topology.DEVICES, *unknown)
+        if moves is not None:
+            yield from (("LMOVE", claim, queue, "RIGHT", "LEFT") for claim, queue in moves)
+        else:
+            yield from self._sort_out(step)
+        yield from self._note_commands(step)
 
-    def _dispatch_commands(self, step: Dispatch) -> Iterable[Command]:
+    @staticmethod
+    def _sort_out(step: Dispatch) -> Iterable[Command]:
+        """Writes messages anew that do not leave their claims in the order in which they go to their lists."""
         for claim in step.claims:
             rest, leaving = step.rests.get(claim, []), step.leaving.get(claim, [])
             if leaving and sum(map(len, leaving)) < sum(map(len, rest)):
@@ -402,12 +459,11 @@ class Broker:
             yield ("DEL", claim)
             if rest:
                 yield ("LPUSH", claim, *rest)
-        if unknown := (step.queued.keys() | step.alone.keys()) - self._known_devices:
-            yield ("SADD", topology.DEVICES, *unknown)
-        lists = (step.queued, step.alone, step.parked, step.parked_alone)
-        messages_of = chain.from_iterable(each.values() for each in lists)
-        for queue, messages in zip(self._queues(step), messages_of, strict=True):
+        for queue, messages in step.queues.items():
             yield ("LPUSH", queue, *messages)
+
+    def _note_commands(self, step: Dispatch) -> Iterable[Command]:
+        """All that goes with the messages of a step."""
         if kernels := step.parked.keys() | step.parked_alone.keys():
             yield ("SADD", topology.PARKED, *kernels)
         for kernel, deadline in step.deadlines.items():
@@ -427,9 +483,13 @@ class Broker:
             pairs = [part for pair in placements.items() for part in pair]
             yield ("HSET", topology.jobs(minute), *pairs)
             yield ("EXPIRE", topology.jobs(minute), self._ttl_s)
+        if (lone := step.lone) is not None:  # its worker finds it with the message, and need not ask
+            yield ("SET", topology.placed(lone[0]), lone[1], "EX", _PLACED_S)
         for counter, count in step.counts.items():
             if count:
                 yield ("HINCRBY", topology.COUNTERS, counter, count)
+        for lane, count in step.bundled.items():
+            yield ("HINCRBY", topology.BUNDLED, lane, -count)
         if cancelled := [outcome.job for outcome in step.rejected if outcome.status == "cancelled"]:
             yield ("ZREM", topology.CANCELLED, *cancelled)
         if step.event:
@@ -449,13 +509,19 @@ class Broker:
         queue = topology.alone_queue(device) if alone else topology.device_queue(device)
         held = topology.held(self.incarnation, slot)
         take = ("BLMOVE", queue, held, "RIGHT", "LEFT", timeout_s)
-        sent = self.connection.send([self._remember, take, ("LLEN", queue), ("LLEN", held)])
-        replies = self.connection.receive(sent, timeout_s + 30)
+        # What `known` would ask for next, where it is one job that comes.
+        asked = (("TIME",), ("ZCARD", topology.CANCELLED), ("GET", topology.placed(device)))
+        sent = self.connection.send([self._remember, take, ("LLEN", queue), ("LLEN", held), *asked])
+        *replies, clock, marks, note = self.connection.receive(sent, timeout_s + 30)
+        self._lone_note = None
         if self._refused(replies):
             return self._take_from_full(queue, held, slot, limit, timeout_s)
         _, first, depth, length = replies
         if first is None and length == 0:
             return []
+        self._look_at_clock(*clock)
+        if marks == 0 and isinstance(note, bytes):
+            self._lone_note = note
         if length > 1 or first is None:
             return self.held(slot)
         more = min(limit - 1, -(-depth // slots))
@@ -479,27 +545,40 @@ class Broker:
         found: list[bytes] = self.connection.call("LRANGE", topology.held(self.incarnation, slot), 0, -1)
         return found[::-1]
 
-    def known(self, jobs: Sequence[str], minutes: Iterable[int]) -> tuple[dict[str, bytes], set[str]]:
+    def known(
+        self, jobs: Sequence[str], minutes: Iterable[int], bundles: Sequence[Sequence[str]] = ()
+    ) -> tuple[dict[str, bytes], set[str]]:
         """The placements of these jobs, and which are to be cancelled.
 
-        A job is looked for in the hash of its own minute, and in those of `minutes` where it is not found there.
+        A job is looked for in the hash of its own minute, and in those of `minutes` where it is not found there. The
+        jobs of each of `bundles` have one note together, whose placement names the first of them. A lone message's may
+        have come with it, and then nobody is asked.
         """
+        note, self._lone_note = self._lone_note, None
+        if note is not None and len(jobs) + len(bundles) == 1:
+            lone = bundles[0] if bundles else jobs
+            its_note = bundle.note_of(lone[-1], note) if bundles else note
+            if its_note is not None and _job_of(its_note) == lone[0]:
+                return dict.fromkeys(lone, its_note), set()
         by_minute: dict[int, list[str]] = {}
         for job in jobs:
             if (minute := minute_of(job)) is not None:
                 by_minute.setdefault(minute, []).append(job)
+        fields = [(topology.jobs(minute), each) for minute, each in by_minute.items()]
+        fields += [(topology.jobs(minute_of(each[0]) or 0), [shared_by(each[0]) or ""]) for each in bundles]
         sent = self.connection.send(
-            [
-                ("TIME",),
-                ("ZCARD", topology.CANCELLED),
-                *(("HMGET", topology.jobs(minute), *each) for minute, each in by_minute.items()),
-            ]
+            [("TIME",), ("ZCARD", topology.CANCELLED), *(("HMGET", key, *each) for key, each in fields)]
         )
         clock, marks, *answers = self.connection.receive(sent)
         self._look_at_clock(*clock)
         placements: dict[str, bytes] = {}
-        for each, values in zip(by_minute.values(), _checked(answers), strict=True):
+        own, shared = _checked(answers)[: len(by_minute)], answers[len(by_minute) :]
+        for each, values in zip(by_minute.values(), own, strict=True):
             placements.update(_found(each, values))
+        for ids, (its_note,) in zip(bundles, shared, strict=True):
+            if its_note is not None and (its_note := bundle.note_of(ids[-1], its_note)) is not None:
+                placements.update(dict.fromkeys(ids, its_note))
+        jobs = [*jobs, *chain.from_iterable(bundles)]
         if missing := [job for job in jobs if job not in placements]:
             for values in self.connection.many([("HMGET", topology.jobs(minute), *missing) for minute in minutes]):
                 placements.update(_found(missing, values))
@@ -526,13 +605,14 @@ class Broker:
         settings = self._settings
         cancelled = [outcome.job for outcome in step.outcomes if outcome.status == "cancelled"]
         arguments = (
-            *(step.held, self._ttl_s, settings.events_kept, settings.dead_bytes, step.event),
+            *(step.held, self._ttl_s, settings.events_kept, settings.dead_bytes, step.event, step.bundled),
             *_grouped(step.outcomes),
             *_section(step.pushes),
             *_section((job, round(delay_s * 1000), message) for job, delay_s, message in step.retries),
             *_section(step.chord_parts),
             *_section(letter.words for letter in step.dead),
             *_section(step.blobs),
+            *_section((minute,) for minute in step.minutes),
         )
         duplicates = self._fenced("commit", held, arguments)
         if cancelled:  # afterwards, and not with it: a mark that stays behind does no harm
@@ -640,6 +720,14 @@ def _is_aborted(reply: Any) -> bool:
 
 def _names(found: Iterable[bytes]) -> list[str]:
     return [name.decode(errors="replace") for name in found]  # anybody with the broker's password may write there
+
+
+def _job_of(note: bytes) -> str:
+    """Whose Placement that is; nobody's where it is none."""
+    try:
+        return _NOTED.decode(note).job
+    except msgspec.DecodeError:  # anybody with the broker's password may write there
+        return ""
 
 
 def _found(jobs: Sequence[str], values: Sequence[bytes | None]) -> dict[str, bytes]:

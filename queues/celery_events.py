@@ -105,12 +105,18 @@ class Audience:
         """Nobody listened when we last told something, and that is a while ago."""
         return not self.listening and now >= self._quiet_until and self._rate_hz > 0
 
-    def room(self, now: float, wanted: int) -> int:
-        """How many of so many jobs are shown: all up to the rate, with one second's worth at once at most."""
+    def has_room(self, now: float, wanted: int = 1) -> bool:
+        """Whether so many jobs would be shown, or as many as there ever is room for."""
         if not self.listening or self._rate_hz <= 0:
-            return 0
+            return False
         self._allowance = min(self._rate_hz, self._allowance + (now - self._at) * self._rate_hz)
         self._at = now
+        return self._allowance >= min(wanted, self._rate_hz)
+
+    def room(self, now: float, wanted: int) -> int:
+        """How many of so many jobs are shown: all up to the rate, with one second's worth at once at most."""
+        if not self.has_room(now):
+            return 0
         shown = min(wanted, int(self._allowance))
         self._allowance -= shown
         return shown

@@ -96,7 +96,7 @@ class Connection:
             while data := self._socket.recv(_READ_BYTES):
                 self._reader.feed(data)
             raise BrokerUnavailable("the broker closed the connection")
-        except BlockingIOError:
+        except (BlockingIOError, ssl.SSLWantReadError):
             pass  # everything that was there has been read
         except OSError as error:
             raise BrokerUnavailable(f"the connection to the broker broke: {error}") from error
@@ -105,6 +105,11 @@ class Connection:
         self.pushes.extend(self._arrived())
         pushes, self.pushes = self.pushes, []
         return pushes
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something has been read and not handed out yet: no select tells of that."""
+        return bool(self.pushes) or self._reader.has_data()
 
     def fileno(self) -> int:
         return self._socket.fileno()

@@ -16,6 +16,7 @@ local ATTEMPTS, DEAD, PARTS = 'lepton:attempts', 'lepton:dead', 'lepton:chord.pa
 local DEAD_BYTES = 'lepton:dead.bytes'
 local COUNTERS, EVENTS, HOLDERS = 'lepton:counters', 'lepton:events', 'lepton:holders'
 local SWEPT, HOLD, PARKED = 'lepton:swept', 'lepton:hold', 'lepton:parked'
+local BUNDLED, MOST_BUNDLED = 'lepton:bundled', 256
 local TYPES = {
   [AGAIN] = 'list', [ALONE] = 'list', [ETA] = 'zset', [ETA_MESSAGES] = 'hash', [ATTEMPTS] = 'hash',
   [DEAD] = 'stream', [PARTS] = 'hash', [COUNTERS] = 'hash', [EVENTS] = 'stream', [HOLDERS] = 'set', [LANES] = 'set', [PARKED] = 'set',
@@ -155,6 +156,13 @@ end
 -- accept: jobs onto a lane, all or none. No allow-oom: a broker that is full takes no more.
 -- ARGV ttl_s events_kept waiting_jobs waiting_bytes tenant_jobs tenant_bytes lane event n,
 -- then for each job: list id fingerprint note event message. Returns for each 1, or 0 where it was there already.
+-- A message may be a bundle of jobs (lepton_ai/bundle.py). How many more jobs than messages there are is counted by lane
+-- until they leave their first claim (BUNDLED), and in the counter `bundled` from there on.
+local function bundled_in(lane, messages)
+  local extra = messages > 0 and tonumber(redis.pcall('HGET', BUNDLED, lane) or 0) or 0
+  return math.max(0, math.min(extra, messages * (MOST_BUNDLED - 1)))
+end
+
 local function backlog(lane, with_bytes)
   local jobs, bytes = 0, 0
   for _, suffix in ipairs(SUFFIXES) do
@@ -164,7 +172,18 @@ local function backlog(lane, with_bytes)
       if with_bytes then bytes = bytes + (redis.call('MEMORY', 'USAGE', lane .. suffix) or 0) end
     end
   end
-  return jobs, bytes
+  return jobs + bundled_in(lane, jobs), bytes
+end
+
+-- How many jobs are in a message, and its lane: what no router would take for a bundle is one job.
+local function bundle_of(message)
+  if not (string.find(message, '"bundle"', 1, true) or string.find(message, '\\u', 1, true)) then return 1, LANE end
+  local readable, found = pcall(cjson.decode, message)
+  local function at(value, name) return type(value) == 'table' and value[name] or nil end
+  local count = readable and at(at(at(found, 'headers'), 'lepton'), 'bundle')
+  if type(count) ~= 'number' or count < 2 or count > MOST_BUNDLED or count % 1 ~= 0 then return 1, LANE end
+  local lane = at(at(at(found, 'properties'), 'delivery_info'), 'routing_key')
+  return count, type(lane) == 'string' and string.sub(lane, 1, #LANE + 1) == LANE .. '.' and lane or LANE
 end
 
 local function room(lane, n, size, limits)
@@ -261,12 +280,13 @@ end
 
 -- commit: how one held batch ended: results, acknowledgement, follow-ups, counters and event, in one step.
 -- KEYS held lease
--- ARGV n ttl_s events_kept dead_bytes event, then how many groups of jobs, each with its
+-- ARGV n ttl_s events_kept dead_bytes event, how many more jobs than messages, how many groups of jobs, each with its
 --   status reply_key n, and n times id record (an empty record: ignored; no reply_key: published for Celery's clients);
 --   then counted sections:
 --   pushes: id list message        retries: id delay_ms message
 --   chord parts: id part           dead letters: id kernel code reason attempts trace message
 --   blobs: id kept_s key (0: forgotten; below: the job goes on)
+--   minutes: those whose placements are kept as long as these results
 -- What a duplicate would have set off does not happen. Returns the ids that had a final result already. Refused whole,
 -- as FENCED, unless the lease is alive and the held list is exactly the n messages that the worker took.
 local function fenced(held, lease, n)
@@ -277,12 +297,17 @@ end
 local function commit(keys, args)
   local held, n, ttl = keys[1], tonumber(args[1]), tonumber(args[2])
   if not is_list(held) then return redis.error_reply('WRONGTYPE ' .. held .. ' holds something else') end
-  local bad = wrong(EVENTS, COUNTERS, ETA, ETA_MESSAGES, ATTEMPTS, DEAD, PARTS) or fenced(held, keys[2], n)
+  local has_attempts, has_ended = false, false
+  local bad = wrong(EVENTS, COUNTERS)
+  if redis.call('EXISTS', ETA, ETA_MESSAGES, ATTEMPTS, DEAD, PARTS, ENDED) > 0 then -- one call, where all is well
+    bad = bad or wrong(ETA, ETA_MESSAGES, ATTEMPTS, DEAD, PARTS)
+    has_attempts, has_ended = redis.call('EXISTS', ATTEMPTS) == 1, redis.call('EXISTS', ENDED) == 1
+  end
+  bad = bad or fenced(held, keys[2], n)
   if bad then return bad end
-  local has_attempts, has_ended = redis.call('EXISTS', ATTEMPTS) == 1, redis.call('EXISTS', ENDED) == 1
   local counts, duplicates, late = {}, {}, {}
-  local at = 7
-  for _ = 1, tonumber(args[6]) do
+  local at = 8
+  for _ = 1, tonumber(args[7]) do
     local status, reply, size = args[at], args[at + 1], tonumber(args[at + 2])
     local ends, awaited = status ~= 'retried', string.sub(reply, 1, 13) == 'lepton:reply:'
     local told, again = {}, 0
@@ -297,7 +322,7 @@ local function commit(keys, args)
       if ends or late[id] then forget(id, ttl, has_attempts) end
     end
     if #told > 0 then
-      redis.pcall('RPUSH', reply, unpack(told))
+      for first = 1, #told, 1000 do redis.pcall('RPUSH', reply, unpack(told, first, math.min(#told, first + 999))) end
       redis.pcall('EXPIRE', reply, ttl)
     end
     counts[status] = (counts[status] or 0) + size - again
@@ -328,9 +353,11 @@ local function commit(keys, args)
   section(3, function(first)
     end_blob(args[first + 2], tonumber(args[first + 1]), late[args[first]])
   end)
+  section(1, function(first) redis.pcall('EXPIRE', 'lepton:jobs:' .. args[first], ttl, 'GT') end)
   for status, number in pairs(counts) do
     if number > 0 then count(status, number) end
   end
+  if args[6] ~= '0' then count('bundled', -tonumber(args[6])) end
   local event = args[5]
   if #duplicates > 0 then
     local readable, rest = pcall(without, event, late)
@@ -381,8 +408,20 @@ local function release(keys, args)
 end
 
 -- sweep: who is to be recovered. After a time in which nobody swept (the broker was away, or all routers were) every
--- holder first gets a whole lease to come back. Lanes that are empty are forgotten. ARGV gap_ms lease_ms lists_each own_incarnation
+-- holder first gets a whole lease to come back. Lanes that are empty are forgotten, and so is what bundles were counted in
+-- them (somebody may have purged them). ARGV gap_ms lease_ms lists_each own_incarnation
 -- Returns for each lapsed holder: incarnation, how many messages it held, and the held list of an only one (or '').
+local function forget_bundles(holders, lists)
+  for _, incarnation in ipairs(holders) do
+    for number = 0, lists - 1 do
+      if redis.call('EXISTS', 'lepton:claim:' .. incarnation .. ':' .. number) == 1 then return end
+    end
+  end
+  for _, lane in ipairs(redis.pcall('HKEYS', BUNDLED)) do
+    if backlog(lane, false) == 0 then redis.pcall('HDEL', BUNDLED, lane) end
+  end
+end
+
 local function sweep(_, args)
   local bad = wrong(HOLDERS)
   if bad then return bad end
@@ -392,9 +431,10 @@ local function sweep(_, args)
   for _, lane in ipairs(redis.pcall('SMEMBERS', LANES)) do
     if backlog(lane, false) == 0 then redis.pcall('SREM', LANES, lane) end
   end
+  local holders = redis.call('SMEMBERS', HOLDERS)
+  if redis.call('EXISTS', BUNDLED) == 1 then forget_bundles(holders, tonumber(args[3])) end
   if redis.call('EXISTS', HOLD) == 1 then return {} end
   local lapsed = {}
-  local holders = redis.call('SMEMBERS', HOLDERS)
   if redis.call('SISMEMBER', HOLDERS, args[4]) == 0 then holders[#holders + 1] = args[4] end
   for _, incarnation in ipairs(holders) do
     if redis.call('EXISTS', 'lepton:lease:' .. incarnation) == 0 then
@@ -425,19 +465,27 @@ local function recover(_, args)
   local incarnation, lists, how, suspect = args[1], tonumber(args[2]) - 1, args[3], args[4]
   local moved, died = 0, 0
   if redis.call('EXISTS', 'lepton:lease:' .. incarnation) == 1 then return { 0, 0 } end
-  local function drain(prefix, target)
-    local here = 0
+  local function drain(prefix, target, each)
     for number = 0, lists do
       local list = prefix .. incarnation .. ':' .. number
       if redis.call('TYPE', list)['ok'] == 'list' then
-        while redis.call('LMOVE', list, target, 'RIGHT', 'LEFT') do here = here + 1 end
+        local message = redis.call('LMOVE', list, target, 'RIGHT', 'LEFT')
+        while message do
+          moved = moved + 1
+          if each then each(message) end
+          message = redis.call('LMOVE', list, target, 'RIGHT', 'LEFT')
+        end
       end
     end
-    moved = moved + here
-    return here
   end
-  local claimed = drain('lepton:claim:', AGAIN)
-  if claimed > 0 then count('accepted', claimed) end
+  drain('lepton:claim:', AGAIN, function(message)
+    local jobs, lane = bundle_of(message)
+    count('accepted', jobs)
+    if jobs > 1 then
+      count('bundled', jobs - 1)
+      redis.pcall('HINCRBY', BUNDLED, lane, 1 - jobs)
+    end
+  end)
   drain('lepton:reclaim:', AGAIN)
   drain('lepton:suspects:', ALONE)
   if how == 'died' and suspect ~= '' and is_list(suspect) and redis.call('LLEN', suspect) == 1
@@ -593,13 +641,19 @@ local function sizes(_, args)
     local value = redis.pcall(command, key)
     return type(value) == 'number' and value or 0
   end
-  note('accepted', 0)
+  for _, name in ipairs({ 'accepted', 'bundled' }) do note(name, 0) end
   for _, name in ipairs(ENDS) do note(name, 0) end
   local counters = redis.pcall('HGETALL', COUNTERS)
   for at = 1, #counters, 2 do note(counters[at], tonumber(counters[at + 1]) or 0) end
-  note('lanes', (backlog(LANE, false)))
   local lanes = redis.pcall('SMEMBERS', LANES)
-  for _, lane in ipairs(lanes) do note('lanes', (backlog(lane, false))) end
+  lanes[#lanes + 1] = LANE
+  local messages, extra = 0, 0
+  for _, lane in ipairs(lanes) do
+    for _, suffix in ipairs(SUFFIXES) do messages = messages + length('LLEN', lane .. suffix) end
+  end
+  -- Of every lane: one that is empty is forgotten, and what came from it may still be in a claim.
+  for _, bundled in ipairs(redis.pcall('HVALS', BUNDLED)) do extra = extra + math.max(0, tonumber(bundled) or 0) end
+  note('lanes', messages)
   for _, name in ipairs({ 'claimed', 'again', 'alone', 'reclaimed', 'parked_now', 'scheduled_now', 'queued', 'held' }) do
     note(name, 0)
   end
@@ -625,9 +679,11 @@ local function sizes(_, args)
   end
   note('dead_letters', length('XLEN', DEAD))
   -- What waits in a lane or a first claim is accepted, and not counted yet.
+  note('lanes', math.min(extra, (found['lanes'] + found['claimed']) * (MOST_BUNDLED - 1)))
   local new = found['lanes'] + found['claimed']
   local waiting = found['again'] + found['alone'] + found['reclaimed'] + found['parked_now'] + found['scheduled_now']
-  local in_flight = found['queued'] + found['held']
+  -- Nearly all bundles that have been placed are on a device's queue or with a worker.
+  local in_flight = found['queued'] + found['held'] + found['bundled']
   local ended = 0
   for _, name in ipairs(ENDS) do ended = ended + found[name] end
   note('difference', found['accepted'] - ended - waiting - in_flight)

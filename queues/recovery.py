@@ -80,6 +80,8 @@ def _suspect(held: str, message: bytes, incarnation: str, settings: Settings, se
         options = wire.read_options(headers)
     except LeptonError:
         options = Options(blobs=wire.read_places(headers))
+    if options.bundle is not None:
+        return ("",)  # none of its jobs was alone: each comes back alone
     error = JobDead(f"{attempts} times the worker died while this job ran with nothing beside it")
     meta = results.failure(job, error)
     follow_ups = sequels(message, meta)

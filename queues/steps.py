@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import msgspec
 
+from lepton_ai import topology
 from lepton_ai.succession import FollowUps
 from queues.connection import Command
 
@@ -59,9 +60,17 @@ class Commit(msgspec.Struct, frozen=True):
     chord_parts: Sequence[tuple[str, bytes]] = ()
     """What is to be counted in Celery's chords, each with its job."""
     dead: Sequence[DeadLetter] = ()
+    bundled: int = 0
+    """How many more jobs than messages it ends."""
     blobs: Sequence[tuple[str, int, str]] = ()
     """Keys of its jobs' blobs, each with its job and how many seconds it is kept: 0 for none, or GOES_ON. A
     duplicate's are left to themselves for a minute."""
+    minutes: Collection[int] = ()
+    """Those whose placements are kept as long as these results are: what ends a job says no more where it went."""
+
+
+#: From which claim to which list the oldest message goes, one after the other.
+Moves = list[tuple[str, str]]
 
 
 class Dispatch(msgspec.Struct):
@@ -72,7 +81,10 @@ class Dispatch(msgspec.Struct):
     rests: dict[str, list[bytes]]
     """What stays in each of those claims."""
     leaving: dict[str, list[bytes]] = {}
-    """What leaves each of them, where that is known: the smaller of the two is what has to be written again."""
+    """What leaves each of them, oldest first, where that is known: the smaller of the two is what has to be written
+    again, where the messages cannot be moved as they are."""
+    are_oldest: bool = False
+    """Whether what leaves each claim is known to be the oldest in it."""
     queued: dict[str, list[bytes]] = {}
     """Messages by the device they go to."""
     alone: dict[str, list[bytes]] = {}
@@ -94,14 +106,51 @@ class Dispatch(msgspec.Struct):
     placements: dict[int, dict[str, bytes]] = {}
     """Placements by the minute whose hash they go into."""
     counts: dict[str, int] = {}
+    bundled: dict[str, int] = {}
+    """By the lane: how many more jobs than messages are in it, or in the claims behind it, no longer."""
     event: bytes = b""
     told: Command | None = None
     """A message for Celery's event listeners (queues/celery_events.py)."""
 
-    def is_few(self, count: int, size_bytes: int) -> bool:
-        """Whether it only moves messages, and so many at most."""
+    @property
+    def queues(self) -> dict[str, list[bytes]]:
+        """What goes to each list that messages can be moved to."""
+        return {
+            **{topology.device_queue(device): messages for device, messages in self.queued.items()},
+            **{topology.alone_queue(device): messages for device, messages in self.alone.items()},
+            **{topology.parked(kernel): messages for kernel, messages in self.parked.items()},
+            **{topology.parked_alone(kernel): messages for kernel, messages in self.parked_alone.items()},
+        }
+
+    def moves(self) -> Moves | None:
+        """How messages can be moved as they are; None where they do not leave their claims in the order they go in."""
+        if not self.are_oldest or not self.leaving:
+            return None
+        targets = {id(message): queue for queue, messages in self.queues.items() for message in messages}
+        found: Moves = []
+        arrived: dict[str, list[int]] = {queue: [] for queue in self.queues}
+        for claim, messages in self.leaving.items():
+            for message in messages:
+                queue = targets.get(id(message))
+                if queue is None:
+                    return None
+                found.append((claim, queue))
+                arrived[queue].append(id(message))
+        in_order = all(arrived[queue] == list(map(id, messages)) for queue, messages in self.queues.items())
+        return found if in_order else None
+
+    @property
+    def lone(self) -> tuple[str, bytes] | None:
+        """The device and the Placement of the one message that goes to a device, where it is one."""
+        if len(self.queued) != 1 or len(self.placements) != 1:
+            return None
+        ((device, messages),), (notes,) = self.queued.items(), self.placements.values()
+        return (device, next(iter(notes.values()))) if len(messages) == len(notes) == 1 else None
+
+    def is_few(self, moves: Moves | None, count: int, size_bytes: int) -> bool:
+        """Whether it only moves messages, and so many at most, of so many bytes together."""
         if self.scheduled or self.dead or self.rejected:
             return False
-        lists = (self.queued, self.alone, self.parked, self.parked_alone, self.rests)
+        lists = (self.queues,) if moves is not None else (self.queues, self.rests)
         messages = [message for each in lists for moved in each.values() for message in moved]
         return len(messages) <= count and sum(map(len, messages)) <= size_bytes

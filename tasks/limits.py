@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lepton_ai.job import Placement
+from lepton_ai.job import Estimate
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.settings import Settings
 
@@ -15,7 +15,7 @@ _PREDICTIONS = 3.0
 
 
 def kill_after_s(
-    limit_s: float | None, spec: KernelSpec, placement: Placement | None, settings: Settings
+    limit_s: float | None, spec: KernelSpec, estimate: Estimate | None, settings: Settings
 ) -> tuple[float, bool]:
     """After how many seconds a job ends its worker, and whether that is the job's own limit, not its kernel's.
 
@@ -25,7 +25,7 @@ def kill_after_s(
     most_s = spec.limit_s if spec.limit_s is not None else settings.limit_s
     if limit_s is None:
         return most_s, False
-    predicted_s = placement.estimate.run_s if placement is not None and placement.estimate is not None else 0.0
+    predicted_s = estimate.run_s if estimate is not None else 0.0
     own_s = max(limit_s, settings.least_limit_s, _PREDICTIONS * predicted_s)
     return (own_s, True) if own_s < most_s else (most_s, False)
 

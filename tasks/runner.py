@@ -6,8 +6,8 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 import numpy as np
@@ -27,8 +27,9 @@ from lepton_ai.errors import (
     Unavailable,
 )
 from lepton_ai.event import Event, Observation
-from lepton_ai.job import LATEST_S, Cost, Placement, Record
-from lepton_ai.kernel import Retry
+from lepton_ai.identity import minute_of
+from lepton_ai.job import LATEST_S, Cost, Estimate, Placement, Record
+from lepton_ai.kernel import Kernel, Retry
 from lepton_ai.ring import RingReader
 from lepton_ai.settings import Settings
 from lepton_ai.succession import PUT_OFF_S, Canvas, FollowUps
@@ -36,7 +37,7 @@ from lepton_ai.tensor import SENDABLE
 from queues.broker import Broker
 from queues.connection import CommandError
 from queues.steps import GOES_ON, Commit, DeadLetter, Outcome
-from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, names, read, split
+from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, magnitude, names, read_all, split
 from tasks.driver import Driver
 from tasks.limits import kill_after_s, own_limit_s
 from tasks.outside import fetch
@@ -48,7 +49,6 @@ __all__ = ["Ending", "Observer", "Runner", "Running"]
 _MINUTES_BACK = 10
 #: A kernel's progress is told so often at most.
 _PROGRESS_S = 0.2
-_PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 log = structlog.get_logger()
 
@@ -103,12 +103,31 @@ class Running(msgspec.Struct, frozen=True):
     """Whether that is what the job asked for, and not its kernel's limit."""
 
 
-class _Launch(msgspec.Struct):
-    """The times of one launch, and the size of its array arguments."""
+class _Note(msgspec.Struct, frozen=True, gc=False):
+    """What is read of a Placement that stays where it is: in the hash of the minute that its job's id carries."""
 
-    transfer_s: float
-    run_s: float
-    transfer_bytes: int
+    placed_at: float
+    estimate: Estimate | None = None
+    shown: bool = False
+
+
+_Outputs = dict[str, np.ndarray[Any, Any]]
+_Limits = tuple[float, bool, float | None]
+_NOTE = msgspec.msgpack.Decoder(_Note)
+_PLACEMENT = msgspec.msgpack.Decoder(Placement)
+
+
+class _Launch(msgspec.Struct):
+    """The times of one launch and the size of its array arguments, or those of a series in all."""
+
+    transfer_s: float = 0.0
+    run_s: float = 0.0
+    transfer_bytes: int = 0
+
+    def add(self, other: _Launch) -> None:
+        self.transfer_s += other.transfer_s
+        self.run_s += other.run_s
+        self.transfer_bytes += other.transfer_bytes
 
 
 class _Lesson(msgspec.Struct):
@@ -122,9 +141,9 @@ class _Lesson(msgspec.Struct):
     run_s: float = 0.0
     transfer_bytes: int = 0
 
-    def add(self, jobs: Sequence[TakenJob], launch: _Launch) -> None:
-        """Folds in one launch."""
-        self.launches += 1
+    def add(self, jobs: Sequence[TakenJob], launches: int, launch: _Launch) -> None:
+        """Folds in so many launches, which took this together."""
+        self.launches += launches
         for job in jobs:
             self.flops += job.work.flops
             self.bytes += job.work.bytes
@@ -141,9 +160,9 @@ class _Lesson(msgspec.Struct):
 class _Batch(msgspec.Struct):
     """What is known of a batch while it runs, and how its jobs have ended."""
 
-    placements: dict[str, Placement]
-    notes: dict[str, bytes]
-    """The placements as they came, in msgpack."""
+    notes: dict[str, _Note | Placement]
+    minutes: set[int]
+    """Those in which the jobs' placements stand."""
     taken_at: float
     lessons: dict[tuple[str, int, int, int], _Lesson] = {}
     """By the kernel, the jobs of a launch, and the orders of magnitude of its flops and bytes."""
@@ -155,6 +174,12 @@ class _Batch(msgspec.Struct):
     chord_parts: list[tuple[str, bytes]] = []
     dead: list[DeadLetter] = []
     blobs: list[tuple[str, int, str]] = []
+
+    def predicted_s(self, job: TakenJob) -> float:
+        """How long a job was predicted to run; infinity where its kernel had not been measured."""
+        note = self.notes.get(job.id)
+        estimate = note.estimate if note is not None else None
+        return estimate.run_s if estimate is not None and estimate.spread > 0 else math.inf
 
 
 class Runner:
@@ -193,10 +218,11 @@ class Runner:
         settings = self._settings
         try:
             found = self._read(messages)
-            notes, marked = self._known(broker, [job.id for job in found if not isinstance(job, Unreadable)])
-            batch = _Batch(_placements(notes), notes, taken_at)
+            notes, marked = self._known(broker, found)
+            minutes = _minutes(found)
+            batch = _Batch(_notes(notes, minutes), set(minutes.values()), taken_at)
             jobs = self._begin(found, marked, broker.now(), batch)
-            for group in groups(jobs, settings.batch_jobs, settings.batch_bytes):
+            for group in groups(jobs, settings.batch_jobs, settings.batch_bytes, batch.predicted_s):
                 self._run_group(broker, group, batch)
         finally:
             self.running = None
@@ -210,7 +236,9 @@ class Runner:
             batch.retries,
             batch.chord_parts,
             batch.dead,
+            len(found) - len(messages),
             batch.blobs,
+            batch.minutes,
         )
         return step, batch.endings
 
@@ -221,21 +249,32 @@ class Runner:
         found: list[TakenJob | Refused | Unreadable] = []
         start = time.perf_counter()
         for message in messages:
-            job = read(message, kernels, limit)
+            jobs = read_all(message, kernels, limit)
             end = time.perf_counter()
-            if isinstance(job, TakenJob):
-                job.decode_s = end - start
+            each_s = (end - start) / len(jobs)
+            for job in jobs:
+                if isinstance(job, TakenJob):
+                    job.decode_s = each_s
             start = end
-            found.append(job)
+            found += jobs
         return found
 
-    def _known(self, broker: Broker, ids: Sequence[str]) -> tuple[dict[str, bytes], set[str]]:
+    def _known(
+        self, broker: Broker, found: Iterable[TakenJob | Refused | Unreadable]
+    ) -> tuple[dict[str, bytes], set[str]]:
         """The jobs' placements, in msgpack, and which of them are marked as cancelled."""
-        if not ids:
+        singles: list[str] = []
+        bundles: dict[bytes, list[str]] = {}
+        for job in found:
+            if isinstance(job, TakenJob) and job.noted_together:
+                bundles.setdefault(job.message, []).append(job.id)
+            elif not isinstance(job, Unreadable):
+                singles.append(job.id)
+        if not singles and not bundles:
             return {}, set()
         now = int(broker.now()) // 60
         try:
-            return broker.known(ids, range(now, now - _MINUTES_BACK, -1))
+            return broker.known(singles, range(now, now - _MINUTES_BACK, -1), list(bundles.values()))
         except CommandError as error:  # the jobs run all the same, unexplained
             log.error("placements_unreadable", reason=str(error))
             return {}, set()
@@ -247,7 +286,7 @@ class Runner:
         known = [job for job in found if not isinstance(job, Unreadable)]
         self._observer.taken(
             [(job.id, job.kernel if isinstance(job, Refused) else job.kernel.name) for job in known],
-            {job for job, placement in batch.placements.items() if placement.shown},
+            {job for job, note in batch.notes.items() if note.shown},
         )
         jobs: list[TakenJob] = []
         seen: set[str] = set()
@@ -271,54 +310,89 @@ class Runner:
                 jobs.append(job)
         return jobs
 
-    # -- a launch -----------------------------------------------------------------------------------------------
+    # -- launches -----------------------------------------------------------------------------------------------
 
     def _run_group(self, broker: Broker, group: Group, batch: _Batch) -> None:
-        """Runs a group in one launch; if that raises, each of its jobs alone, so that only the culprit fails."""
+        """Runs a group. Where a launch of several jobs raises, each runs alone, so that only the culprit fails."""
         if group.outside_bytes:
             group = self._filled(broker, group, batch)
             if not group.jobs:
                 return
-        kernel, jobs = group.kernel, names(group.jobs)
-        limits = [
-            kill_after_s(job.limit_s, kernel.spec, batch.placements.get(job.id), self._settings) for job in group.jobs
-        ]
-        longest, own = max(limits)
-        started = time.monotonic()
-        self.running = Running(self._slot, jobs, started, longest, own)
+        if group.is_series:
+            self._run_series(group, batch)
+            return
+        jobs = names(group.jobs)
+        context = self._start(jobs, group.kernel, self._limits(group, batch))
         self._observer.started(jobs)
-        context = _Context(group, jobs, started, self._observer)
         try:
-            outputs, launch = self._launch(group, context)
+            outputs, launch = self._launch(group.kernel, group.inputs, context)
             parts = split(group, outputs)
         # What a kernel raises, even sys.exit(), is its job's failure and never the worker's.
-        except (Exception, SystemExit) as error:  # noqa: BLE001
-            if len(group.jobs) > 1:
-                for job in group.jobs:
-                    self._run_group(broker, Group(kernel, [job]), batch)
-                return
-            self._kernel_raised(group.jobs[0], error, context, batch)
+        except (Exception, SystemExit):  # noqa: BLE001
+            for job in group.jobs:
+                self._run_series(Group(group.kernel, [job]), batch)
             return
-        count = len(jobs)
-        each_transfer_s, each_run_s = launch.transfer_s / count, launch.run_s / count
-        start = time.perf_counter()
-        succeeded: list[str] = []
-        for job, part in zip(group.jobs, parts, strict=True):
-            # Its kernel may have seen it and stopped half way, whatever has been forgotten since.
-            if context.cancel_told or self._observer.is_revoked(job.id):
-                self._fail(job, JobCancelled("cancelled while it ran"), batch)
+        ran = [(job, part) for job, part in zip(group.jobs, parts, strict=True) if self._counts(job, context, batch)]
+        self._succeed(group, launch, ran, batch)
+
+    def _run_series(self, group: Group, batch: _Batch) -> None:
+        """Runs a group's jobs one after the other; one that raises fails, and the others go on."""
+        kernel, limits = group.kernel, self._limits(group, batch)
+        self._observer.started(names(group.jobs))
+        ran: list[tuple[TakenJob, _Outputs]] = []
+        taken = _Launch()
+        for job in group.jobs:
+            context = self._start((job.id,), kernel, limits)
+            try:
+                outputs, launch = self._launch(kernel, job.inputs, context)
+            except (Exception, SystemExit) as error:  # noqa: BLE001
+                self._kernel_raised(job, error, context, batch)
                 continue
-            if job.limit_s is not None and (context.limit_told or each_run_s > job.limit_s):
+            if self._counts(job, context, batch):
+                ran.append((job, outputs))
+                taken.add(launch)
+        if ran:
+            self._succeed(Group(kernel, [job for job, _ in ran]), taken, ran, batch)
+
+    def _start(self, jobs: tuple[str, ...], kernel: Kernel, limits: _Limits) -> _Context:
+        """A launch is under way from here on."""
+        kill_after_s, by_own_limit, limit_s = limits
+        started = time.monotonic()
+        self.running = Running(self._slot, jobs, started, kill_after_s, by_own_limit)
+        return _Context(jobs, kernel.name, self._observer, started, limit_s, started)
+
+    def _counts(self, job: TakenJob, context: _Context, batch: _Batch) -> bool:
+        """Whether what a launch returned is a job's result; else the job ends here."""
+        # Its kernel may have seen it and stopped half way, whatever has been forgotten since.
+        if context.cancel_told or self._observer.is_revoked(job.id):
+            self._fail(job, JobCancelled("cancelled while it ran"), batch)
+        elif context.limit_told and job.limit_s is not None:
+            self._fail(job, _over(job), batch)
+        else:
+            return True
+        return False
+
+    def _succeed(self, group: Group, launch: _Launch, ran: Sequence[tuple[TakenJob, _Outputs]], batch: _Batch) -> None:
+        """Ends the jobs of a group whose launch, or launches, took so long, with their outputs."""
+        start = time.perf_counter()
+        count = len(group.jobs)
+        launch.transfer_s += sum([job.decode_s for job in group.jobs])
+        together = 1 if group.is_series else count
+        each_transfer_s, each_run_s = launch.transfer_s / count, launch.run_s / count
+        encoding = self._settings.result_serializer
+        kept: Record | None = None
+        of: _Note | Placement | None = None
+        succeeded: list[str] = []
+        for job, part in ran:
+            if job.limit_s is not None and each_run_s > job.limit_s:
                 self._fail(job, _over(job), batch)
                 continue
-            placement = batch.placements.get(job.id)
-            wait_s = max(0.0, batch.taken_at - placement.placed_at) if placement is not None else 0.0
-            cost = Cost(self._incarnation, self._device, wait_s, each_transfer_s, each_run_s, count)
-            encoding = self._encoding(job)
-            shown_placement: Any = placement
-            if placement is not None and encoding == "msgpack":  # as it came: it is not written anew
-                shown_placement = msgspec.Raw(batch.notes[job.id])
-            meta = results.success(job.id, answer(job, part), Record(shown_placement, cost))
+            note = batch.notes.get(job.id)
+            if kept is None or note is not of:  # which the jobs of a bundle share
+                wait_s = max(0.0, batch.taken_at - note.placed_at) if note is not None else 0.0
+                cost = Cost(self._incarnation, self._device, wait_s, each_transfer_s, each_run_s, together)
+                kept, of = Record(note if isinstance(note, Placement) else None, cost), note
+            meta = results.success(job.id, answer(job, part), kept)
             follow_ups = None
             if job.sequel is not None:
                 try:
@@ -336,7 +410,7 @@ class Runner:
                     self._fail(job, InvalidArguments(f"what should follow it: {error!r:.300}", "callbacks"), batch)
                     continue
                 meta = msgspec.structs.replace(meta, children=list(follow_ups.children))
-            record = results.encode(meta, encoding) if job.keep else b""
+            record = results.encode(meta, job.options.result or encoding) if job.keep else b""
             if job.seen and (lost := self._lost(job)) is not None:  # the answer may be a view of its arguments
                 self._fail(job, lost, batch)
                 continue
@@ -344,12 +418,25 @@ class Runner:
                 self._note(job.id, follow_ups, batch)
             self._end_blobs(job, 0, batch)
             batch.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
-            shapes = _shapes(part) if placement is not None and placement.shown else ""
+            shapes = _shapes(part) if note is not None and note.shown else ""
             batch.endings.append(Ending(job.id, "succeeded", time.time(), each_run_s, shapes))
             succeeded.append(job.id)
         if succeeded:
             launch.transfer_s += time.perf_counter() - start
             self._note_launch(group, launch, succeeded, batch)
+
+    def _limits(self, group: Group, batch: _Batch) -> _Limits:
+        """When a launch ends its worker, whether by a job's own limit, and how long its jobs want to run at most."""
+        spec, settings = group.kernel.spec, self._settings
+        limits = [job.limit_s for job in group.jobs]
+        if limits.count(None) == len(limits):
+            return *kill_after_s(None, spec, None, settings), None
+        notes = [batch.notes.get(job.id) for job in group.jobs]
+        longest = max(
+            kill_after_s(limit_s, spec, note.estimate if note is not None else None, settings)
+            for limit_s, note in zip(limits, notes, strict=True)
+        )
+        return *longest, own_limit_s(limits)
 
     def _filled(self, broker: Broker, group: Group, batch: _Batch) -> Group:
         """The group with what its jobs have outside their messages; those who cannot have it fail."""
@@ -374,42 +461,40 @@ class Runner:
         if job.options.blobs is not None:
             batch.blobs += [(job.id, kept_s, key) for key in blob.keys(job.id, job.options.blobs)]
 
-    def _launch(self, group: Group, context: _Context) -> tuple[dict[str, np.ndarray[Any, Any]], _Launch]:
-        driver, name = self._driver, group.kernel.name
+    def _launch(self, kernel: Kernel, given: Mapping[str, Any], context: _Context) -> tuple[_Outputs, _Launch]:
+        driver, array = self._driver, np.ndarray
         size = 0
+        inputs: dict[str, Any] = {}
+        outputs: _Outputs = {}
         start = time.perf_counter()
-        inputs = {}
-        for key, value in group.inputs.items():
-            if isinstance(value, np.ndarray):
+        for key, value in given.items():
+            if isinstance(value, array):
                 size += value.nbytes
                 inputs[key] = driver.upload(value)
             else:
                 inputs[key] = value
         uploaded = time.perf_counter()
-        found = self._repertoire.runs[name](inputs, context)
+        found = self._repertoire.runs[kernel.name](inputs, context)
         driver.synchronize()
         ran = time.perf_counter()
-        if found.keys() != group.kernel.signature.outputs.keys():
-            raise KernelFailed(f"{name} returned {sorted(found)}, not {sorted(group.kernel.signature.outputs)}")
-        outputs = {key: driver.download(value) for key, value in found.items()}
-        for key, value in outputs.items():
-            if value.dtype.num not in SENDABLE:  # found out here it fails a job; at the commit, the slot for ever
-                raise KernelFailed(f"{name} returned {key!r} of dtype {value.dtype}, which cannot be sent")
-        transfer_s = uploaded - start + time.perf_counter() - ran
-        for job in group.jobs:
-            transfer_s += job.decode_s
-        return outputs, _Launch(transfer_s, ran - uploaded, size)
+        if found.keys() != kernel.signature.outputs.keys():
+            raise KernelFailed(f"{kernel.name} returned {sorted(found)}, not {sorted(kernel.signature.outputs)}")
+        for key, value in found.items():
+            output = outputs[key] = driver.download(value)
+            if output.dtype.num not in SENDABLE:  # found out here it fails a job; at the commit, the slot for ever
+                raise KernelFailed(f"{kernel.name} returned {key!r} of dtype {output.dtype}, which cannot be sent")
+        return outputs, _Launch(uploaded - start + time.perf_counter() - ran, ran - uploaded, size)
 
     @staticmethod
     def _note_launch(group: Group, launch: _Launch, succeeded: Sequence[str], batch: _Batch) -> None:
         """Launches of one kernel that are alike in size are told of together: a batch may have hundreds."""
-        first = group.jobs[0].work
-        alike = group.kernel.name, len(group.jobs), math.frexp(first.flops)[1], math.frexp(first.bytes)[1]
+        launches, jobs = (len(group.jobs), 1) if group.is_series else (1, len(group.jobs))
+        alike = group.kernel.name, jobs, *magnitude(group.jobs[0].work)
         lesson = batch.lessons.get(alike)
         if lesson is None:
             lesson = batch.lessons[alike] = _Lesson()
         lesson.succeeded += succeeded
-        lesson.add(group.jobs, launch)
+        lesson.add(group.jobs, launches, launch)
 
     def _learned(self, batch: _Batch) -> list[Event]:
         """What tells of the jobs that succeeded, and of what their launches taught."""
@@ -444,7 +529,7 @@ class Runner:
         if job.retries >= policy.times:
             attempts = job.retries + 1
             reason = f"it failed {attempts} times, the last with {known.message}"
-            letter = DeadLetter(job.id, job.kernel.name, "retries", reason, attempts, job.message, trace or "")
+            letter = DeadLetter(job.id, job.kernel.name, "retries", reason, attempts, job.own_message(), trace or "")
             batch.dead.append(letter)
             return self._fail(job, known, batch, trace, "dead", attempts=attempts)
         return self._fail(job, known, batch, trace)
@@ -456,7 +541,7 @@ class Runner:
             asked = policy.wait_s(job.retries, random.random())
         delay_s = min(max(0.0, asked), LATEST_S)
         try:
-            message = wire.retried(job.message)
+            message = wire.retried(job.own_message())
         except LeptonError:  # it can be read, but not written again
             return self._fail(job, error, batch, trace)
         record = results.encode(results.retrying(job.id, error, trace), self._encoding(job)) if job.keep else b""
@@ -502,7 +587,7 @@ class Runner:
         """The broker has no memory for what follows a job, which therefore cannot end yet: it comes again later."""
         batch.dead = [letter for letter in batch.dead if letter.job != job.id]
         batch.outcomes.append(Outcome(job.id, "retried", b""))
-        batch.retries.append((job.id, PUT_OFF_S, job.message))
+        batch.retries.append((job.id, PUT_OFF_S, job.own_message()))
         log.warning("job_put_off", job=job.id, kernel=job.kernel.name, delay_s=PUT_OFF_S)
 
     def _note(self, job: str, follow_ups: FollowUps, batch: _Batch) -> None:
@@ -521,9 +606,31 @@ class Runner:
 _STATUSES: Mapping[type[LeptonError], str] = {JobCancelled: "cancelled", JobExpired: "expired"}
 
 
-def _placements(notes: Mapping[str, bytes]) -> dict[str, Placement]:
+def _minutes(found: Iterable[TakenJob | Refused | Unreadable]) -> dict[str, int]:
+    """The minutes that the jobs' ids carry, where they carry one; those of a bundle have one together."""
+    minutes: dict[str, int] = {}
+    message, minute = b"", None
+    for job in found:
+        if isinstance(job, Unreadable):
+            continue
+        if not (isinstance(job, TakenJob) and job.bundled and job.message is message):
+            minute = minute_of(job.id)
+        message = job.message if isinstance(job, TakenJob) else b""
+        if minute is not None:
+            minutes[job.id] = minute
+    return minutes
+
+
+def _notes(notes: Mapping[str, bytes], minutes: Container[str]) -> dict[str, _Note | Placement]:
+    """What is read of the placements; that of a bundle is read once."""
+    known: dict[bytes, _Note | Placement] = {}
+    found: dict[str, _Note | Placement] = {}
     try:
-        return {job: _PLACEMENT.decode(note) for job, note in notes.items()}
+        for job, note in notes.items():
+            if (read := known.get(note)) is None:
+                read = known[note] = (_NOTE if job in minutes else _PLACEMENT).decode(note)
+            found[job] = read
+        return found
     except msgspec.DecodeError as error:  # the jobs run all the same, unexplained
         log.error("placements_unreadable", reason=str(error))
         return {}
@@ -544,21 +651,21 @@ def _shapes(outputs: Mapping[str, np.ndarray[Any, Any]]) -> str:
     return ", ".join(f"{name}={value.dtype}{list(value.shape)}" for name, value in outputs.items())
 
 
-class _Context:
-    """What the running variant may ask. See lepton_ai.kernel.Context."""
+class _Context(msgspec.Struct, eq=False):
+    """What the running variant may ask: see lepton_ai.kernel.Context. One is made a launch, hence a struct."""
 
-    stream = None
+    stream: ClassVar[None] = None
 
-    def __init__(self, group: Group, jobs: tuple[str, ...], started: float, observer: Observer) -> None:
-        self._jobs = jobs
-        self._kernel = group.kernel.name
-        self._observer = observer
-        self._started = self._told_at = started
-        self._limit_s = own_limit_s(job.limit_s for job in group.jobs)
-        self.cancel_told = False
-        """The kernel has been told that all its jobs are cancelled."""
-        self.limit_told = False
-        """Or that their time is up."""
+    _jobs: tuple[str, ...]
+    _kernel: str
+    _observer: Observer
+    _started: float
+    _limit_s: float | None
+    _told_at: float
+    cancel_told: bool = False
+    """The kernel has been told that all its jobs are cancelled."""
+    limit_told: bool = False
+    """Or that their time is up."""
 
     @property
     def deadline(self) -> float | None:

@@ -34,7 +34,7 @@ _RETRY_S = (0.05, 2.0)
 _LAPSED_S = 0.1
 #: How long suspects keep the others waiting at a time, and how long an empty queue of them is waited for.
 _ALONE_S, _ALONE_TAKE_S = 1.0, 0.01
-#: Weight of the newest batch in the mean time of a job, which bounds the next batch.
+#: Weight of the newest batch in the mean of a message, which bounds the next batch.
 _WEIGHT = 0.3
 
 log = structlog.get_logger()
@@ -170,8 +170,9 @@ class _Slot:
         )
         self._slots = slots
         self._pending: tuple[Commit, list[Ending]] | None = None
-        self._job_s = 0.0
+        self._message_s = 0.0
         self._message_bytes = 0.0
+        self._message_jobs = 1.0
         self._take_s = slots.take_s
 
     def run(self) -> None:
@@ -237,20 +238,22 @@ class _Slot:
             self.busy = False
             seconds = time.perf_counter() - start
             self.busy_s += seconds
-        each = seconds / len(messages)
-        mean_bytes = (sum(map(len, messages)) + self.runner.fetched_bytes) / len(messages)
-        weight = _WEIGHT if self._job_s > 0 else 1.0
-        self._job_s += weight * (each - self._job_s)
+        count = len(messages)
+        mean_bytes = (sum(map(len, messages)) + self.runner.fetched_bytes) / count
+        weight = _WEIGHT if self._message_s > 0 else 1.0
+        self._message_s += weight * (seconds / count - self._message_s)
         self._message_bytes += weight * (mean_bytes - self._message_bytes)
+        self._message_jobs += weight * (1 + found[0].bundled / count - self._message_jobs)
         return found
 
     def _limit(self) -> int:
-        """How many jobs to take at once: a full batch of quick ones, a single slow one."""
+        """How many messages to take at once: a full batch of quick ones, a single slow one."""
         settings = self._slots.settings
-        if self._job_s <= 0:
+        if self._message_s <= 0:
             return 1
         fitting = int(settings.batch_bytes / self._message_bytes)
-        return max(1, min(settings.batch_jobs, int(settings.batch_s / self._job_s), fitting))
+        jobs = int(settings.batch_jobs / self._message_jobs)
+        return max(1, min(jobs, int(settings.batch_s / self._message_s), fitting))
 
     def _commit(self, broker: Broker, step: Commit, endings: Sequence[Ending], *, again: bool = False) -> list[bytes]:
         """Commits; returns what the slot still holds, which is nothing unless the held list is not what was run.

@@ -15,7 +15,7 @@ from typing import Final
 
 import structlog
 
-from lepton_ai import event, results, wire
+from lepton_ai import bundle, event, results, wire
 from lepton_ai.errors import Fenced, LeptonError, TimeLimitExceeded
 from lepton_ai.event import Event
 from lepton_ai.settings import Settings
@@ -116,9 +116,9 @@ class Watchdog:
             return
         envelope = wire.read_envelope(held[0])
         headers = envelope.headers
-        if len(held) != 1 or headers.id != culprit.jobs[0]:
-            return
         options = wire.read_options(headers)
+        if len(held) != 1 or headers.id != culprit.jobs[0] or options.bundle is not None:
+            return
         error = TimeLimitExceeded(f"it ran on after its limit; its worker was ended after {culprit.kill_after_s:g} s")
         meta = results.failure(headers.id, error)
         sets_off = FollowUps()
@@ -144,15 +144,17 @@ class Watchdog:
 
 def _flags(messages: Sequence[bytes], culprit: Running) -> str:
     """What becomes of each message of the culprit's batch: see Broker.release."""
-    jobs = list(map(_job_of, messages))
+    jobs = list(map(_jobs_of, messages))
     if len(culprit.jobs) > 1:
-        return "".join("!" if job in culprit.jobs else "." for job in jobs)
-    only = jobs.index(culprit.jobs[0])  # a second copy of its message would keep it from being found alone
+        return "".join(".!"[not set(culprit.jobs).isdisjoint(each)] for each in jobs)
+    # A second copy of its message would keep it from being found alone.
+    only = next(at for at, each in enumerate(jobs) if culprit.jobs[0] in each)
     return "".join("=" if at == only else "." for at in range(len(jobs)))
 
 
-def _job_of(message: bytes) -> str:
+def _jobs_of(message: bytes) -> tuple[str, ...]:
     try:
-        return wire.read_envelope(message).headers.id
+        headers = wire.read_envelope(message).headers
+        return bundle.ids_of(message, headers, wire.read_options(headers))
     except LeptonError:  # no job, so it did not run
-        return ""
+        return ()

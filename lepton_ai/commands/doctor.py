@@ -277,6 +277,8 @@ def _queues(facts: Facts) -> Iterator[Finding]:
     terms = facts.accounts.terms if facts.accounts is not None else {}
     if with_routers := terms.get("claimed", 0) + terms.get("reclaimed", 0):
         parts.append(f"{with_routers} in the routers' windows")
+    if in_bundles := terms.get("bundled", 0):
+        parts.append(f"{in_bundles} more that share messages with those for devices")
     if fleet.scheduled:
         parts.append(f"{fleet.scheduled} wait for their time")
     yield Finding("queues", "ok", ", ".join(parts))

@@ -417,17 +417,20 @@ def _fleet(client: Any) -> Fleet | None:
                     pipeline.llen(each)
             pipeline.hlen(topology.ETA_MESSAGES)
             pipeline.xlen(topology.DEAD)
-            *lengths, scheduled, dead = pipeline.execute()
+            pipeline.hmget(topology.BUNDLED, [topology.LANE, *tenants])
+            *lengths, scheduled, dead, bundled = pipeline.execute()
     except redis.ResponseError:
         return None
     first, pairs = len(lanes), iter(lengths[len(lanes) + len(again) :])
+    messages = sum(lengths[:first])
+    extra = sum(max(0, int(count or 0)) for count in bundled)  # some of it may be in a router's claim already
     counts = [one + alone for one, alone in zip(pairs, pairs, strict=True)]
     return Fleet(
         workers=tuple(workers),
         routers=sum(
             lease is not None and name.startswith("router-") for name, lease in zip(holders, leases, strict=True)
         ),
-        waiting=sum(lengths[:first]),
+        waiting=messages + min(extra, messages * (topology.MOST_BUNDLED - 1)),
         again=sum(lengths[first : first + len(again)]),
         parked={kernel: count for kernel, count in zip(parked, counts, strict=False) if count},
         queued=dict(zip(queues, counts[len(parked) :], strict=True)),

@@ -32,7 +32,7 @@ from pipeline.ingest.admission import Admission, Arrival
 from pipeline.ingest.feed import Feed, Wanted
 from pipeline.ingest.redispy import broker_errors, end
 from pipeline.ingest.replies import Replies
-from pipeline.ingest.view import Known, find, view
+from pipeline.ingest.view import Known, find, placed, view
 
 __all__ = ["Door"]
 
@@ -98,9 +98,9 @@ class Door:
             if waiters:
                 await asyncio.wait(waiters.values(), timeout=wait_s)
         done = {job_id: each.result() for job_id, each in waiters.items() if each.done() and not each.cancelled()}
-        standing = await self._known(sorted(known - done.keys()))
+        standing = await self._known(sorted(known - done.keys())) | await placed(self._redis, done)
         return [
-            view(job_id, request.kernel, *standing.get(job_id, (done.get(job_id), None)))
+            view(job_id, request.kernel, *standing.get(job_id, (None, None)))
             for job_id, request in zip(ids, requests, strict=True)
         ]
 
@@ -129,10 +129,8 @@ class Door:
                 told = [each for each in now if not waiters[ids[each]].cancelled()]
                 left.difference_update(told)
                 if told:
-                    yield [
-                        (each, view(ids[each], requests[each].kernel, waiters[ids[each]].result(), None))
-                        for each in told
-                    ]
+                    known = await placed(self._redis, {ids[each]: waiters[ids[each]].result() for each in told})
+                    yield [(each, view(ids[each], requests[each].kernel, *known[ids[each]])) for each in told]
         rest = sorted(left)
         for at in range(0, len(rest), _FIND_AT_ONCE):
             some = rest[at : at + _FIND_AT_ONCE]

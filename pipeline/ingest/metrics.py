@@ -46,9 +46,12 @@ async def lanes(client: Any) -> Lanes:
             for name in names:
                 for each in topology.lane_lists(name):
                     pipeline.llen(each)
-            lengths = await pipeline.execute()
+            pipeline.hmget(topology.BUNDLED, names)
+            *lengths, bundled = await pipeline.execute()
         each_s = len(topology.lane_lists())
         jobs = {name: sum(lengths[at * each_s : (at + 1) * each_s]) for at, name in enumerate(names)}
+        for name, extra in zip(names, bundled, strict=True):  # what is counted there may have left the lane already
+            jobs[name] += min(max(0, int(extra or 0)), jobs[name] * (topology.MOST_BUNDLED - 1))
         shown = sorted(names, key=lambda name: (name != topology.LANE, -jobs[name]))[:_LANES_SHOWN]
         async with client.pipeline(transaction=False) as pipeline:
             for name in shown:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
 
 from lepton_ai import topology, wire
-from lepton_ai.direct_protocol import read_look
-from lepton_ai.errors import LeptonError, UnknownJob
+from lepton_ai.direct_protocol import noted_as, read_look, read_note
+from lepton_ai.errors import BrokerUnavailable, LeptonError, UnknownJob
 from lepton_ai.identity import minute_of
 from lepton_ai.job import FINAL_STATES, Meta, Placement, Record, state_of
 from lepton_ai.remote import JobView
 from pipeline.ingest.redispy import broker_errors
 
-__all__ = ["Found", "Known", "find", "view"]
+__all__ = ["Found", "Known", "find", "placed", "view"]
 
 #: How many minutes of placements back a foreign id (one that carries no minute) is looked for.
 _MINUTES_BACK: Final = 60
@@ -37,19 +38,41 @@ async def find(client: Any, ids: Sequence[str]) -> dict[str, Found]:
             pipeline.get(topology.result(job_id))
             pipeline.zscore(topology.ETA, job_id)
         for job_id, minute in own.items():
-            pipeline.hget(topology.jobs(minute), job_id)
+            pipeline.hmget(topology.jobs(minute), noted_as(job_id))
         for minute in minutes:
             pipeline.hmget(topology.jobs(minute), foreign)
         answers = await pipeline.execute()
     stored, notes = answers[: 2 * len(ids)], answers[2 * len(ids) :]
-    placements: dict[str, Iterable[bytes | None]] = {
-        job_id: [note] for job_id, note in zip(own, notes[: len(own)], strict=True)
-    }
+    placements: dict[str, Sequence[bytes | None]] = dict(zip(own, notes[: len(own)], strict=True))
     placements |= dict(zip(foreign, zip(*notes[len(own) :], strict=True), strict=True)) if foreign else {}
     return {
-        job_id: _read(job_id, (stored[2 * at], stored[2 * at + 1], *placements[job_id]))
-        for at, job_id in enumerate(ids)
+        job_id: _read(job_id, (stored[2 * at], stored[2 * at + 1], placements[job_id])) for at, job_id in enumerate(ids)
     }
+
+
+async def placed(client: Any, metas: Mapping[str, Meta]) -> dict[str, Known]:
+    """What is known of jobs that have ended, by their results: their placements are kept apart, in one round trip."""
+    by_minute: dict[int, list[str]] = {}
+    for job_id in metas:
+        if (minute := minute_of(job_id)) is not None:
+            by_minute.setdefault(minute, []).append(job_id)
+    notes: dict[str, Any] = {}
+    if by_minute:
+        with suppress(BrokerUnavailable):  # the results are here, and can be told
+            async with broker_errors(), client.pipeline(transaction=False) as pipeline:
+                fields = {minute: [name for job in ids for name in noted_as(job)] for minute, ids in by_minute.items()}
+                for minute, names in fields.items():
+                    pipeline.hmget(topology.jobs(minute), names)
+                for names, found in zip(fields.values(), await pipeline.execute(), strict=True):
+                    notes.update(zip(names, found, strict=True))
+    return {job_id: (meta, _placement(job_id, notes)) for job_id, meta in metas.items()}
+
+
+def _placement(job_id: str, notes: Mapping[str, bytes | None]) -> Placement | None:
+    try:
+        return read_note(job_id, [notes.get(name) for name in noted_as(job_id)])
+    except msgspec.DecodeError:
+        return None
 
 
 def _read(job_id: str, answers: Sequence[Any]) -> Found:

@@ -48,6 +48,8 @@ class Audit(msgspec.Struct, frozen=True):
     counters: dict[str, int]
     conservation: int | None
     """Accepted less what it became (P4); None where the broker does not count that yet."""
+    bundled: dict[str, int]
+    """Jobs that are counted beyond messages still, by the lane or the counter; none where nothing is left."""
 
     @property
     def duplicate_effects(self) -> int:
@@ -137,6 +139,7 @@ class Auditor:
             left,
             counted,
             conservation(counted, left),
+            bundled(connection),
         )
 
 
@@ -150,7 +153,15 @@ def conservation(counted: Mapping[str, int], left: Mapping[str, int]) -> int | N
     """What was accepted less what has become of it: nought, or somebody has lied. None before it is counted."""
     if "accepted" not in counted:
         return None
-    return counted["accepted"] - sum(counted.get(term, 0) for term in _TERMS) - sum(left.values())
+    ended = sum(counted.get(term, 0) for term in _TERMS)
+    return counted["accepted"] - ended - sum(left.values()) - counted.get("bundled", 0)
+
+
+def bundled(connection: Connection) -> dict[str, int]:
+    """Where jobs are counted beyond messages, and how many."""
+    found = {name.decode(): int(value) for name, value in connection.call("HGETALL", topology.BUNDLED).items()}
+    found["counter"] = counters(connection).get("bundled", 0)
+    return {name: count for name, count in found.items() if count}
 
 
 def waiting(connection: Connection) -> dict[str, int]:

@@ -37,13 +37,16 @@ class Load:
         self.stop()
         self._client.close()
 
-    def submit(self, costs_ms: Sequence[int], how: int = 0, **options: Any) -> list[str]:
+    def submit(self, costs_ms: Sequence[int], how: int = 0, at: int | None = None, **options: Any) -> list[str]:
         """Submits one job for each cost, all in one call; returns their ids, none where that failed.
 
-        `options` are those of `Client.submit_many`.
+        All misbehave as `how` says, or the one `at` this place only. `options` are those of `Client.submit_many`.
         """
         numbers = self._auditor.numbers(len(costs_ms))
-        rows = [{"n": number, "ms": ms, "how": how} for number, ms in zip(numbers, costs_ms, strict=True)]
+        rows = [
+            {"n": number, "ms": ms, "how": how if at in (None, place) else 0}
+            for place, (number, ms) in enumerate(zip(numbers, costs_ms, strict=True))
+        ]
         try:
             handles = self._client.submit_many("fault.run", rows, **options)
         except (Overloaded, QuotaExceeded, InvalidRequest) as error:
@@ -62,6 +65,7 @@ class Load:
     def stream(self, jobs: int, costs_ms: Sequence[int], seed: int, *, at_once: int = 50, every_s: float = 0.0) -> None:
         """Submits so many jobs from a thread of its own, `at_once` a call, each cost drawn from `costs_ms`.
 
+        Every other call has the cheapest ones only, which travel in bundles to their end.
         A call that fails is followed by a pause and the next, until so many jobs were acknowledged or `stop`.
         """
         thread = threading.Thread(
@@ -81,9 +85,11 @@ class Load:
             thread.join()
 
     def _stream(self, jobs: int, costs_ms: Sequence[int], chance: random.Random, at_once: int, every_s: float) -> None:
+        given, other = list(costs_ms), [min(costs_ms)]
         while jobs > 0 and not self._stopping.is_set():
-            if self.submit(chance.choices(costs_ms, k=min(at_once, jobs))):
+            if self.submit(chance.choices(given, k=min(at_once, jobs))):
                 jobs -= at_once
+                given, other = other, given
             else:
                 self._stopping.wait(0.2)
             if every_s:

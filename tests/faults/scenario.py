@@ -133,6 +133,8 @@ def _fill(row: Row, play: Play, audit: Audit) -> None:
     play.expect(not audit.repeated_replies, f"answered twice: {audit.repeated_replies[:_EXAMPLES]}")
     play.expect(not audit.phantom, f"refused, and ran all the same: {audit.phantom[:_EXAMPLES]}")
     play.expect(not audit.conservation, f"accepted and what became of it differ by {audit.conservation}")
+    if not audit.left:
+        play.expect(not audit.bundled, f"counted in bundles, although nothing is left: {audit.bundled}")
 
 
 def _judge(play: Play, audit: Audit, unsuccessful: dict[str, str]) -> None:

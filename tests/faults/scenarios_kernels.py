@@ -14,7 +14,7 @@ _POISONS = (SEGFAULT, EXIT, MEMORY)
 
 
 def poison(play: Play, size: Size) -> None:
-    """Jobs that kill their process stand in full batches: they end as dead letters, all the others succeed."""
+    """Jobs that kill their process stand in full batches and in bundles: they are dead letters, the others succeed."""
     fleet = play.fleet(("cpu.a",), slots=1, **size.settings)
     load = play.load()
     load.submit([0])  # so that the worker knows how long a job takes, and takes the next ones as a batch
@@ -22,8 +22,9 @@ def poison(play: Play, size: Size) -> None:
     load.submit([30])  # and is busy while the batch gathers
     for number in range(size.rounds):
         load.submit([0] * (size.jobs // (2 * size.rounds)))
-        (job,) = load.submit([0], how=_POISONS[number % len(_POISONS)])
-        play.doomed.add(job)
+        beside = 20 * ((number + 1) % 2)
+        jobs = load.submit([0] * (beside + 1), how=_POISONS[number % len(_POISONS)], at=beside // 2)
+        play.doomed.add(jobs[beside // 2])
         load.submit([0] * (size.jobs // (2 * size.rounds)))
     play.drain(240, still_s=60)
     finish(play, fleet)
@@ -34,13 +35,13 @@ def poison(play: Play, size: Size) -> None:
 
 
 def hang(play: Play, size: Size) -> None:
-    """A kernel never returns: its process is ended at the hard limit, its job is told so, the others go on."""
+    """A kernel never returns, of one job of a bundle: its process is ended, its job told so, the others go on."""
     settings = {"least_limit_s": 1.0, "limit_s": 2.0, "attempts": _ATTEMPTS, **size.settings}
     fleet = play.fleet(("cpu.a", "cpu.b"), slots=2, **settings)
     load = play.load()
     for _ in range(size.rounds):
         load.submit([0] * (size.jobs // size.rounds))
-        play.doomed.update(load.submit([0], how=HANG))
+        play.doomed.add(load.submit([0] * 20, how=HANG, at=7)[7])
     play.drain(240, still_s=60)
     finish(play, fleet)
     play.expect(bool(play.stage.exits), "no process was ended")

@@ -8,15 +8,23 @@ from tests.faults.fleet import Member
 from tests.faults.play import Play
 from tests.faults.proxy import Trap
 from tests.faults.scenario import Size
-from tests.faults.scenarios_workers import COSTS_MS, finish
+from tests.faults.scenarios_workers import COSTS_MS, finish, kill_in_turn
 
-__all__ = ["INGEST_POINTS", "ROUTER_POINTS", "ingest_kill", "router_freeze", "router_kill", "two_routers"]
+__all__ = [
+    "INGEST_POINTS",
+    "ROUTER_POINTS",
+    "bundle_storm",
+    "ingest_kill",
+    "router_freeze",
+    "router_kill",
+    "two_routers",
+]
 
 _MAIN = r"router-[0-9a-f]{16}\r\n"
 _WAKE = r"router-[0-9a-f]{16}-wake"
 #: Where a router is killed: when the wake-up has landed in its claim and it does not know; from the first message
 #: claimed, after so many commands; when the dispatch has begun, and when it is done and it does not know, which a lone
-#: job's is in one command.
+#: job's is in one command, or, once its device is known, in one write on the connection that woke it.
 ROUTER_POINTS = (
     (_WAKE, "BLMOVE", 0),
     *((_MAIN, "LMOVE", after) for after in range(14)),
@@ -24,6 +32,9 @@ ROUTER_POINTS = (
     (_MAIN, "EXEC", 0),
     (_MAIN, "FCALL lepton_transact", 0),
     (_MAIN, "FCALL lepton_transact", -1),
+    *((_WAKE, "MULTI", after) for after in (0, 1, 5)),
+    (_WAKE, "EXEC", 0),
+    (_WAKE, "EXEC", -1),
 )
 #: Where the ingest is killed: `accept` is about to be called, has been called; the disk is to be waited for, has it.
 INGEST_POINTS = ((0, True), (0, False), (1, True), (1, False))
@@ -42,7 +53,11 @@ def router_kill(play: Play, size: Size) -> None:
         fleet.restart(router)
         incarnation = fleet.incarnation(router)
         play.until("it waits for jobs", lambda incarnation=incarnation: play.waits(f"{incarnation}-wake"))
-        load.submit([0] * (1 if begins.startswith("FCALL") else size.jobs))
+        is_lone = begins.startswith("FCALL") or (connections == _WAKE and begins != "BLMOVE")
+        if is_lone and connections == _WAKE:
+            load.submit([0])
+            play.drain()
+        load.submit([0] * (1 if is_lone else size.jobs))
         play.until(f"the router is killed at {begins} + {after}", trap.sprung.is_set)
         router.actor.wait()
         fleet.bury(incarnation)
@@ -104,6 +119,25 @@ def two_routers(play: Play, size: Size) -> None:
         fleet.restart(fleet.routers[0])
     finish(play, fleet)
     play.expect(_ran_once(play), "a job ran twice, and no worker was harmed")
+
+
+def bundle_storm(play: Play, size: Size) -> None:
+    """Routers and workers are killed in turn while quick jobs come hundreds at a time, in bundles whole and split."""
+    fleet = play.fleet(("cpu.a", "cpu.b"), routers=2, **size.settings)
+    load = play.load()
+    for _ in range(3):  # so that routers know how quick the kernel is
+        load.submit([0] * 20)
+        play.drain()
+    load.stream(size.jobs, (0, 1), play.seed, at_once=400, every_s=0.02)
+    members = {member.actor: member for member in (*fleet.workers.values(), *fleet.routers)}
+    kill_in_turn(
+        play,
+        list(members),
+        size.rounds,
+        is_online=lambda actor: fleet.is_online(members[actor]),
+        kill=lambda actor: fleet.kill(members[actor]),
+    )
+    finish(play, fleet)
 
 
 def ingest_kill(play: Play, size: Size) -> None:

@@ -79,6 +79,13 @@ SCENARIOS = (
         quick=Size(jobs=2_000, rounds=3),
     ),
     Scenario(
+        "bundle_storm",
+        scenarios_services.bundle_storm,
+        full=Size(jobs=60_000, rounds=40),
+        quick=Size(jobs=10_000, rounds=10, settings=_BRISK),
+        tested=Size(jobs=4_000, rounds=6, settings=_BRISK),
+    ),
+    Scenario(
         "ingest_kill",
         scenarios_services.ingest_kill,
         full=Size(jobs=10, rounds=16),

@@ -75,6 +75,13 @@ def test_a_message_that_is_left_is_found(auditor: Auditor, connection: Connectio
     assert auditor.audit(connection).left == {topology.parked("some.kernel"): 1}
 
 
+def test_what_is_counted_in_bundles_and_in_no_list_is_found(auditor: Auditor, connection: Connection) -> None:
+    assert auditor.audit(connection).bundled == {}
+    connection.call("HSET", topology.BUNDLED, topology.LANE, 3, topology.lane("ann"), 0)
+    connection.call("HSET", topology.COUNTERS, "bundled", -2)
+    assert auditor.audit(connection).bundled == {topology.LANE: 3, "counter": -2}
+
+
 def test_what_was_accepted_and_became_nothing_breaks_conservation(auditor: Auditor, connection: Connection) -> None:
     assert auditor.audit(connection).conservation is None
     connection.call("HSET", topology.COUNTERS, "accepted", 5, "succeeded", 3, "failed", 1)

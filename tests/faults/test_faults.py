@@ -1,4 +1,4 @@
-"""Seven of the scenarios in small: what was acknowledged ends, and ends once, whatever dies meanwhile."""
+"""Eight of the scenarios in small: what was acknowledged ends, and ends once, whatever dies meanwhile."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from lepton_ai import AsyncClient, AsyncJobHandle, event, results, topology, wire
+from lepton_ai import AsyncClient, AsyncJobHandle, bundle, event, results, topology, wire
 from lepton_ai.errors import (
     BrokerUnavailable,
     InvalidArguments,
@@ -34,7 +34,8 @@ from lepton_ai.errors import (
 )
 from lepton_ai.event import Event, cloud_events
 from lepton_ai.event_stream import MISSED
-from lepton_ai.job import Meta
+from lepton_ai.identity import minute_of
+from lepton_ai.job import Meta, Placement
 from queues.connection import Connection
 
 Main = Callable[[], Coroutine[Any, Any, Any]]
@@ -60,7 +61,8 @@ def run(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 def waiting(connection: Connection) -> list[wire.Envelope]:
     """The messages of the lane, oldest first."""
-    return [wire.read_envelope(each) for each in connection.call("LRANGE", topology.LANE, 0, -1)[::-1]]
+    found = connection.call("LRANGE", topology.LANE, 0, -1)[::-1]
+    return [wire.read_envelope(each) for message in found for each in bundle.singles(message)]
 
 
 def reply_list(connection: Connection) -> str:
@@ -106,7 +108,7 @@ def answering(url: str, answer: Answer = echoed, *, replies: bool = True) -> Ite
         connection = Connection(url, "answering")
         while not stopped.is_set():
             taken = connection.call("BLMPOP", 0.05, 1, topology.LANE, "RIGHT", "COUNT", 100)
-            for raw in taken[1] if taken else ():
+            for raw in (each for message in (taken[1] if taken else ()) for each in bundle.singles(message)):
                 found = wire.read_envelope(raw)
                 meta = answer(found.headers.id, wire.read_body(found, limit_bytes=10_000).kwargs)
                 if meta is not None:
@@ -574,6 +576,23 @@ def test_maps_and_results_do_not_disturb_each_other(run: Run, broker_url: str) -
 
     with answering(broker_url):
         run(main)
+
+
+def test_each_job_of_a_bundle_that_was_placed_says_where_it_went_itself(
+    run: Run, broker_url: str, connection: Connection
+) -> None:
+    async def main() -> None:
+        async with AsyncClient(broker_url) as lepton:
+            jobs = await lepton.submit_many("a.b", [{"x": 1}] * 9)
+            placed = Placement(jobs[0].id, "a.b", "placed", "because", 1.0, "router-1", "cpu")
+            note = bundle.shared_note(msgspec.msgpack.encode(placed), 6)
+            connection.call("HSET", topology.jobs(minute_of(jobs[0].id) or 0), jobs[0].id[:-3], note)
+            assert [found and found.job for found in [await job.why() for job in jobs]] == [
+                *(job.id for job in jobs[:6]),
+                *[None] * 3,
+            ]
+
+    run(main)
 
 
 # -- cancel -----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from lepton_ai import (
     JobHandle,
     KernelSpec,
     Peaks,
+    bundle,
     event,
     results,
     sse,
@@ -64,7 +65,7 @@ def client(broker_url: str) -> Iterator[Client]:
 def waiting(connection: Connection, priority: int = 5) -> list[wire.Envelope]:
     """The messages of a list of the lane, oldest first."""
     raw = connection.call("LRANGE", topology.lane_list(priority), 0, -1)
-    return [wire.read_envelope(each) for each in raw[::-1]]
+    return [wire.read_envelope(each) for message in raw[::-1] for each in bundle.singles(message)]
 
 
 def reply_list(connection: Connection) -> str:
@@ -329,6 +330,55 @@ def test_a_result_that_nobody_will_place_says_so(client: Client) -> None:
         job.result(timeout=0)
 
 
+def test_each_job_of_a_bundle_that_was_placed_says_where_it_went_itself(client: Client, connection: Connection) -> None:
+    """The rest of its run of ids waits still, but for one with a note of its own."""
+    jobs = client.submit_many("a.b", [{"x": 1}] * 20)
+    key, shared = topology.jobs(minute_of(jobs[0].id) or 0), jobs[0].id[:-3]
+    note = bundle.shared_note(msgspec.msgpack.encode(placement(jobs[0])), 12)
+    connection.call("HSET", key, shared, note, jobs[15].id, msgspec.msgpack.encode(placement(jobs[15], "parked")))
+    assert [job.why() for job in jobs[:12]] == [placement(job) for job in jobs[:12]]
+    expected = ["placed"] * 12 + ["waiting"] * 3 + ["parked"] + ["waiting"] * 4
+    assert [job.state for job in jobs] == expected
+    connection.call("HSET", key, jobs[3].id, msgspec.msgpack.encode(placement(jobs[3], "parked")))
+    assert jobs[3].state == "parked", "what happened to it alone is newer"
+
+
+def test_a_job_of_a_bundle_can_be_cancelled_and_is_told_of_alone(client: Client, connection: Connection) -> None:
+    jobs = client.submit_many("a.b", [{"x": 1}] * 20)
+    assert jobs[7].cancel()
+    assert connection.call("ZRANGE", topology.CANCELLED, 0, -1) == [jobs[7].id.encode()]
+    assert [each.subject for each in client.events("0", timeout=0)] == [jobs[7].id]
+
+
+def test_the_jobs_of_bundles_are_counted_in_the_lane_of_their_tenant(broker_url: str, connection: Connection) -> None:
+    with Client(broker_url) as client, Client(broker_url, tenant="ann") as ann:
+        client.submit_many("a.b", [{"x": 1}] * 300)
+        ann.submit_many("a.b", [{"x": at, "y": [1.0] * (at % 2)} for at in range(6)])
+        ann.submit_many("a.b", [{"x": 1}] * 9)
+    counted = connection.call("HGETALL", topology.BUNDLED)
+    lengths = connection.many([("LLEN", lane) for lane in (topology.LANE, topology.lane("ann"))])
+    assert [
+        length + int(counted[lane.encode()])
+        for length, lane in zip(lengths, ("lepton.ingest", "lepton.ingest.ann"), strict=True)
+    ] == [300, 15]
+
+
+@pytest.mark.parametrize("priority", [1, 5, 9])
+def test_bundles_wait_on_the_list_of_their_priority_and_are_counted_in_their_lane(
+    client: Client, connection: Connection, priority: int
+) -> None:
+    jobs = client.submit_many("a.b", [{"x": 1}] * 20, priority=priority)
+    assert [each.headers.id for each in waiting(connection, priority)] == [job.id for job in jobs]
+    (lane,) = connection.call("HKEYS", topology.BUNDLED)
+    assert lane.decode() == topology.LANE == wire.lane_of(connection.call("LINDEX", topology.lane_list(priority), 0))
+
+
+def test_a_kernel_may_have_an_argument_that_is_called_bundle(client: Client, connection: Connection) -> None:
+    client.submit_many("a.b", [{"bundle": at} for at in range(3)] + [{"bundle": at, "n": 1} for at in range(9)])
+    found = [wire.read_body(each, limit_bytes=1000).kwargs["bundle"] for each in waiting(connection)]
+    assert found == [0, 1, 2, *range(9)]
+
+
 def test_a_result_of_a_parked_job_says_why_it_is_parked(client: Client, connection: Connection) -> None:
     job = client.submit("a.b", {"x": 1})
     place(connection, job, placement(job, "parked"))
@@ -384,7 +434,7 @@ def answering(url: str, answer: Answer = echoed, *, replies: bool = True) -> Ite
         connection = Connection(url, "answering")
         while not stopped.is_set():
             taken = connection.call("BLMPOP", 0.05, 1, topology.LANE, "RIGHT", "COUNT", 100)
-            for raw in taken[1] if taken else ():
+            for raw in (each for message in (taken[1] if taken else ()) for each in bundle.singles(message)):
                 found = wire.read_envelope(raw)
                 meta = answer(found.headers.id, wire.read_body(found, limit_bytes=10_000).kwargs)
                 if meta is not None:
@@ -531,6 +581,36 @@ def test_a_push_whose_answer_is_lost_while_all_its_results_come_does_not_end_a_m
         found = sorted(job.row for job in client.map("a.b", ({"x": at} for at in range(50)), window=10))
     assert found == list(range(50))
     assert lost == [10]
+
+
+def test_what_a_map_sends_again_after_a_lost_answer_is_what_has_no_result_yet(
+    client: Client, broker_url: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bundles of what is left of a run of ids."""
+    direct: Any = client._connection
+    push, sent = direct._push, []
+
+    def flaky(options: Any, messages: list[Any]) -> None:
+        push(options, messages)
+        sent.append([each.id for each in messages])
+        if len(sent) == 1:
+            first = waiting(connection)
+            ended = [results.success(each.headers.id, {"x": -1}, None) for each in first[10:20]]
+            finish(connection, ended, reply=reply_list(connection))
+            direct._pump(lambda: False, 0.0)
+            raise BrokerUnavailable("the answer was lost")
+
+    direct._was_there = True
+    monkeypatch.setattr(direct, "_push", flaky)
+    jobs = client.map("a.b", ({"x": at} for at in range(60)), window=60)
+    first = next(jobs)
+    until_sent_again = [*sent]
+    with answering(broker_url):
+        found = {job.row: job.result(0)["x"] for job in (first, *jobs)}
+    assert until_sent_again[:1] == [sent[0]]
+    assert len(sent[0]) == 60
+    assert sent[1] == sent[0][:10] + sent[0][20:]
+    assert found == {at: -1 if 10 <= at < 20 else at for at in range(60)}
 
 
 def test_nothing_is_submitted_before_the_first_is_asked_for(client: Client, connection: Connection) -> None:

@@ -171,6 +171,36 @@ def test_a_card_on_an_event_loop_shows_what_was_seen_and_asks_nobody() -> None:
     job.meta = results.success("job", {"c": 1}, Record(PLACEMENT, COST))
     assert Seen(job._repr_html_()).rows[0][:2] == ["a.b", "succeeded"]
     assert "await" not in job._repr_html_()
+    job.meta = results.success("job", {"c": 1}, Record(cost=COST))
+    assert "await job.record()" in job._repr_html_()
+
+
+# -- why --------------------------------------------------------------------------------------------------------------
+
+
+class Counts(Knows):
+    """A reader that counts how often it was asked."""
+
+    asked = 0
+
+    def look(self, job_id: str) -> Any:
+        self.asked += 1
+        return super().look(job_id)
+
+
+def test_a_placement_that_is_kept_apart_from_the_result_is_looked_up_once() -> None:
+    ended = results.success("job", {"c": 1}, Record(cost=COST))
+    reader = Counts(ended, PLACEMENT)
+    job = JobHandle("job", "a.b", reader)  # type: ignore[arg-type]
+    job.meta = ended
+    assert (job.why(), job.why(), job.record()) == (PLACEMENT, PLACEMENT, Record(PLACEMENT, COST))
+    assert reader.asked == 1
+
+
+def test_what_was_seen_of_a_job_is_told_after_its_result_has_expired() -> None:
+    job = JobHandle("job", "a.b", Knows())  # type: ignore[arg-type]
+    job.meta = results.success("job", {"c": 1}, Record(cost=COST))
+    assert job.record() == Record(cost=COST)
 
 
 # -- how a job ends ---------------------------------------------------------------------------------------------------

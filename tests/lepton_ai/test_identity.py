@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lepton_ai.identity import ids, minute_of, new_id, new_ids
+from lepton_ai.identity import ids, minute_of, new_id, new_ids, run_of, shared_by
 
 
 @given(st.integers(0, 300))
@@ -57,3 +57,30 @@ def test_a_foreign_id_carries_no_minute(foreign: str) -> None:
 @given(st.text())
 def test_no_text_raises(text: str) -> None:
     assert minute_of(text) is None or len(text) >= 32
+
+
+def test_ids_that_are_made_together_follow_one_another() -> None:
+    found = new_ids(100)
+    assert run_of(found[0], 100) == tuple(found)
+    assert {shared_by(each) for each in found} == {found[0][:-3]}
+
+
+def test_a_run_does_not_outlast_the_moment_in_which_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_ns = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns)
+    endless = ids()
+    first = next(endless)
+    now_ns += 60 * 10**9
+    assert minute_of(next(endless)) == (minute_of(first) or 0) + 1
+
+
+@pytest.mark.parametrize(
+    ("first", "count"), [("job-1", 2), (new_id()[:-3] + "fff", 2), (new_id(), 0), (new_id(), 4097)]
+)
+def test_ids_that_cannot_follow_are_refused(first: str, count: int) -> None:
+    with pytest.raises(ValueError, match="begin with"):
+        run_of(first, count)
+
+
+def test_a_foreign_id_shares_nothing() -> None:
+    assert shared_by("job-1") is None

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import redis
 
-from lepton_ai import AsyncClient, Client, blob, results, topology, wire
+from lepton_ai import AsyncClient, Client, blob, bundle, results, topology, wire
 from lepton_ai.blob import WORTH_BYTES
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.direct_protocol import push, writer
 from lepton_ai.errors import InvalidArguments, KeyConflict, OptionNotSupported
-from lepton_ai.identity import new_id
+from lepton_ai.identity import ids, new_id
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec
-from lepton_ai.parcel import Blobs, Parcel, shared
+from lepton_ai.parcel import Blobs, has_blobs, shared
 from lepton_ai.ring import FOLDER, RingReader, memory
 from lepton_ai.terms import Terms
 from queues.broker import Broker
@@ -71,17 +71,24 @@ def written(blobs: Blobs, row: dict[str, Any], terms: Terms | None = None, **mor
     return writer("a.b", terms or Terms(), None, blobs, **more)(new_id(), row)
 
 
+def message_of(found: Any) -> bytes:
+    """What is put on the lane for one job."""
+    *_, (_, _, message) = push([found], Terms(), None).commands
+    return bytes(message)
+
+
 def test_small_arrays_stay_in_their_message(blobs: Blobs) -> None:
-    message = written(blobs, {"x": numbers(WORTH_BYTES // 4), "n": 3})
-    assert isinstance(message, bytes)
-    assert places(message) == []
+    row = written(blobs, {"x": numbers(WORTH_BYTES // 4), "n": 3})
+    ((_, *messages),) = push([row], Terms(), None).commands
+    assert places(messages[-1]) == []
 
 
 @in_memory
 def test_large_ones_leave_it_for_memory_that_every_worker_shares(blobs: Blobs) -> None:
     found = written(blobs, {"x": numbers(), "y": numbers(10), "z": numbers()})
-    assert (places(found.message), found.writes) == (["ring", "ring"], [])
-    assert wire.read_options(wire.read_envelope(found.message).headers).shapes == {"x": [8193], "y": [10], "z": [8193]}
+    message = message_of(found)
+    assert places(message) == ["ring", "ring"]
+    assert wire.read_options(wire.read_envelope(message).headers).shapes == {"x": [8193], "y": [10], "z": [8193]}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +111,44 @@ def test_else_they_go_to_the_broker(announcements: list[Announcement], terms: Te
 
 
 @in_memory
+def test_jobs_whose_arrays_are_in_memory_share_a_message_that_names_all_of_them(blobs: Blobs) -> None:
+    write = writer("a.b", Terms(), None, blobs)
+    rows = [write(job, {"x": numbers(), "n": at}) for at, job in zip(range(6), ids(), strict=False)]
+    (_, _, message), *more = push(rows, Terms(), None).commands
+    envelope = wire.read_envelope(message)
+    options = wire.read_options(envelope.headers)
+    bodies = bundle.read_rows(envelope, 6, limit_bytes=MIB)
+    assert (options.bundle, options.shapes) == (6, {"x": [8193], "n": 5})
+    assert list(options.blobs or ()) == [each.kwargs["x"].blob for each in bodies]  # type: ignore[union-attr]
+    assert [each[0] for each in more] == ["HINCRBY"]
+    for each in bundle.singles(message):
+        assert places(each) == ["ring"]
+    assert [
+        len(wire.read_options(wire.read_envelope(each).headers).blobs or ()) for each in bundle.split(message, 4)
+    ] == [4, 2]
+
+
+@in_memory
+def test_a_bundle_has_no_more_blobs_than_a_message_may_have(blobs: Blobs) -> None:
+    write, array = writer("a.b", Terms(), None, blobs), numbers()
+    rows = [write(job, {"x": array, "y": array}) for _, job in zip(range(40), ids(), strict=False)]
+    messages = push(rows, Terms(), None).commands[0][2:]
+    assert [wire.read_options(wire.read_envelope(each).headers).bundle for each in messages] == [32, 8]
+
+
+@in_memory
+def test_where_the_ring_is_full_the_others_go_to_the_broker_one_by_one() -> None:
+    blobs = Blobs(16 * MIB)
+    blobs.learn([announced()])
+    write, large = writer("a.b", Terms(), None, blobs), numbers(MIB // 2)
+    rows = [write(job, {"x": large}) for _, job in zip(range(9), ids(), strict=False)]
+    *_, (_, _, *messages), _ = push(rows, Terms(), None).commands
+    assert [wire.read_options(wire.read_envelope(each).headers).bundle for each in messages] == [7, None, None]
+    assert [places(each) for each in messages[1:]] == [["redis"]] * 2
+    emptied(blobs)
+
+
+@in_memory
 def test_it_is_asked_who_shares_our_memory_when_that_is_not_known() -> None:
     blobs = Blobs(32 * MIB)
     asked: list[bool] = []
@@ -113,11 +158,11 @@ def test_it_is_asked_who_shares_our_memory_when_that_is_not_known() -> None:
         blobs.learn([announced()])
 
     write = writer("a.b", Terms(), None, blobs, prepare)
-    assert isinstance(write(new_id(), {"x": numbers(10)}), bytes)
+    assert not has_blobs(write(new_id(), {"x": numbers(10)}))
     assert asked == []
     found = write(new_id(), {"x": numbers()})
-    assert isinstance(found, Parcel)
-    assert (places(found.message), asked) == (["ring"], [True])
+    assert has_blobs(found)
+    assert (places(message_of(found)), asked) == (["ring"], [True])
     emptied(blobs)
 
 
@@ -165,7 +210,7 @@ def test_it_is_full_while_there_is_no_room_for_one_more() -> None:
     large = numbers(3 * MIB // 2)
     write = writer("a.b", Terms(), None, blobs)
     jobs = [new_id() for _ in range(3)]
-    found = [places(write(job, {"x": large}).message) for job in jobs[:2]]  # type: ignore[union-attr]
+    found = [places(message_of(write(job, {"x": large}))) for job in jobs[:2]]
     assert (found, blobs.full) == ([["ring"], ["ring"]], True)
     assert places(write(jobs[2], {"x": large}).message) == ["redis"]  # type: ignore[union-attr]
     blobs.free(jobs[0])
@@ -225,7 +270,7 @@ def client(broker_url: str) -> Iterator[Client]:
 
 def lane(connection: Connection) -> list[bytes]:
     found: list[bytes] = connection.call("LRANGE", topology.LANE, 0, -1)
-    return found[::-1]
+    return [each for message in found[::-1] for each in bundle.singles(message)]
 
 
 def test_what_is_submitted_is_in_the_broker_for_as_long_as_the_job_is_open(
@@ -254,17 +299,16 @@ def test_a_job_whose_blobs_were_gone_before_it_was_published_was_not_accepted(
     monkeypatch.setattr(blob, "WRITTEN_S", 1)
     written: Any = blob.write_commands
     monkeypatch.setattr(blob, "write_commands", lambda array, job: written(array, job, 1))
-    direct: Any = client._connection
-    all_at_once = direct._all
+    line: Any = client._connection._line  # type: ignore[attr-defined]
+    transact = line.transact
 
-    def slow(commands: Any, *, transaction: bool) -> Any:
-        if transaction:
-            until = time.monotonic() + 5
-            while connection.call("KEYS", "lepton-blob:*") and time.monotonic() < until:
-                time.sleep(0.05)
-        return all_at_once(commands, transaction=transaction)
+    def slow(commands: Any) -> Any:
+        until = time.monotonic() + 5
+        while connection.call("KEYS", "lepton-blob:*") and time.monotonic() < until:
+            time.sleep(0.05)
+        return transact(commands)
 
-    monkeypatch.setattr(direct, "_all", slow)
+    monkeypatch.setattr(line, "transact", slow)
     with pytest.raises(blob.BlobLost):
         client.submit("a.b", {"x": numbers()})
 

@@ -573,4 +573,4 @@ def test_batches_keep_every_part_in_order_and_stay_within_their_size(parts: list
 
 
 def test_a_batch_of_small_parts_is_bounded_too() -> None:
-    assert max(len(batch) for batch in wire.batches([b"x"] * 5000, 10**9)) <= 500
+    assert max(len(batch) for batch in wire.batches([b"x"] * 5000, 10**9)) <= 512

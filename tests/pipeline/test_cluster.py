@@ -113,6 +113,19 @@ def test_others_jobs_make_room_as_they_end_and_not_at_the_next_count_only() -> N
     assert found.outstanding_jobs("cpu") == 0
 
 
+def test_what_others_have_on_a_queue_is_seen_behind_our_bundles() -> None:
+    found = Cluster()
+    for job in range(9):
+        found.dispatched(str(job), "cpu", 1e-3, 1 / 9)
+    found.dispatched("single", "cpu", 1e-3)
+    found.reconcile("cpu", 5)  # messages, of which two are ours
+    assert found.outstanding_jobs("cpu") == 10 + 3
+    for job in range(9):
+        found.finished(str(job), "cpu")
+    found.reconcile("cpu", 4)
+    assert found.outstanding_jobs("cpu") == 1 + 3
+
+
 def test_a_job_that_is_dispatched_again_counts_where_it_went_last() -> None:
     found = cluster(worker("1", "cpu"), worker("2", "gpu"))
     found.dispatched("a", "cpu", 1.5)

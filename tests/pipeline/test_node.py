@@ -57,7 +57,7 @@ def test_the_lane_is_the_queue_that_it_reads(app: Celery) -> None:
 def test_what_waits_in_the_window_is_reserved(app: Celery, window: Window) -> None:
     claim, _ = window.open_claim(Kind.NEW)
     window.hold(claim, [b"message"])
-    window.add("one", "a.b", Options(), b"message", claim)
+    window.add(("one",), "a.b", Options(), b"message", claim)
     assert [(each["id"], each["name"]) for each in ask(app, "reserved")] == [("one", "a.b")]
 
 

@@ -47,7 +47,7 @@ def cluster() -> Cluster:
 
 def claimed(kernel: str, options: Options, message: bytes = b"") -> ClaimedJob:
     window = Window("router", 1, 2**20)
-    return window.add("job", kernel, options, message, window.open_claim(Kind.NEW)[0])
+    return window.add(("job",), kernel, options, message, window.open_claim(Kind.NEW)[0])
 
 
 def job(kernel: str = "linalg.matmul", **options: Any) -> ClaimedJob:

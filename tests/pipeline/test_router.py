@@ -15,17 +15,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from lepton_ai import blob, cancellation, event, results, topology, wire
+from lepton_ai import blob, bundle, cancellation, event, results, topology, wire
 from lepton_ai.device import Announcement, Peaks
+from lepton_ai.direct_protocol import look_commands, push, read_look, writer
 from lepton_ai.event import Event, Observation
-from lepton_ai.identity import minute_of, new_id, new_ids
+from lepton_ai.identity import ids, minute_of, new_id, new_ids, run_of
 from lepton_ai.job import Options, Placement
 from lepton_ai.kernel import KernelSpec
+from lepton_ai.parcel import Blobs
+from lepton_ai.placement.costs import CostModel
 from lepton_ai.settings import Settings
+from lepton_ai.terms import Terms
 from lepton_ai.topology import PRIORITY_SEPARATOR
 from pipeline.router import Router
 from queues import functions
-from queues.broker import CLAIM_LIMIT, LISTS_EACH, Broker, Kind
+from queues.broker import CLAIM_LIMIT, LISTS_EACH, WAKE, Broker, Kind
 from queues.connection import Connection
 from queues.event_stream import EventStream
 from queues.steps import Commit, Outcome
@@ -70,6 +74,7 @@ class PlayedWorker:
         self._slots = slots
         self._kernels = kernels
         self._peaks = Peaks(speed, 1e12, float("inf"), 0.0, 0.0)
+        self._held = 0
 
     def come_online(self) -> None:
         name, kind = self.broker.incarnation, self.device.partition(".")[0]
@@ -82,16 +87,20 @@ class PlayedWorker:
         self.broker.emit(event.encode(Event("device.offline", self.broker.incarnation, device=self.device)))
 
     def take(self, limit: int = 1, timeout_s: float = 5.0, *, alone: bool = False) -> list[str]:
-        """The ids of the next jobs, oldest first; [] where none came in time."""
+        """The ids of the next jobs, oldest first; [] where none came in time. A bundle counts as one."""
+        return [job for message in self.take_messages(limit, timeout_s, alone=alone) for job in jobs_of(message)]
+
+    def take_messages(self, limit: int = 1, timeout_s: float = 5.0, *, alone: bool = False) -> list[bytes]:
         messages = self.broker.take(self.device, 0, limit, 1, timeout_s, alone=alone)
-        return [wire.read_envelope(message).headers.id for message in messages]
+        self._held = len(messages)
+        return messages
 
     def commit(self, jobs: Iterable[str], observation: Observation | None = None) -> None:
         """Ends all that it holds."""
         jobs = tuple(jobs)
         told = Event("job.succeeded", self.broker.incarnation, "test.spin", self.device, jobs, observation)
         outcomes = [Outcome(job, "succeeded", b"") for job in jobs]
-        self.broker.commit(Commit(0, len(jobs), outcomes, event.encode(told)))
+        self.broker.commit(Commit(0, self._held, outcomes, event.encode(told), bundled=len(jobs) - self._held))
 
     def retry(self, job: str, message: bytes, delay_s: float) -> None:
         """Ends what it holds as a kernel that raised and is to be run again."""
@@ -110,6 +119,11 @@ class PlayedWorker:
     @property
     def depth(self) -> int:
         return self.broker.depths([self.device])[0]
+
+
+def jobs_of(message: bytes) -> tuple[str, ...]:
+    headers = wire.read_envelope(message).headers
+    return bundle.ids_of(message, headers, wire.read_options(headers))
 
 
 @pytest.fixture
@@ -175,6 +189,19 @@ class Lane:
 
     def push(self, messages: Iterable[bytes], suffix: str = "") -> None:
         self.connection.call("LPUSH", topology.LANE + suffix, *messages)
+
+    def send_bundle(self, count: int, ms: int = 1, kernel: str = "test.spin", tenant: str | None = None) -> list[str]:
+        """As a client's `submit_many`: so many jobs in one message."""
+        jobs = run_of(new_id(), count)
+        self.send_rows(jobs, [{"n": ms}] * count, kernel, tenant)
+        return list(jobs)
+
+    def send_rows(
+        self, jobs: Iterable[str], rows: Iterable[dict[str, Any]], kernel: str = "test.spin", tenant: str | None = None
+    ) -> None:
+        write = writer(kernel, Terms(), tenant, Blobs(0))
+        messages = [write(job, row) for job, row in zip(jobs, rows, strict=True)]
+        self.connection.many([("MULTI",), *push(messages, Terms(), tenant).commands, ("EXEC",)])
 
     def settle(self) -> None:
         """Returns once the router has seen all that was sent before: it has refused two messages since."""
@@ -1294,6 +1321,427 @@ def test_two_copies_that_are_refused_in_one_step_send_their_follow_up_once(
     assert (counted[b"failed"], counted[b"duplicate"]) == (1, 1)
 
 
+# -- bundles --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(connection: Connection) -> None:
+    """Jobs of `test.spin` are known to take as long as they are predicted to."""
+    model = CostModel()
+    for _ in range(3):
+        seen = Observation("test.spin", "cpu", 1, 100, 0, 0.0, 0.11)
+        model.learn(seen, Peaks(SPEED, 1e12, float("inf"), 0.0, 0.0))
+    connection.call("SET", topology.MODEL, model.snapshot())
+
+
+def bundled(connection: Connection) -> tuple[int, int]:
+    """How many jobs there are beyond messages: in lanes and first claims, and behind those."""
+    lanes = connection.call("HVALS", topology.BUNDLED)
+    return sum(map(int, lanes)), int(connection.call("HGET", topology.COUNTERS, "bundled") or 0)
+
+
+def is_balanced(connection: Connection) -> bool:
+    """Nothing is unaccounted for, and nothing is left."""
+    found = sizes(connection)
+    assert (found["difference"], found["waiting"], found["in_flight"]) == (0, 0, 0)
+    return bundled(connection) == (0, 0)
+
+
+def where(connection: Connection, job: str) -> Placement | None:
+    """The placement of a job as a client finds it."""
+    return read_look(job, connection.many(look_commands(job)))[1]
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_bundle_of_a_quick_kernel_that_was_measured_stays_whole(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    jobs = lane.send_bundle(9)
+    assert lane.wait_for("job.placed", 9) == jobs
+    found = sizes(connection)
+    assert (found["accepted"], found["in_flight"], found["waiting"], found["difference"]) == (9, 9, 0, 0)
+    (message,) = worker.take_messages()
+    assert jobs_of(message) == tuple(jobs)
+    assert bundled(connection) == (0, 8)
+    worker.commit(jobs)
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+def test_each_job_of_a_bundle_says_where_it_was_placed_and_how_it_waits(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    add_worker()
+    start_router()
+    jobs = lane.send_bundle(9)
+    lane.wait_for("job.placed", 9)
+    assert connection.call("HLEN", topology.jobs(minute_of(jobs[0]) or 0)) == 1
+    found = [where(connection, job) for job in jobs]
+    assert [placement.job for placement in found] == jobs
+    assert {(each.state, each.device, each.kernel) for each in found} == {("placed", "cpu", "test.spin")}
+
+
+@pytest.mark.usefixtures("measured")
+def test_messages_of_one_run_of_ids_each_say_where_their_own_jobs_are(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    """A push ends in the midst of a run, or one of its rows differs."""
+    add_worker()
+    start_router()
+    run = run_of(new_id(), 40)
+    lane.send_rows(run[:9], [{"n": 1}] * 9)
+    lane.wait_for("job.placed", 9)
+    assert [where(connection, job) is not None for job in run] == [True] * 9 + [False] * 31
+    lane.send_rows(run[9:18], [{"n": 1}] * 9, kernel="test.other")
+    lane.wait_for("job.placed", 9)
+    kernels = [placement and placement.kernel for placement in (where(connection, job) for job in run)]
+    assert kernels == ["test.spin"] * 9 + ["test.other"] * 9 + [None] * 22
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_bundle_that_would_keep_a_slot_long_is_split_into_parts(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    jobs = lane.send_bundle(100)  # of a millisecond and a little each
+    taken: list[bytes] = []
+    while sum(len(jobs_of(each)) for each in taken) < 100 and (more := worker.take_messages()):
+        assert sizes(connection)["difference"] == 0
+        taken += more
+        worker.commit(jobs_of(more[0]))
+    parts = list(map(jobs_of, taken))
+    assert [job for part in parts for job in part] == jobs
+    assert {len(part) for part in parts[:-1]} == {20}  # five of them, of 25 ms at most
+    assert all(wire.read_options(wire.read_envelope(each).headers).split for each in taken[:-1])
+    assert [where(connection, job).job for job in jobs] == jobs
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_bundle_of_slow_jobs_is_split_into_single_ones(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    jobs = lane.send_bundle(20, ms=60_000)
+    lane.settle()
+    assert worker.depth == 2
+    assert sizes(connection)["difference"] == sizes(connection)["bundled"] == 0
+    assert worker.serve(20) == jobs
+    assert is_balanced(connection)
+
+
+def test_the_jobs_of_a_kernel_that_nobody_has_measured_are_dispatched_one_by_one(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    jobs = lane.send_bundle(50)
+    found = []
+    for _ in jobs:
+        (message,) = worker.take_messages()
+        found += jobs_of(message)
+        worker.commit(jobs_of(message))
+    assert found == jobs
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_bundle_wakes_an_idle_router(start_router, add_worker, lane: Lane, connection: Connection) -> None:
+    worker = add_worker()
+    start_router()
+    for count in (4, 128, 5):
+        lane.settle()
+        jobs = lane.send_bundle(count)
+        found: list[str] = []
+        while len(found) < count and (taken := worker.take(timeout_s=2)):
+            worker.commit(taken)
+            found += taken
+        assert found == jobs
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+def test_bundles_of_tenants_are_counted_in_their_own_lanes(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    sent = lane.send_bundle(7) + lane.send_bundle(8, tenant="ann") + lane.send_bundle(9, tenant="bob")
+    assert bundled(connection) == (21, 0)
+    assert (sizes(connection)["lanes"], sizes(connection)["accepted"]) == (24, 24)
+    start_router()
+    found: list[str] = []
+    while len(found) < 24 and (taken := worker.take(10)):
+        worker.commit(taken)
+        found += taken
+    assert sorted(found) == sorted(sent)
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_jobs_of_a_bundle_are_dispatched_one_by_one_while_somebody_is_shown_each(
+    start_router, add_worker, lane: Lane, connection: Connection, broker_url: str
+) -> None:
+    flower = Connection(broker_url, "flower")
+    flower.send([("PSUBSCRIBE", "*celeryev*")])
+    assert flower.call("PING")
+    worker = add_worker()
+    start_router()
+    lane.settle()
+    jobs = lane.send_bundle(9)
+    found = []
+    for _ in jobs:
+        taken = worker.take()
+        assert len(taken) == 1
+        worker.commit(taken)
+        found += taken
+    assert found == jobs
+    assert is_balanced(connection)
+    flower.close()
+
+
+@pytest.mark.usefixtures("measured")
+def test_one_job_of_a_bundle_that_was_cancelled_in_its_lane_ends_and_the_others_run(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    jobs = lane.send_bundle(9)
+    ask_to_cancel(connection, jobs[4])
+    start_router()
+    assert lane.wait_for("job.cancelled", 1) == [jobs[4]]
+    assert worker.serve(8) == [*jobs[:4], *jobs[5:]]
+    assert stored(connection, jobs[4]) == "REVOKED"
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("at", [0, 5, 8])
+def test_one_job_of_a_bundle_that_is_cancelled_in_the_window_ends_and_the_others_run(
+    start_router, add_worker, lane: Lane, connection: Connection, at: int
+) -> None:
+    worker = add_worker()
+    start_router()
+    busy = lane.send(2, ms=60_000)
+    lane.wait_for("job.placed", 2)
+    jobs = lane.send_bundle(9)
+    lane.settle()
+    ask_to_cancel(connection, jobs[at])
+    assert lane.wait_for("job.cancelled", 1) == [jobs[at]]
+    assert sizes(connection)["difference"] == 0
+    assert worker.serve(10) == [*busy, *jobs[:at], *jobs[at + 1 :]]
+    assert is_balanced(connection)
+
+
+def test_the_jobs_of_a_bundle_that_no_device_can_run_are_parked_one_by_one_and_run_later(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    start_router()
+    jobs = lane.send_bundle(20)
+    assert lane.wait_for("job.parked", 20) == jobs
+    assert {where(connection, job).state for job in jobs} == {"parked"}
+    assert (sizes(connection)["parked_now"], sizes(connection)["difference"]) == (20, 0)
+    assert bundled(connection) == (0, 0)
+    ask_to_cancel(connection, jobs[3])
+    assert lane.wait_for("job.cancelled", 1) == [jobs[3]]
+    assert add_worker().serve(19) == [*jobs[:3], *jobs[4:]]
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_bundle_whose_last_device_goes_away_while_it_waits_is_parked_one_by_one(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    leaving = add_worker()
+    start_router()
+    busy = lane.send(2, ms=60_000)
+    lane.wait_for("job.placed", 2)
+    jobs = lane.send_bundle(9)
+    lane.settle()
+    assert leaving.serve(0) == []
+    leaving.go_offline()
+    lane.wait_for("job.parked", 9)
+    assert {where(connection, job).state for job in jobs} == {"parked"}
+    assert sizes(connection)["difference"] == 0
+    assert sorted(add_worker().serve(11)) == sorted(busy + jobs)
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_suspects_of_a_bundle_run_one_by_one(start_router, add_worker, lane: Lane, connection: Connection) -> None:
+    worker = add_worker()
+    start_router()
+    jobs = lane.send_bundle(9)
+    assert worker.take() == jobs
+    worker.broker.release(0, worker.broker.held(0), "!")
+    lane.connection.call("XADD", topology.EVENTS, "*", "e", event.encode(Event("device.heartbeat", "it")))
+    lane.settle()
+    found: list[str] = []
+    for _ in jobs:
+        taken = worker.take(alone=True)
+        assert len(taken) == 1
+        worker.commit(taken)
+        found += taken
+    assert found == jobs
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_bundle_that_comes_back_from_a_dead_router_is_dispatched_whole(
+    start_router, add_worker, lane: Lane, connection: Connection, broker_url: str
+) -> None:
+    dead = Connection(broker_url, "dead")
+    gone = Broker(dead, "router-dead", PATIENT)
+    gone.announce(b"")
+    jobs = lane.send_bundle(9)
+    assert len(gone.claim(Kind.NEW, 0, 0, 10)) == 1
+    connection.call("DEL", topology.lease("router-dead"))
+    worker = add_worker()
+    start_router(HASTY)
+    assert worker.take() == jobs
+    assert bundled(connection) == (0, 8)
+    worker.commit(jobs)
+    assert is_balanced(connection)
+    dead.close()
+
+
+@pytest.mark.usefixtures("measured")
+def test_an_urgent_job_goes_before_the_bundles_that_wait_in_the_window(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    busy = lane.send(2, ms=60_000)
+    lane.wait_for("job.placed", 2)
+    many = [job for _ in range(5) for job in lane.send_bundle(9)]
+    lane.settle()
+    (urgent,) = lane.send(suffix=PRIORITY_SEPARATOR + "9", priority=9)
+    lane.settle()
+    assert worker.serve(3) == [*busy, urgent]
+    assert worker.serve(45) == many
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+def test_two_routers_dispatch_each_job_of_many_bundles_once(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker(slots=2)
+    start_router()
+    start_router()
+    sent = [job for at in range(60) for job in lane.send_bundle(4 + at)]
+    taken: list[str] = []
+    while len(taken) < len(sent) and (more := worker.take(64)):
+        worker.commit(more)
+        taken += more
+    assert sorted(taken) == sorted(sent)
+    lane.settle()
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_router_that_ends_with_split_bundles_in_its_window_loses_none_of_their_jobs(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    first = start_router()
+    jobs = [job for _ in range(5) for job in lane.send_bundle(128, ms=3)]
+    lane.settle()
+    first._stop.set()
+    lane.push([b"wake up"])
+    first.stop()
+    assert sizes(connection)["difference"] == 0
+    start_router()
+    assert sorted(worker.serve(len(jobs))) == sorted(jobs)
+    assert is_balanced(connection)
+
+
+@pytest.mark.usefixtures("measured")
+def test_bundles_drain_and_are_split_where_the_broker_has_no_memory(
+    start_router, add_worker, lane: Lane, connection: Connection, fill: Callable[[], None]
+) -> None:
+    worker = add_worker()
+    sent = lane.send_bundle(9) + lane.send_bundle(100) + lane.send_bundle(20, ms=100)
+    fill()
+    start_router()
+    done: list[str] = []
+    until(lambda: done.extend(worker.serve(1)) or len(done) == len(sent), "all are done")
+    assert done == sent
+    assert is_balanced(connection)
+
+
+@pytest.mark.parametrize("seen", ["measured", "unknown"])
+@pytest.mark.parametrize("shapes", [{"n": 10**400}, {"n": 2**63}, {"n": -1}, {"n": "x"}, {"n": None}, {}, {"m": [1]}])
+def test_whatever_shapes_a_bundle_declares_do_not_stop_the_router(
+    start_router, add_worker, lane: Lane, connection: Connection, request, shapes: dict[str, Any], seen: str
+) -> None:
+    if seen == "measured":
+        request.getfixturevalue("measured")
+    worker = add_worker()
+    jobs = lane.send_bundle(5)
+    (message,) = connection.call("LRANGE", topology.LANE, 0, -1)
+    found = json.loads(message)
+    found["headers"]["lepton"]["shapes"] = shapes
+    connection.call("LSET", topology.LANE, 0, json.dumps(found))
+    start_router()
+    assert worker.serve(5) == jobs
+    assert is_balanced(connection)
+
+
+def mangled(message: bytes, how: str) -> bytes:
+    """A bundle whose headers are as they should be, and its body none."""
+    found = json.loads(message)
+    found["body"] = {"no base64": "!", "no msgpack": "/w==", "JSON": found["body"], "fewer": ""}[how]
+    if how == "JSON":
+        found["content-type"] = wire.JSON
+    if how == "fewer":
+        found["body"] = base64.b64encode(wire.pack(([], [{"n": 1}], None))).decode()
+    return json.dumps(found).encode()
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("how", ["no base64", "no msgpack", "JSON", "fewer"])
+@pytest.mark.parametrize("when", ["at once", "after it was parked", "cancelled"])
+def test_a_bundle_that_nobody_can_read_is_the_workers_to_refuse_whole(
+    start_router, add_worker, lane: Lane, connection: Connection, how: str, when: str
+) -> None:
+    jobs = lane.send_bundle(5, ms=100)
+    (message,) = connection.call("LRANGE", topology.LANE, 0, -1)
+    connection.call("LSET", topology.LANE, 0, mangled(message, how))
+    (fine,) = lane.send()
+    if when == "cancelled":
+        ask_to_cancel(connection, jobs[0], jobs[2])
+    if when != "after it was parked":
+        worker = add_worker()
+        start_router()
+    else:
+        start_router()
+        lane.wait_for("job.parked", 2)
+        assert sizes(connection)["difference"] == 0
+        worker = add_worker()
+    assert worker.serve(6) == [*jobs, fine]
+    assert is_balanced(connection)
+
+
+@pytest.mark.parametrize("beside", [b'"x":1e999,', b'"x":"\xff",'])
+def test_a_bundle_that_could_not_be_written_again_is_refused(
+    start_router, add_worker, lane: Lane, connection: Connection, beside: bytes
+) -> None:
+    """Its jobs could not be told apart where one of them ended its worker."""
+    worker = add_worker()
+    (first, *_) = lane.send_bundle(5)
+    (message,) = connection.call("LRANGE", topology.LANE, 0, -1)
+    connection.call("DEL", topology.BUNDLED)
+    connection.call("LSET", topology.LANE, 0, message.replace(b'"properties":{', b'"properties":{' + beside))
+    (fine,) = lane.send()
+    start_router()
+    assert lane.wait_for("job.rejected", 1) == [first]
+    assert worker.serve(1) == [fine]
+    assert is_balanced(connection)
+
+
 # -- blobs ----------------------------------------------------------------------------------------------------------
 
 BLOB = "redis:0123456789abcdef:1"
@@ -1326,3 +1774,44 @@ def test_the_blobs_of_a_job_that_a_router_ends_are_left_to_themselves(
     assert lane.wait_for(end, 1) == [jobs[0]]
     assert 0 < connection.call("TTL", keys[0]) <= blob.DROPPED_S
     assert connection.call("TTL", keys[1]) == -1
+
+
+def test_a_bundle_that_is_alone_goes_from_its_wake_up_to_its_device_and_is_counted(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    model = CostModel()
+    for _ in range(3):
+        seen = Observation("test.spin", "cpu", 1, 100, 0, 0.0, 0.11)
+        model.learn(seen, Peaks(SPEED, 1e12, float("inf"), 0.0, 0.0))
+    connection.call("SET", topology.MODEL, model.snapshot())
+    add_worker()
+    start_router()
+    lane.send()
+    lane.wait_for("job.placed", 1)
+    connection.call("CONFIG", "RESETSTAT")
+    for count in (4, 9, 130):  # the last is more than one message: it is claimed as ever
+        write = writer("test.spin", Terms(), None, Blobs(0))
+        messages = [write(job, {"n": 1}) for job, _ in zip(ids(), range(count), strict=False)]
+        connection.many([("MULTI",), *push(messages, Terms(), None).commands, ("EXEC",)])
+        lane.wait_for("job.placed", count)
+        if count == 9:
+            assert b"cmdstat_fcall:" not in connection.call("INFO", "commandstats")  # nor by `transact`
+    found = sizes(connection)
+    assert (found["in_flight"], found["difference"]) == (144, 0)
+
+
+def test_a_bundle_that_is_alone_and_has_to_be_split_leaves_the_wake_claim_to_the_next(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker = add_worker()
+    start_router()
+    (first,) = lane.send()
+    assert worker.serve(1) == [first]
+    write = writer("test.spin", Terms(), None, Blobs(0))
+    rows = [write(job, {"n": 60_000}) for job, _ in zip(ids(), range(5), strict=False)]
+    connection.many([("MULTI",), *push(rows, Terms(), None).commands, ("EXEC",)])
+    until(lambda: worker.depth >= 2, "it is placed as far as there is room")
+    assert connection.call("KEYS", topology.claim("*", WAKE)) == []
+    lane.send(3)
+    assert len(worker.serve(8)) == 8
+    assert sizes(connection)["difference"] == 0

@@ -20,7 +20,7 @@ def fill(window: Window, count: int, *, priority: int | None = None) -> list[byt
     for message in messages:
         claim, _ = window.open_claim(Kind.NEW)
         window.hold(claim, [message])
-        window.add(message.decode(), "test.kernel", Options(priority=priority), message, claim)
+        window.add((message.decode(),), "test.kernel", Options(priority=priority), message, claim)
     return messages
 
 
@@ -79,10 +79,30 @@ def test_what_came_back_is_never_in_one_claim_with_what_is_new() -> None:
     for at, kind in enumerate([*Kind, *Kind]):
         claim, _ = window.open_claim(kind)
         window.hold(claim, [b"%d" % at])
-        window.add(str(at), "test.kernel", Options(), claim.messages[-1], claim)
+        window.add((str(at),), "test.kernel", Options(), claim.messages[-1], claim)
     held = {job.claim.kind: job.claim.messages for job in window.jobs()}
     assert held == {Kind.NEW: [b"0", b"3"], Kind.AGAIN: [b"1", b"4"], Kind.ALONE: [b"2", b"5"]}
     assert [job.id for job in window.jobs() if job.alone] == ["2", "5"]
+
+
+def test_the_claim_that_wake_ups_land_in_is_nobody_elses() -> None:
+    window = Window("router", 1000, 10**9)
+    wake = window.wake_claim()
+    window.hold(wake, [b"woken"])
+    claim, _ = window.open_claim(Kind.NEW)
+    assert claim.key != wake.key
+
+
+def test_a_window_has_room_for_jobs_however_many_are_in_a_message() -> None:
+    window = Window("router", 1000, 10**9)
+    claim, _ = window.open_claim(Kind.NEW)
+    for at in range(9):
+        window.hold(claim, [b"message"])
+        window.add(tuple(f"{at}-{n}" for n in range(100)), "test.kernel", Options(), claim.messages[-1], claim)
+    assert 1 <= window.room <= 5
+    window.hold(claim, [b"message"])
+    window.add(tuple(f"9-{n}" for n in range(100)), "test.kernel", Options(), claim.messages[-1], claim)
+    assert window.room == 0
 
 
 def test_jobs_have_expired_once_their_deadline_has_passed() -> None:
@@ -90,7 +110,7 @@ def test_jobs_have_expired_once_their_deadline_has_passed() -> None:
     claim, _ = window.open_claim(Kind.NEW)
     for name, deadline_at in (("never", None), ("early", 5.0), ("late", 7.0)):
         window.hold(claim, [name.encode()])
-        window.add(name, "test.kernel", Options(), claim.messages[-1], claim, deadline_at)
+        window.add((name,), "test.kernel", Options(), claim.messages[-1], claim, deadline_at)
     assert [[job.id for job in window.expired(now)] for now in (4.9, 5.0, 8.0)] == [[], ["early"], ["early", "late"]]
 
 
@@ -115,7 +135,7 @@ def test_of_two_equal_messages_only_the_one_that_left_is_gone() -> None:
     twins = [bytes(bytearray(b"twin")), bytes(bytearray(b"twin"))]
     window.hold(claim, twins)
     for message in twins:
-        window.add("twin", "test.kernel", Options(), message, claim)
+        window.add(("twin",), "test.kernel", Options(), message, claim)
     window.left(window.first(1))
     assert claim.messages == [b"twin"]
     assert len(window) == 1
@@ -171,7 +191,7 @@ def test_a_claim_of_large_messages_holds_few() -> None:
     for _ in range(8):
         claim, _ = window.open_claim(Kind.NEW)
         window.hold(claim, [bytes(3 * MEGABYTE)])
-        window.add("job", "test.kernel", Options(), claim.messages[-1], claim)
+        window.add(("job",), "test.kernel", Options(), claim.messages[-1], claim)
     assert max(len(job.claim.messages) for job in window.first(100)) <= 3
 
 

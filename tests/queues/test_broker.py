@@ -14,6 +14,7 @@ from celery.exceptions import TaskRevokedError
 
 from lepton_ai import results, topology
 from lepton_ai.errors import Fenced, InvalidArguments, JobCancelled, JobExpired, LeptonError
+from lepton_ai.job import Placement
 from lepton_ai.settings import Settings
 from queues import functions
 from queues.app import celery_addresses
@@ -292,6 +293,131 @@ def test_what_a_frozen_router_was_woken_with_after_it_was_forgotten_is_given_bac
     assert woken(frozen, wake)
     assert frozen.recover().messages == 1  # what it does when it thaws
     assert oldest_first(connection, topology.AGAIN) == [b"m"]
+
+
+# -- a message that is alone ------------------------------------------------------------------------------------------
+
+
+def lone(broker: Broker, message: bytes, job: str = "one", device: str = "cpu") -> Dispatch:
+    """What sends the message of a wake-up to a device."""
+    note = msgspec.msgpack.encode(Placement(job, "a.b", "placed", "", 0.0, ""))
+    claim = topology.claim(broker.incarnation, WAKE)
+    told = {"placements": {7: {job: note}}, "counts": {"placed": 1}, "event": b"event"}
+    return Dispatch({claim: 1}, {claim: []}, queued={device: [message]}, **told)
+
+
+def wake_with(connection: Connection, broker: Broker, wake: Connection, message: bytes) -> None:
+    if not broker.is_waking:
+        broker.ask_wake(wake)
+    push(connection, topology.LANE, message)
+    assert broker.woke(wake) == (message, True)
+
+
+@pytest.fixture
+def used(connection: Connection, broker: Broker, wake: Connection) -> Broker:
+    """A broker that has sent a job to the cpu before."""
+    wake_with(connection, broker, wake, b"before")
+    broker.dispatch(lone(broker, b"before", "before"))
+    connection.call("DEL", "lepton.cpu", topology.COUNTERS, topology.EVENTS)
+    return broker
+
+
+def test_a_message_that_is_alone_goes_to_its_device_and_the_next_one_is_waited_for(
+    connection: Connection, used: Broker, wake: Connection
+) -> None:
+    for message in numbered(3):
+        wake_with(connection, used, wake, message)
+        used.dispatch(lone(used, message))
+        assert used.is_waking
+    assert oldest_first(connection, "lepton.cpu") == numbered(3)
+    assert connection.call("LLEN", topology.claim(used.incarnation, WAKE)) == 0
+    assert counters(connection) == {"placed": 3}
+    assert connection.call("XLEN", topology.EVENTS) == 3
+
+
+def test_the_next_message_may_be_there_already_when_one_that_is_alone_leaves(
+    connection: Connection, used: Broker, wake: Connection
+) -> None:
+    wake_with(connection, used, wake, b"m0")
+    push(connection, topology.LANE, b"m1", b"m2")
+    used.dispatch(lone(used, b"m0"))
+    assert used.woke(wake) == (b"m1", False)
+    assert oldest_first(connection, topology.claim(used.incarnation, WAKE)) == [b"m1"]
+
+
+def test_a_message_that_is_alone_and_was_adopted_by_another_is_not_dispatched(
+    connection: Connection, used: Broker, wake: Connection, another: Callable[[str], Broker]
+) -> None:
+    wake_with(connection, used, wake, b"m")
+    lapse(connection, used)
+    another("other").recover()
+    with pytest.raises(Fenced, match="changed"):
+        used.dispatch(lone(used, b"m"))
+    assert oldest_first(connection, topology.AGAIN) == [b"m"]
+    assert connection.call("EXISTS", "lepton.cpu", topology.EVENTS) == 0
+    assert counters(connection) == {"accepted": 1}  # by the recovery
+
+
+def test_a_message_that_is_alone_goes_to_no_queue_of_another_type(
+    connection: Connection, used: Broker, wake: Connection
+) -> None:
+    connection.call("SET", "lepton.cpu", "no list")
+    wake_with(connection, used, wake, b"m")
+    before = everything(connection)
+    with pytest.raises(CommandError, match="WRONGTYPE"):
+        used.dispatch(lone(used, b"m"))
+    assert everything(connection) == before
+
+
+def test_a_wake_up_that_was_claimed_otherwise_does_not_stand_in_the_way_of_the_next(
+    connection: Connection, used: Broker, wake: Connection
+) -> None:
+    wake_with(connection, used, wake, b"m0")
+    assert used.claim(Kind.NEW, 0, 0, 10) == [b"m0"]
+    wake_with(connection, used, wake, b"m1")
+    used.dispatch(lone(used, b"m1"))
+    assert oldest_first(connection, "lepton.cpu") == [b"m1"]
+
+
+def test_the_placement_of_a_lone_job_comes_with_its_message(connection: Connection, broker: Broker) -> None:
+    claim, (message,) = claimed(connection, broker, 1)
+    step = lone(broker, message)
+    step.claims, step.rests = {claim: 1}, {claim: []}
+    broker.dispatch(step)
+    assert take(broker) == [message]
+    connection.call("DEL", topology.jobs(7))  # nobody asks there
+    assert broker.known(["one"], [7]) == (step.placements[7], set())
+    assert broker.known(["one"], [7]) == ({}, set())
+
+
+def test_a_placement_that_came_with_another_jobs_message_is_left_alone(connection: Connection, broker: Broker) -> None:
+    claim, messages = claimed(connection, broker, 2)
+    step = lone(broker, messages[0])
+    step.claims, step.rests = {claim: 2}, {claim: messages[1:]}
+    broker.dispatch(step)
+    several = {7: {"two": b"p2", "three": b"p3"}}
+    broker.dispatch(Dispatch({claim: 1}, {}, queued={"cpu": messages[1:]}, placements=several))
+    assert take(broker) == messages
+    assert broker.known(["two"], [7]) == ({"two": b"p2"}, set())
+
+
+@pytest.mark.parametrize("value", [("SET", b"no placement"), ("LPUSH", b"of another type")])
+def test_what_is_no_placement_holds_no_job_up(connection: Connection, broker: Broker, value: tuple[str, bytes]) -> None:
+    connection.call(value[0], topology.placed("cpu"), value[1])
+    connection.call("HSET", topology.jobs(7), "one", b"p1")
+    push(connection, "lepton.cpu", b"m")
+    assert take(broker) == [b"m"]
+    assert broker.known(["one"], [7]) == ({"one": b"p1"}, set())
+
+
+def test_a_lone_job_that_is_to_be_cancelled_is_known_to_be(connection: Connection, broker: Broker) -> None:
+    claim, (message,) = claimed(connection, broker, 1)
+    step = lone(broker, message)
+    step.claims, step.rests = {claim: 1}, {claim: []}
+    broker.dispatch(step)
+    broker.cancel(["one"])
+    assert take(broker) == [message]
+    assert broker.known(["one"], [7]) == (step.placements[7], {"one"})
 
 
 # -- dispatch ---------------------------------------------------------------------------------------------------------
@@ -579,6 +705,21 @@ def test_a_result_and_a_reply_list_expire(connection: Connection, broker: Broker
     commit(broker, succeeded("one", "lepton:reply:me"))
     for key in (topology.result("one"), "lepton:reply:me"):
         assert TTL_S - 5 < connection.call("TTL", key) <= TTL_S
+
+
+def test_placements_are_kept_as_long_as_the_results_of_their_jobs_and_never_less(
+    connection: Connection, broker: Broker
+) -> None:
+    kept = {1: TTL_S // 2, 2: 2 * TTL_S, 3: TTL_S // 2}
+    for minute, ttl_s in kept.items():
+        connection.many([("HSET", topology.jobs(minute), "one", b"p"), ("EXPIRE", topology.jobs(minute), ttl_s)])
+    held_batch(connection, broker)
+    broker.commit(Commit(0, 1, [succeeded("one")], b"", minutes={1, 2, 7}))
+    found = {minute: connection.call("TTL", topology.jobs(minute)) for minute in (*kept, 7)}
+    assert TTL_S - 5 < found[1] <= TTL_S
+    assert 2 * TTL_S - 5 < found[2] <= 2 * TTL_S
+    assert found[3] <= TTL_S // 2
+    assert found[7] == -2
 
 
 def test_results_reach_each_clients_reply_list_in_order(connection: Connection, broker: Broker) -> None:

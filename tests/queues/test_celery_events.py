@@ -109,6 +109,14 @@ def test_a_rate_of_nought_never_asks() -> None:
     assert not Audience(0).should_ask(100.0)
 
 
+def test_there_is_room_for_all_of_so_many_or_for_as_many_as_there_ever_is() -> None:
+    audience = Audience(rate_hz=100)
+    audience.heard_by(1, 0.0)
+    assert audience.room(0.0, 90) == 90
+    assert (audience.has_room(0.0, 10), audience.has_room(0.0, 11)) == (True, False)
+    assert (audience.has_room(0.5, 200), audience.has_room(1.0, 200)) == (False, True)
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 300)), max_size=40))
 def test_no_more_jobs_are_shown_than_the_rate_and_a_second_beforehand(steps: list[tuple[float, int]]) -> None:
     audience, now, shown = Audience(rate_hz=50), 1000.0, 0

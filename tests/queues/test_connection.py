@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import select
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -236,3 +237,25 @@ def test_every_way_to_a_broker_that_was_killed_is_unavailable() -> None:
         Connection(broker.url, "late")
     for connection in (waiting, idle, draining):
         connection.close()
+
+
+class Encrypted:
+    """A socket that says as one of TLS does that nothing has come."""
+
+    def __init__(self, plain: socket.socket) -> None:
+        self._plain = plain
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+    def recv(self, size: int) -> bytes:
+        try:
+            return self._plain.recv(size)
+        except BlockingIOError:
+            raise ssl.SSLWantReadError from None
+
+
+def test_over_tls_a_connection_on_which_nothing_has_come_is_not_broken(connection: Connection) -> None:
+    connection._socket = Encrypted(connection._socket)  # type: ignore[assignment]
+    assert connection.drain_pushes() == []
+    assert connection.call("PING") == b"PONG"

@@ -104,6 +104,27 @@ def test_a_router_does_not_sleep_where_the_broker_refuses_to_wake_it(
     wake.close()
 
 
+def test_a_message_that_is_alone_goes_to_its_device(
+    broker_url: str, connection: Connection, broker: Broker, fill: Callable[[], None]
+) -> None:
+    wake = Connection(broker_url, "wake")
+    claim = topology.claim(broker.incarnation, WAKE)
+    for message in (b"m0", b"m1"):  # the device is known from the first one on
+        if not broker.is_waking:
+            broker.ask_wake(wake)
+        connection.call("LPUSH", topology.LANE, message)
+        assert broker.woke(wake) == (message, True)
+        if message == b"m1":
+            fill()
+        told = {"placements": {7: {"one": b"p1"}}, "counts": {"placed": 1}}
+        broker.dispatch(Dispatch({claim: 1}, {claim: []}, queued={"cpu": [message]}, **told))
+    assert connection.call("LRANGE", "lepton.cpu", 0, -1) == [b"m1", b"m0"]
+    assert connection.call("HGET", topology.COUNTERS, "placed") == b"2"
+    assert broker.woke(wake) == (None, False)
+    assert broker.is_full
+    wake.close()
+
+
 @pytest.mark.parametrize("at_once", [8, 0])
 def test_messages_are_dispatched_to_where_they_go(
     connection: Connection, broker: Broker, fill, at_once: int, monkeypatch: pytest.MonkeyPatch

@@ -10,12 +10,16 @@ import pytest
 
 from lepton_ai import event, results, topology, wire
 from lepton_ai.accounts import accounts_of
+from lepton_ai.bundle import bundled, split
+from lepton_ai.direct_protocol import push_commands, writer
 from lepton_ai.errors import Fenced, JobFailed
 from lepton_ai.event import Event
-from lepton_ai.identity import minute_of, new_id
+from lepton_ai.identity import minute_of, new_id, run_of
 from lepton_ai.job import Meta, Options
+from lepton_ai.parcel import Blobs
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps
+from lepton_ai.terms import Terms
 from queues import functions
 from queues.broker import LISTS_EACH, Broker, Kind
 from queues.connection import CommandError, Connection
@@ -720,3 +724,232 @@ def test_a_suspect_that_comes_back_keeps_its_blobs(connection: Connection, broke
     die(connection, another("dead"), job_message("a", blobs=("redis:0123456789abcdef:1",)))
     assert broker.recover(follow_ups) == Recovered(1, 0)
     assert connection.call("TTL", key) == -1
+
+
+# -- bundles --------------------------------------------------------------------------------------------------------
+
+
+def bundle_message(count: int, tenant: str | None = None, kernel: str = "a.b") -> bytes:
+    write = writer(kernel, Terms(), tenant, Blobs(0))
+    ((found, _),) = bundled([write(job, {"x": 1}) for job in run_of(new_id(), count)])  # type: ignore[misc]
+    return found
+
+
+def push_bundle(connection: Connection, count: int, tenant: str | None = None) -> bytes:
+    """As a client pushes it."""
+    message = bundle_message(count, tenant)
+    connection.many([("MULTI",), *push_commands([message], Terms(), tenant, count - 1), ("EXEC",)])
+    return message
+
+
+def in_lanes(connection: Connection) -> dict[str, int]:
+    return {lane.decode(): int(count) for lane, count in connection.call("HGETALL", topology.BUNDLED).items()}
+
+
+def placed(connection: Connection, broker: Broker, *bundles: int) -> list[bytes]:
+    """Bundles that have come to the device, as a router moves them."""
+    messages = [push_bundle(connection, count) for count in bundles]
+    claim, extra = topology.claim(broker.incarnation, 0), sum(bundles) - len(bundles)
+    assert broker.claim(Kind.NEW, 0, 0, 100) == messages
+    counts = {"accepted": sum(bundles), "bundled": extra}
+    step = Dispatch({claim: len(messages)}, {}, queued={"cpu": messages}, counts=counts)
+    step.bundled = {topology.LANE: extra}
+    broker.dispatch(step)
+    return messages
+
+
+def test_the_accounts_count_the_jobs_of_bundles_wherever_they_are(connection: Connection, broker: Broker) -> None:
+    def seen(*names: str) -> list[int]:
+        found = accounts_of(call(connection, "sizes"))
+        assert (found.accepted, found.difference) == (17, 0)
+        return [found.waiting, found.in_flight, *(found.terms[name] for name in names)]
+
+    placed(connection, broker, 9)
+    push_bundle(connection, 4, "ann")
+    push_bundle(connection, 4, "ann")
+    assert seen("lanes", "queued", "bundled") == [8, 9, 8, 1, 8]
+    assert len(broker.claim(Kind.NEW, 1, 0, 1)) == 1
+    assert seen("lanes", "claimed") == [8, 9, 7, 1]
+    assert len(broker.take("cpu", 0, 1, 1, 0.001)) == 1
+    assert seen("queued", "held", "bundled") == [8, 9, 0, 1, 8]
+
+
+def test_a_commit_ends_as_many_jobs_as_its_messages_held(connection: Connection, broker: Broker) -> None:
+    messages = placed(connection, broker, 9, 4, 5)
+    assert broker.take("cpu", 0, 2, 1, 0.001) == messages[:2]
+    jobs = [*run_of(job_in(messages[0]), 9), *run_of(job_in(messages[1]), 4)]
+    step = Commit(0, 2, [Outcome(job, "succeeded", record(job)) for job in jobs], b"", bundled=11)
+    assert broker.commit(step) == []
+    assert counters(connection) == {"accepted": 18, "bundled": 4, "succeeded": 13}
+    with pytest.raises(Fenced):
+        broker.commit(step)
+    assert counters(connection)["bundled"] == 4
+
+
+def job_in(message: bytes) -> str:
+    return wire.read_envelope(message).headers.id
+
+
+def test_many_results_of_bundles_reach_their_reply_list_in_order(connection: Connection, broker: Broker) -> None:
+    messages = placed(connection, broker, *[128] * 40)
+    assert broker.take("cpu", 0, 40, 1, 0.001) == messages
+    jobs = [job for message in messages for job in run_of(job_in(message), 128)]
+    outcomes = [Outcome(job, "succeeded", record(job), topology.reply("me")) for job in jobs]
+    assert broker.commit(Commit(0, 40, outcomes, b"", bundled=127 * 40)) == []
+    replies = connection.call("LRANGE", topology.reply("me"), 0, -1)
+    assert [results.read(each).task_id for each in replies] == jobs
+    assert counters(connection)["bundled"] == 0
+
+
+@pytest.mark.parametrize("tenant", [None, "ann"])
+def test_the_bundles_in_the_first_claims_of_the_dead_are_counted_once(
+    connection: Connection, broker: Broker, another, tenant: str | None
+) -> None:
+    dead, lane = another("dead"), topology.lane(tenant)
+    claimed = push_bundle(connection, 9, tenant)
+    assert dead.claim(Kind.NEW, 0, 0, 1) == [claimed]
+    push_bundle(connection, 4, tenant)
+    assert in_lanes(connection) == {lane: 11}
+    connection.call("DEL", topology.lease("dead"))
+    assert broker.recover() == Recovered(1, 0)
+    assert in_lanes(connection) == {lane: 3}
+    assert counters(connection) == {"accepted": 9, "bundled": 8}
+    assert oldest_first(connection, topology.AGAIN) == [claimed]
+    assert broker.claim(Kind.AGAIN, 0, 0, 1) == [claimed]
+    found = accounts_of(call(connection, "sizes"))
+    assert (found.accepted, found.difference, found.terms["lanes"]) == (13, 0, 4)
+
+
+def test_bundles_that_come_back_from_a_later_claim_or_a_batch_are_not_counted_again(
+    connection: Connection, broker: Broker, another
+) -> None:
+    dead = another("dead")
+    (held,) = placed(connection, broker, 9)
+    assert dead.take("cpu", 0, 1, 1, 0.001) == [held]
+    connection.call("LPUSH", topology.AGAIN, again := bundle_message(5))
+    connection.call("HINCRBY", topology.COUNTERS, "accepted", 5)
+    connection.call("HINCRBY", topology.COUNTERS, "bundled", 4)
+    assert dead.claim(Kind.AGAIN, 0, 0, 1) == [again]
+    connection.call("DEL", topology.lease("dead"))
+    assert broker.recover() == Recovered(2, 0)
+    assert counters(connection) == {"accepted": 14, "bundled": 12}
+    assert oldest_first(connection, topology.ALONE) == [held]
+    assert connection.call("EXISTS", topology.ATTEMPTS) == 0, "none of its jobs ran alone"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b'{"headers":{"lepton":{"bundle":300}}}',
+        b'{"headers":{"lepton":{"bundle":1}}}',
+        b'{"headers":{"lepton":{"bundle":-5}}}',
+        b'{"headers":{"lepton":{"bundle":2.5}}}',
+        b'{"headers":{"lepton":{"bundle":"9"}}}',
+        b'{"headers":{"lepton":{"bundle":null}}}',
+        b'{"headers":{"lepton":["bundle"]}}',
+        b'{"headers":"bundle"}',
+        b'["bundle"]',
+        b'"bundle"',
+        b'"bundle"' + b"[" * 5000,
+        b'{"bundle":9}',
+    ],
+)
+def test_what_is_no_bundle_in_the_claim_of_the_dead_is_one_job(
+    connection: Connection, broker: Broker, another, message: bytes
+) -> None:
+    dead = another("dead")
+    connection.call("LPUSH", topology.LANE, message)
+    dead.claim(Kind.NEW, 0, 0, 1)
+    connection.call("DEL", topology.lease("dead"))
+    assert broker.recover() == Recovered(1, 0)
+    assert counters(connection) == {"accepted": 1}
+    assert in_lanes(connection) == {}
+
+
+def test_a_bundle_that_names_no_lane_of_ours_is_counted_in_the_default_one(
+    connection: Connection, broker: Broker, another
+) -> None:
+    dead = another("dead")
+    message = push_bundle(connection, 4).replace(b'"routing_key":"lepton.ingest"', b'"routing_key":"elsewhere"')
+    assert wire.lane_of(message) == topology.LANE
+    connection.call("LSET", topology.LANE, 0, message)
+    dead.claim(Kind.NEW, 0, 0, 1)
+    connection.call("DEL", topology.lease("dead"))
+    broker.recover()
+    assert in_lanes(connection) == {topology.LANE: 0}
+
+
+def test_a_sweep_forgets_what_was_counted_in_a_lane_that_was_purged(connection: Connection, broker: Broker) -> None:
+    push_bundle(connection, 9, "ann")
+    push_bundle(connection, 5)
+    connection.call("DEL", topology.lane("ann"))
+    sweep(connection)
+    assert in_lanes(connection) == {topology.LANE: 4}
+    assert accounts_of(call(connection, "sizes")).accepted == 5
+    assert len(broker.claim(Kind.NEW, 0, 0, 1)) == 1
+    sweep(connection)
+    assert in_lanes(connection) == {topology.LANE: 4}, "it is in a claim"
+    connection.call("DEL", topology.claim(broker.incarnation, 0))
+    sweep(connection)
+    assert in_lanes(connection) == {}
+
+
+def test_the_jobs_of_a_bundle_are_counted_in_a_claim_whose_lane_is_forgotten(
+    connection: Connection, broker: Broker
+) -> None:
+    push_bundle(connection, 9, "ann")
+    broker.claim(Kind.NEW, 0, 0, 1)
+    sweep(connection)
+    assert connection.call("EXISTS", topology.LANES) == 0
+    assert accounts_of(call(connection, "sizes")).accepted == 9
+
+
+def test_counts_beyond_what_the_messages_can_hold_are_not_believed(connection: Connection) -> None:
+    accept(connection, ("a", "", "m"), ("b", "", "m"))
+    for told, believed in ((10**9, 2 * 256), (-7, 2)):
+        connection.call("HSET", topology.BUNDLED, topology.LANE, told)
+        assert accounts_of(call(connection, "sizes")).accepted == believed
+    connection.call("DEL", topology.BUNDLED)
+
+
+def test_a_quota_counts_the_jobs_of_bundles(connection: Connection) -> None:
+    push_bundle(connection, 9, "t")
+    accept(connection, ("a", "", "m"), lane=TENANT, tenant_jobs=10)
+    with pytest.raises(CommandError, match=r"^QUOTA jobs 10 10"):
+        accept(connection, ("b", "", "m"), lane=TENANT, tenant_jobs=10)
+    with pytest.raises(CommandError, match=r"^OVERLOADED jobs 10 10"):
+        accept(connection, ("c", "", "m"), waiting_jobs=10)
+
+
+def test_a_split_of_a_claim_that_another_has_adopted_is_fenced_and_nothing_counted(
+    connection: Connection, broker: Broker, another
+) -> None:
+    mine = another("mine")
+    message = push_bundle(connection, 9)
+    assert mine.claim(Kind.NEW, 0, 0, 1) == [message]
+    connection.call("DEL", topology.lease("mine"))
+    broker.recover()
+    before = everything(connection)
+    step = Dispatch({topology.claim("mine", 0): 1}, {topology.claim("mine", 0): split(message, 4)})
+    step.bundled = {topology.LANE: 2}
+    with pytest.raises(Fenced):
+        mine.dispatch(step)
+    assert everything(connection) == before
+
+
+def test_two_routers_that_split_what_was_pushed_twice_count_it_twice(
+    connection: Connection, broker: Broker, another
+) -> None:
+    """A client whose answer was lost has pushed it again."""
+    other, message = another("other"), push_bundle(connection, 9)
+    connection.many([("MULTI",), *push_commands([message], Terms(), None, 8), ("EXEC",)])
+    for each in (broker, other):
+        claim = topology.claim(each.incarnation, 0)
+        assert each.claim(Kind.NEW, 0, 0, 1) == [message]
+        parts = split(message, 4)
+        step = Dispatch({claim: 1}, {claim: parts})
+        step.bundled = {topology.LANE: len(parts) - 1}
+        each.dispatch(step)
+    assert in_lanes(connection) == {topology.LANE: 12}
+    found = accounts_of(call(connection, "sizes"))
+    assert (found.accepted, found.terms["claimed"], found.difference) == (18, 6, 0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -12,10 +13,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from lepton_ai import results, topology, wire
+from lepton_ai import bundle, results, topology, wire
+from lepton_ai.bundle import bundled
+from lepton_ai.direct_protocol import push_commands, writer
 from lepton_ai.errors import Fenced, JobCancelled, JobExpired, KernelFailed, TimeLimitExceeded
+from lepton_ai.identity import run_of
 from lepton_ai.job import Options
+from lepton_ai.parcel import Blobs
 from lepton_ai.settings import Settings
+from lepton_ai.terms import Terms
 from queues import functions
 from queues.broker import LISTS_EACH, Broker, Kind
 from queues.connection import Connection
@@ -63,8 +69,20 @@ def record(job: str, status: str) -> bytes:
     return results.encode(results.failure(job, ERRORS[status]), "json")
 
 
+@cache
+def jobs_of(message: bytes) -> tuple[str, ...]:
+    headers = wire.read_envelope(message).headers
+    return bundle.ids_of(message, headers, wire.read_options(headers))
+
+
 def job_of(message: bytes) -> str:
-    return wire.read_envelope(message).headers.id
+    """The job of a message; of a bundle the first."""
+    return jobs_of(message)[0]
+
+
+def extra_of(messages: Iterable[bytes]) -> int:
+    """How many more jobs than messages these are."""
+    return sum(len(jobs_of(each)) - 1 for each in messages)
 
 
 def possible(**arguments: st.SearchStrategy[Any] | None) -> Callable[[Any], Any]:
@@ -90,10 +108,12 @@ def when(condition: Callable[[Any], object]) -> Callable[[Any], Any]:
 #: The steps, and how often each is among those to choose from.
 STEPS = {
     "push": 2,
+    "push_bundle": 2,
     "accept": 2,
     "memory": 1,
     "claim": 4,
     "claim_back": 3,
+    "split": 2,
     "dispatch": 6,
     "unpark": 1,
     "unpark_one": 1,
@@ -105,6 +125,7 @@ STEPS = {
     "release": 1,
     "kill": 1,
     "die_at_work": 3,
+    "die_with_claims": 2,
     "resign": 1,
     "recover": 3,
     "cancel": 1,
@@ -134,7 +155,9 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             self.marks: set[str] = set()
             self.devices: set[str] = set()
             self.lanes: set[str] = set()
-            self.jobs = self.made = 0
+            self.extra: Counter[str] = Counter()  # by the lane: jobs beyond messages in it or its first claims
+            self.ids: list[str] = []
+            self.jobs = self.runs = self.made = 0
             self.holders: dict[str, Holder] = {}
             for role in (*ROUTERS, *WORKERS):
                 self.start(role)
@@ -209,7 +232,8 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
 
         def message(self) -> bytes:
             self.jobs += 1
-            return wire.envelope(f"job-{self.jobs}", KERNEL, {"n": 1}, Options())
+            self.ids.append(f"job-{self.jobs}")
+            return wire.envelope(self.ids[-1], KERNEL, {"n": 1}, Options())
 
         @when(lambda self: not self.full)
         @possible(priority=st.integers(1, 9), twice=st.booleans())
@@ -218,6 +242,20 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             for _ in range(1 + twice):  # a client whose reply was lost sends the same job again
                 self.connection.call("LPUSH", key, message)
                 self.at(key).append(message)
+
+        @when(lambda self: not self.full)
+        @possible(count=st.integers(4, 9), tenant=st.sampled_from([None, "tenant"]), twice=st.booleans())
+        def push_bundle(self, count: int, tenant: str | None, twice: bool) -> None:
+            self.runs += 1
+            jobs = run_of(f"00000000-0000-7000-8000-{self.runs:09x}000", count)
+            self.ids += jobs
+            write, lane = writer(KERNEL, Terms(), tenant, Blobs(0)), topology.lane(tenant)
+            ((message, _),) = bundled([write(job, {"n": 1}) for job in jobs])  # type: ignore[misc]
+            for _ in range(1 + twice):
+                self.connection.many([("MULTI",), *push_commands([message], Terms(), tenant, count - 1), ("EXEC",)])
+                self.at(lane).append(message)
+                self.extra[lane] += count - 1
+            self.lanes |= {lane} - {topology.LANE}
 
         @possible(tenant=st.booleans(), count=st.integers(1, 3), priority=st.integers(1, 9))
         def accept(self, tenant: bool, count: int, priority: int) -> None:
@@ -271,6 +309,31 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             mine += expected
 
         @when(lambda self: self.having(self.claims))
+        @possible(most=st.integers(1, 4), data=None)
+        def split(self, most: int, data: st.DataObject) -> None:
+            """A router splits what bundles a claim of its has."""
+            role, number = data.draw(st.sampled_from(self.having(self.claims)))
+            broker = self.holders[role].broker
+            for kind in Kind:
+                key = topology.claim(broker.incarnation, number, kind)
+                before = self.at(key)
+                parts = {id(each): bundle.split(each, most) for each in before if len(jobs_of(each)) > most}
+                if not parts:
+                    continue
+                after = [part for each in before for part in parts.get(id(each), [each])]
+                step = Dispatch({key: len(before)}, {key: after})
+                for message in before:
+                    more = len(parts.get(id(message), [message])) - 1
+                    if kind is Kind.NEW:
+                        step.bundled[wire.lane_of(message)] = step.bundled.get(wire.lane_of(message), 0) + more
+                    else:
+                        step.counts["bundled"] = step.counts.get("bundled", 0) - more
+                broker.dispatch(step)
+                self.extra.subtract(step.bundled)
+                self.counts.update(step.counts)
+                self.lists[key] = after
+
+        @when(lambda self: self.having(self.claims))
         @possible(chosen=st.lists(st.sampled_from(PLACES), min_size=6, max_size=6), data=None)
         def dispatch(self, chosen: list[str], data: st.DataObject) -> None:
             self.dispatch_from(data.draw(st.sampled_from(self.having(self.claims)))[0], chosen)
@@ -290,6 +353,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                 rejected=[],
                 counts={},
             )
+            step.are_oldest = True
             going = iter(chosen * 100)
             for kind in Kind:
                 for number in (0, 1):
@@ -311,6 +375,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             for outcome in step.rejected:
                 self.finish(outcome.job, outcome.status, outcome.record)
             self.counts.update(step.counts)
+            self.extra.subtract(step.bundled)
             self.marks -= {outcome.job for outcome in step.rejected if outcome.status == "cancelled"}
             broker.dispatch(step)
 
@@ -320,8 +385,14 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                 return
             step.claims[key] = len(messages)
             step.rests[key], step.leaving[key] = [], []
+            self._sort(messages, key, kind, step, going)
+            step.are_oldest &= messages[: len(step.leaving[key])] == step.leaving[key]
+
+        def _sort(self, messages: list[bytes], key: str, kind: Kind, step: Dispatch, going: Any) -> None:
             for message in messages:
-                where, job = next(going), job_of(message)
+                where, job, extra = next(going), job_of(message), extra_of([message])
+                if extra and where not in ("rest", "parked"):
+                    where = "gpu"  # whoever would end one of its jobs, or put it aside, has split it
                 (step.rests if where == "rest" else step.leaving)[key].append(message)
                 if where == "rest":
                     self.at(key).append(message)
@@ -336,7 +407,9 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                 else:
                     step.rejected.append(Outcome(job, where, record(job, where)))
                 if where != "rest" and kind is Kind.NEW:
-                    step.counts["accepted"] = step.counts.get("accepted", 0) + 1
+                    step.counts["accepted"] = step.counts.get("accepted", 0) + 1 + extra
+                    step.counts["bundled"] = step.counts.get("bundled", 0) + extra
+                    step.bundled[wire.lane_of(message)] = step.bundled.get(wire.lane_of(message), 0) + extra
 
         @when(lambda self: self.at(topology.parked(KERNEL)) or self.at(topology.parked_alone(KERNEL)))
         @possible()
@@ -414,8 +487,12 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             broker = self.holders[role].broker
             held = self.pull(topology.held(broker.incarnation, slot))
             outcomes, pushes, retries, dead, duplicates = [], [], [], [], []
-            for message, how in zip(held, chosen * 100, strict=False):
-                job = job_of(message)
+            jobs = [
+                (job, single) for each in held for job, single in zip(jobs_of(each), bundle.singles(each), strict=True)
+            ]
+            ways: dict[str, str] = {}  # of two copies in a batch neither is before the other
+            for (job, message), drawn in zip(jobs, chosen * 100, strict=False):
+                how = ways.setdefault(job, drawn)
                 told = b"" if how == "ignored" else record(job, how)
                 status = "succeeded" if how == "ignored" else how
                 outcomes.append(Outcome(job, status, told, "lepton:reply:me"))
@@ -448,8 +525,11 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                     self.hold_back(job, NEVER, message)
             self.letters += [(each.job, each.code, each.message) for each in dead if each.job not in late]
             self.marks -= {outcome.job for outcome in outcomes if outcome.status == "cancelled"}
-            step = Commit(slot, len(held), outcomes, b"event", pushes, retries, dead=dead)
-            assert broker.commit(step) == duplicates
+            self.counts["bundled"] -= extra_of(held)
+            step = Commit(
+                slot, len(held), outcomes, b"event", pushes, retries, dead=dead, bundled=len(jobs) - len(held)
+            )
+            assert Counter(broker.commit(step)) == Counter(duplicates)
             if lost:  # the reply, so it is sent again
                 with pytest.raises(Fenced):
                     broker.commit(step)
@@ -487,13 +567,24 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             if any(map(self.at, self.claims(self.holders["router1"].broker.incarnation, 0))):
                 self.dispatch_from("router1", ["cpu"])
 
+        @when(lambda self: any(self.at(name) for name in (*topology.lane_lists(), *topology.lane_lists(TENANT))))
+        @possible(limit=st.integers(1, 5))
+        def die_with_claims(self, limit: int) -> None:
+            """A death of a router that has just claimed something, which another gives back."""
+            self.claim("router1", 0, limit)
+            self.kill("router1")
+            self.recover("router0", twice=False)
+
         def give_back(self, broker: Broker, held_goes: str) -> int:
             """What `drain` in functions.lua does; how many messages moved."""
             moved = 0
             for number in (0, 1):
                 for kind, target in ((Kind.NEW, topology.AGAIN), *BACK.items()):
                     found = self.pull(topology.claim(broker.incarnation, number, kind))
-                    self.counts["accepted"] += len(found) if kind is Kind.NEW else 0
+                    for message in found if kind is Kind.NEW else ():
+                        self.counts["accepted"] += len(jobs_of(message))
+                        self.counts["bundled"] += extra_of([message])
+                        self.extra[wire.lane_of(message)] -= extra_of([message])
                     self.at(target).extend(found)
                     moved += len(found)
                 found = self.pull(topology.held(broker.incarnation, number))
@@ -524,7 +615,8 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
                 if sum(len(found) for _, found in held) == 1:
                     ((number, (message,)),) = [each for each in held if each[1]]
                     job = job_of(message)
-                    self.attempts[job] += 1
+                    if extra_of([message]) == 0:  # of a bundle none ran alone
+                        self.attempts[job] += 1
                     if self.attempts[job] >= VALUES.attempts:
                         self.pull(topology.held(incarnation, number))
                         moved += 1
@@ -564,9 +656,9 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
 
         @possible(data=None)
         def cancel(self, data: st.DataObject) -> None:
-            if not self.jobs or self.full:
+            if not self.ids or self.full:
                 return
-            job = f"job-{data.draw(st.integers(1, self.jobs))}"
+            job = data.draw(st.sampled_from(self.ids))
             self.holders["router0"].broker.cancel([job])
             self.marks.add(job)
 
@@ -608,6 +700,21 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             assert {job.decode() for job in self.connection.call("ZRANGE", topology.CANCELLED, 0, -1)} == self.marks
 
         @invariant()
+        def what_is_counted_of_bundles_is_what_is_in_them(self) -> None:
+            before: Counter[str] = Counter()
+            behind = 0
+            for key, messages in self.lists.items():
+                if key.startswith(topology.LANE) or key.split(":")[1:2] == [Kind.NEW.value]:
+                    for message in messages:
+                        before[wire.lane_of(message)] += extra_of([message])
+                else:
+                    behind += extra_of(messages)
+            assert +self.extra == +before
+            assert self.counts["bundled"] == behind
+            told = {name.decode(): int(n) for name, n in self.connection.call("HGETALL", topology.BUNDLED).items()}
+            assert {lane: n for lane, n in told.items() if n} == +before
+
+        @invariant()
         def dead_letters_are_kept(self) -> None:
             found = []
             for _, fields in self.connection.call("XRANGE", topology.DEAD, "-", "+"):
@@ -620,7 +727,8 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             reply = self.connection.call(*functions.call("sizes", (), (LISTS_EACH,)))
             sizes = {name.decode(): value for name, value in zip(reply[::2], reply[1::2], strict=True)}
             assert sizes["difference"] == 0
-            expected = dict.fromkeys(TERMS, 0) | {name: self.counts[name] for name in ENDS}
+            expected = dict.fromkeys(TERMS, 0) | {name: self.counts[name] for name in (*ENDS, "bundled")}
+            expected["lanes"] = self.extra.total()
             for key, messages in self.lists.items():
                 expected[_term(key)] += len(messages)
             expected["scheduled_now"] = len(self.scheduled)
@@ -629,7 +737,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
             came_back = sum(expected[name] for name in ("again", "alone", "reclaimed", "parked_now", "scheduled_now"))
             expected["accepted"] = self.counts["accepted"] + new
             expected["waiting"] = new + came_back
-            expected["in_flight"] = expected["queued"] + expected["held"]
+            expected["in_flight"] = expected["queued"] + expected["held"] + expected["bundled"]
             assert {name: value for name, value in sizes.items() if name != "difference"} == expected
 
     return MessagePath
@@ -637,7 +745,7 @@ def _machine(url: str) -> type[RuleBasedStateMachine]:
 
 CLAIMS = [[kind.value] for kind in Kind]
 ENDS = ("succeeded", "failed", "cancelled", "expired", "dead", "retried", "duplicate")
-TERMS = ("lanes", "claimed", "again", "alone", "reclaimed", "parked_now", "scheduled_now", "queued", "held")
+TERMS = ("lanes", "bundled", "claimed", "again", "alone", "reclaimed", "parked_now", "scheduled_now", "queued", "held")
 
 
 def _term(key: str) -> str:

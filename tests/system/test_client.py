@@ -2,15 +2,18 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lepton_ai import Client, CloudEvent
+from lepton_ai import Client, CloudEvent, topology
 from lepton_ai.errors import InvalidArguments, JobCancelled, UnknownJob, UnknownKernel
 from lepton_ai.event import FINAL_EVENTS
+from lepton_ai.identity import minute_of
 from pipeline.supervisor import Fleet
+from queues.connection import Connection
 
 
 @pytest.fixture(params=["broker", "http"])
@@ -71,6 +74,33 @@ def test_many_jobs_give_each_its_own_result(lepton: Client) -> None:
     rows = [{"a": np.full((1, 1), n, np.float32), "b": np.ones((1, 1), np.float32)} for n in range(500)]
     found = [float(job.result(timeout=20)["c"][0, 0]) for job in lepton.submit_many("linalg.matmul", rows)]
     assert found == [float(n) for n in range(500)]
+
+
+def test_thousands_of_quick_jobs_travel_in_bundles_and_each_has_its_own_result_and_reason(
+    fleet: Fleet, client: Client, http_client: Client
+) -> None:
+    def rows(count: int) -> list[dict[str, Any]]:
+        return [{"a": np.full((1, 1), n, np.float32), "b": np.ones((1, 1), np.float32)} for n in range(count)]
+
+    for job in client.submit_many("linalg.matmul", rows(300)):  # so that routers know how quick it is
+        job.result(timeout=20)
+    before = client.accounts()
+    jobs = client.submit_many("linalg.matmul", rows(4000))
+    assert [float(job.result(timeout=30)["c"][0, 0]) for job in jobs] == [float(n) for n in range(4000)]
+    mapped = {job.row: float(job.result()["c"][0, 0]) for job in client.map("linalg.matmul", rows(2000), window=500)}
+    assert mapped == {n: float(n) for n in range(2000)}
+    after = client.accounts()
+    assert after.accepted - before.accepted == after.terms["succeeded"] - before.terms["succeeded"] == 6000
+    assert (after.difference, after.waiting - before.waiting, after.terms["bundled"]) == (0, 0, 0)
+    for job in jobs[:: len(jobs) // 20]:
+        for found in (job.why(), http_client.job(job.id).why()):
+            assert found is not None
+            assert (found.job, found.state) == (job.id, "placed")
+    with closing(Connection(fleet.broker_url, "look")) as connection:
+        assert {int(count) for count in connection.call("HVALS", topology.BUNDLED)} <= {0}
+        minutes = {minute_of(job.id) or 0 for job in jobs}
+        notes = {name for minute in minutes for name in connection.call("HKEYS", topology.jobs(minute))}
+    assert {job.id[:-3].encode() for job in jobs} & notes, "some have stayed whole"
 
 
 def test_a_job_is_found_again_by_its_id(lepton: Client, client: Client) -> None:

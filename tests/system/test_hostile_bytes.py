@@ -17,10 +17,14 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
 
-from lepton_ai import results, topology, wire
-from lepton_ai.identity import new_id
+from lepton_ai import bundle, results, topology, wire
+from lepton_ai.direct_protocol import writer
+from lepton_ai.errors import LeptonError
+from lepton_ai.identity import new_id, run_of
 from lepton_ai.job import Options
+from lepton_ai.parcel import Blobs
 from lepton_ai.settings import Settings
+from lepton_ai.terms import Terms
 from pipeline import intake
 from pipeline.supervisor import Fleet, run_fleet
 from queues.connection import Connection
@@ -471,6 +475,15 @@ BUSY = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.d
 FIXED = message(job="01a209f7-43bd-7419-beb0-277708b1d2ea")
 
 
+def bundle_of(first: str, count: int = 5) -> bytes:
+    write = writer(KERNEL, Terms(Options(device=DEVICE)), None, Blobs(0))
+    ((found, _),) = bundle.bundled([write(job, GOOD) for job in run_of(first, count)])  # type: ignore[misc]
+    return found
+
+
+BUNDLE = bundle_of("01a209f7-43bd-7419-beb0-277708b1d000")
+
+
 @tries(max_examples=400, suppress_health_check=BUSY)
 @given(mutations(FIXED), st.booleans())
 def test_no_mutation_makes_a_reader_raise(changed: bytes, in_body: bool) -> None:
@@ -479,6 +492,38 @@ def test_no_mutation_makes_a_reader_raise(changed: bytes, in_body: bool) -> None
     assert isinstance(intake.read(changed, 0.0), intake.Incoming | intake.Refused | intake.Dead)
     found = batching.read(changed, KERNELS, 1 << 20)
     assert isinstance(found, batching.TakenJob | batching.Refused | batching.Unreadable)
+
+
+def ids_in(read: intake.Incoming | intake.Refused | intake.Dead) -> tuple[str, ...]:
+    """Of how many jobs a router knows by a message, and of which."""
+    if isinstance(read, intake.Incoming):
+        return read.ids
+    return (read.headers.id,) if isinstance(read, intake.Refused) else ("",)
+
+
+@tries(max_examples=1500, suppress_health_check=BUSY)
+@given(mutations(BUNDLE), st.integers(1, 5))
+def test_of_every_mutation_of_a_bundle_router_and_worker_count_the_same_jobs(changed: bytes, most: int) -> None:
+    expected = ids_in(intake.read(changed, 0.0))
+    found = batching.read_all(changed, KERNELS, 1 << 20)
+    assert len(found) == len(expected)
+    if len(found) > 1:
+        assert tuple(each.id for each in found if not isinstance(each, batching.Unreadable)) == expected
+    try:
+        parts = bundle.split(changed, most) if len(expected) > 1 else [changed]
+    except LeptonError:
+        assert all(isinstance(each, batching.Refused) for each in found)
+        return
+    assert tuple(job for part in parts for job in ids_in(intake.read(part, 0.0))) == expected
+
+
+@tries(max_examples=12, suppress_health_check=BUSY)
+@given(st.lists(mutations(BUNDLE), min_size=20, max_size=60))
+def test_no_mutation_of_a_bundle_holds_up_the_job_behind_it(connection: Connection, changed: list[bytes]) -> None:
+    for queue in (topology.LANE, topology.AGAIN, topology.ALONE, topology.device_queue(DEVICE)):
+        job, last = good()
+        connection.many([("LPUSH", queue, each) for each in [*filter(None, changed), last]])
+        assert result(connection, job).result == PRODUCT
 
 
 @tries(max_examples=12, suppress_health_check=BUSY)

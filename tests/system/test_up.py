@@ -290,7 +290,7 @@ def test_jobs_that_wait_at_ctrl_c_are_run_after_the_next_start(folder: Path, sta
     up = start(*arguments)
     up.wait_for("up_ready")
     with Client(broker_url(folder / "data")) as client:
-        jobs = [nap(client, 0.5) for _ in range(8)]
+        jobs = client.submit_many("test.nap", [{"seconds": 0.5}] * 8)
         assert result_of(jobs[0])["slept"] == [0.5]
         assert up.end(signal.SIGINT) == 0, up.told()
         assert up.left() == []

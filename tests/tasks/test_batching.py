@@ -15,7 +15,7 @@ from lepton_ai.errors import InvalidArguments, OptionNotSupported, TooLarge, Unk
 from lepton_ai.job import Options
 from lepton_ai.kernel import Kernel
 from lepton_ai.tensor import TensorMap
-from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, read, split
+from tasks.batching import SERIES_S, Group, Refused, TakenJob, Unreadable, answer, groups, read, split
 
 LIMIT_BYTES = 1 << 20
 
@@ -295,6 +295,19 @@ def test_jobs_whose_scalar_is_no_number_run_apart() -> None:
 def test_a_kernel_without_batching_runs_one_at_a_time() -> None:
     jobs = [taken(2, kernel=ALONE, name=name) for name in "abc"]
     assert ids(groups(jobs, 10)) == [["a"], ["b"], ["c"]]
+
+
+def test_quick_jobs_of_a_kernel_without_batching_are_a_series_with_others_of_about_their_size() -> None:
+    jobs = [taken(rows, kernel=ALONE, name=name) for name, rows in (("a", 4), ("b", 400), ("c", 5))]
+    found = groups(jobs, 10, predicted_s=lambda _: 1e-4)
+    assert ids(found) == [["a", "c"], ["b"]]
+    assert [each.is_series for each in found] == [True, True]
+
+
+def test_a_series_takes_no_longer_than_its_limit() -> None:
+    jobs = [taken(2, kernel=ALONE, name=name) for name in "abcde"]
+    assert ids(groups(jobs, 10, predicted_s=lambda _: 0.4 * SERIES_S)) == [["a", "b"], ["c", "d"], ["e"]]
+    assert ids(groups(jobs[:2], 10, predicted_s=lambda _: 1.1 * SERIES_S)) == [["a"], ["b"]]
 
 
 def test_jobs_of_different_kernels_never_share_a_launch() -> None:

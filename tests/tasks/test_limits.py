@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lepton_ai.job import Estimate, Placement
+from lepton_ai.job import Estimate
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.settings import Settings
 from tasks.limits import kill_after_s, own_limit_s
@@ -16,8 +16,8 @@ def spec(limit_s: float | None = None) -> KernelSpec:
     return KernelSpec("test.spin", {"n": "int64"}, {"y": "int64"}, "n", "0", limit_s=limit_s)
 
 
-def predicted(run_s: float) -> Placement:
-    return Placement("job", "test.spin", "placed", "", 0.0, "router", "cpu", Estimate(1000.0, 1000.0, run_s))
+def predicted(run_s: float) -> Estimate:
+    return Estimate(1000.0, 1000.0, run_s)
 
 
 def test_a_kernel_that_says_nothing_has_the_fleets_limit() -> None:
@@ -55,9 +55,8 @@ def test_a_kernels_limit_below_the_least_is_the_operators_and_stands() -> None:
     assert kill_after_s(0.001, spec(1.0), predicted(10.0), SETTINGS) == (1.0, False)
 
 
-def test_a_placement_without_an_estimate_predicts_nothing() -> None:
-    placement = Placement("job", "test.spin", "placed", "", 0.0, "router")
-    assert kill_after_s(6.0, spec(), placement, SETTINGS) == (6.0, True)
+def test_a_job_without_an_estimate_is_predicted_to_take_nothing() -> None:
+    assert kill_after_s(6.0, spec(), None, SETTINGS) == (6.0, True)
 
 
 @pytest.mark.parametrize(("limits", "together"), [([2.0], 2.0), ([2.0, 3.0], 5.0), ([2.0, None], None), ([None], None)])

@@ -11,14 +11,17 @@ import pytest
 from lepton_ai import blob, results, topology, wire
 from lepton_ai.blob import WORTH_BYTES
 from lepton_ai.device import Announcement, Peaks
-from lepton_ai.identity import new_id
+from lepton_ai.direct_protocol import push, writer
+from lepton_ai.identity import new_id, new_ids
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec, Retry
 from lepton_ai.parcel import Blobs, Parcel, pack
 from lepton_ai.ring import FOLDER, RingReader
+from lepton_ai.terms import Terms
 from tests.tasks.workshop import DEVICE, SETTINGS, MakeWorker, Worker, until
 
-WAYS = ["redis", pytest.param("ring", marks=pytest.mark.skipif(not FOLDER.is_dir(), reason="no /dev/shm here"))]
+in_memory = pytest.mark.skipif(not FOLDER.is_dir(), reason="no /dev/shm here")
+WAYS = ["redis", pytest.param("ring", marks=in_memory)]
 
 
 @pytest.fixture
@@ -119,7 +122,46 @@ def test_a_job_whose_array_is_gone_fails_alone(worker: Worker, blobs: Blobs, way
     assert lasts_s(worker, lost) <= {-2}
 
 
-@pytest.mark.skipif(not FOLDER.is_dir(), reason="no /dev/shm here")
+def bundled(worker: Worker, blobs: Blobs, count: int, kernel: str = "test.double") -> list[str]:
+    """Jobs in one message, sent to the device, and their arrays in the ring."""
+    write = writer(kernel, Terms(), None, blobs)
+    jobs = new_ids(count)
+    (_, _, message), _ = push(
+        [write(job, {"x": numbers(start=n)}) for n, job in enumerate(jobs)], Terms(), None
+    ).commands
+    worker.push(message)
+    return jobs
+
+
+@in_memory
+def test_the_jobs_of_a_bundle_have_their_arrays_and_one_whose_is_gone_fails_alone(worker: Worker, blobs: Blobs) -> None:
+    worker.warm_up()
+    gate = worker.send(0.0, kernel="test.gated")
+    worker.enters()
+    jobs = bundled(worker, blobs, 5)
+    blobs.free(jobs[3])
+    worker.shop.gate.set()
+    worker.meta(gate[0])
+    assert worker.failure(jobs[3])[:2] == ("FAILURE", "BlobLost")
+    for n in (0, 1, 2, 4):
+        assert np.array_equal(worker.double(jobs[n]), 2 * numbers(start=n))
+
+
+@in_memory
+def test_a_job_of_a_bundle_that_is_tried_again_has_its_own_array(worker: Worker, blobs: Blobs) -> None:
+    worker.shop.policy(Retry(times=2, delay_s=60.0))
+    worker.shop.raising = [ValueError("once")]
+    jobs = bundled(worker, blobs, 4, "test.tries")
+    until(lambda: worker.counters().get("succeeded") == 3, "the others do not end")
+    (message,) = worker.connection.call("HVALS", topology.ETA_MESSAGES)
+    assert len(wire.read_options(wire.read_envelope(message).headers).blobs or ()) == 1
+    worker.push(message)
+    until(lambda: worker.counters().get("succeeded") == 4, "it does not end")
+    found = [results.read(worker.connection.call("GET", topology.result(job))).result["y"] for job in jobs]
+    assert all(np.array_equal(each, 2 * numbers(start=n)) for n, each in enumerate(found))
+
+
+@in_memory
 def test_what_was_made_of_memory_that_became_anothers_meanwhile_is_void(worker: Worker, blobs: Blobs) -> None:
     job, sent = parcel(blobs, "ring", numbers(), "test.gated")
     publish(worker, sent)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -12,14 +14,17 @@ import numpy as np
 import pytest
 
 from lepton_ai import cancellation, event, results, topology, wire
+from lepton_ai.accounts import accounts_of
+from lepton_ai.bundle import shared_note
 from lepton_ai.errors import BrokerUnavailable, InvalidArguments, Overloaded, RetryJob
 from lepton_ai.event import Event
-from lepton_ai.identity import minute_of, new_id, new_ids
+from lepton_ai.identity import minute_of, new_id, new_ids, run_of
 from lepton_ai.job import LATEST_S, Candidate, Estimate, Meta, Options, Placement
 from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Retry
 from lepton_ai.succession import FollowUps
+from queues import functions
 from queues.event_stream import EventStream
-from tests.tasks.workshop import DEVICE, QUEUE, RAISES, RETURNS, Worker, followed, message, until
+from tests.tasks.workshop import DEVICE, QUEUE, RAISES, RETURNS, Worker, bundle_of, followed, message, until
 
 # -- results ----------------------------------------------------------------------------------------------------
 
@@ -46,16 +51,19 @@ def test_a_reply_goes_to_the_client_that_waits(worker: Worker) -> None:
     assert [reply.task_id for reply in replies] == sent
 
 
-def test_the_record_has_the_placement_and_what_the_job_cost(worker: Worker) -> None:
+def test_the_record_has_what_the_job_cost_and_its_placement_is_kept_as_long(worker: Worker) -> None:
     job = new_id()
     placement = Placement(job, "test.double", "placed", "because", time.time() - 1.0, "router-1", DEVICE)
     key = topology.jobs(minute_of(job) or 0)
     worker.connection.call("HSET", key, job, msgspec.msgpack.encode(placement))
+    worker.connection.call("EXPIRE", key, 60)
     worker.push(message(job, 1.0))
     record = worker.meta(job).lepton
-    assert record.placement == placement
+    assert record.placement is None
     assert (record.cost.worker, record.cost.device, record.cost.batch) == (worker.incarnation, DEVICE, 1)
     assert 1.0 <= record.cost.wait_s < 3.0
+    until_result, until_placement = worker.connection.many([("PTTL", topology.result(job)), ("PTTL", key)])
+    assert until_placement >= until_result - 1000
 
 
 def test_one_event_tells_what_a_launch_taught(worker: Worker) -> None:
@@ -100,24 +108,25 @@ def test_one_that_fails_among_many_that_run_one_after_another_teaches_nothing(wo
     assert told == {"job.succeeded": tuple(good), "job.failed": (bad,)}
 
 
-def test_a_placement_comes_back_whole_in_either_encoding(worker: Worker) -> None:
+def test_a_job_whose_id_carries_no_minute_has_its_placement_in_its_record(worker: Worker) -> None:
     worker.warm_up()
-    jobs = new_ids(2)
+    jobs = [str(uuid.uuid4()) for _ in range(2)]
     for job, encoding in zip(jobs, ("msgpack", "json"), strict=True):
         estimate = Estimate(0.5, 0.25, 0.125)
         candidates = (Candidate(DEVICE, estimate), Candidate("gpu", excluded="announces no test.double"))
         placement = Placement(
             job, "test.double", "placed", "b", 1.0, "router-1", DEVICE, estimate, candidates, "earliest_finish"
         )
-        worker.connection.call("HSET", topology.jobs(minute_of(job) or 0), job, msgspec.msgpack.encode(placement))
+        minute = int(time.time()) // 60
+        worker.connection.call("HSET", topology.jobs(minute), job, msgspec.msgpack.encode(placement))
         worker.push(message(job, 1.0, result=encoding))
         assert worker.meta(job).lepton.placement == placement
 
 
 def test_a_placement_that_cannot_be_read_holds_no_job_up_and_goes_no_further(worker: Worker) -> None:
     for note in (b"\xc1", msgspec.msgpack.encode({"placed_at": 1.0, "candidates": 7})):
-        (job,) = new_ids(1)
-        worker.connection.call("HSET", topology.jobs(minute_of(job) or 0), job, note)
+        job = str(uuid.uuid4())
+        worker.connection.call("HSET", topology.jobs(int(time.time()) // 60), job, note)
         worker.push(message(job, 1.0, result="msgpack"))
         found = worker.meta(job)
         assert (found.status, found.lepton.placement) == ("SUCCESS", None)
@@ -486,3 +495,283 @@ def test_a_job_whose_follow_ups_want_the_broker_waits_for_it(worker: Worker, mon
     worker.push(followed(job, {"callbacks": [{"task": "theirs.next"}]}))
     assert worker.double(job) == [2.0]
     assert worker.connection.call("LRANGE", "theirs", 0, -1) == [b"next"]
+
+
+# -- bundles --------------------------------------------------------------------------------------------------------
+
+
+def accepted(worker: Worker, jobs: int, messages: int = 1) -> None:
+    """What a router notes of a bundle that it places."""
+    worker.connection.call("HINCRBY", topology.COUNTERS, "accepted", jobs)
+    worker.connection.call("HINCRBY", topology.COUNTERS, "bundled", jobs - messages)
+
+
+def unaccounted(worker: Worker) -> dict[str, int]:
+    """The terms that must be nought once all is done."""
+    terms = accounts_of(worker.connection.call(*functions.call("sizes", (), ()))).terms
+    return {name: terms[name] for name in ("difference", "bundled", "held", "queued") if terms[name]}
+
+
+def test_a_bundle_is_run_and_each_of_its_jobs_has_its_result(worker: Worker) -> None:
+    accepted(worker, 9)
+    jobs = worker.send_bundle(*range(1, 10), reply_to="lepton:reply:me", result="msgpack")
+    assert [worker.meta(job).result["y"] for job in jobs] == [[2.0 * at] for at in range(1, 10)]
+    assert worker.shop.launches == {9: 1}
+    assert [results.read(each).task_id for each in worker.connection.call("LRANGE", "lepton:reply:me", 0, -1)] == jobs
+    assert worker.counters() == {"accepted": 9, "bundled": 0, "succeeded": 9}
+    assert unaccounted(worker) == {}
+
+
+def test_bundles_and_single_jobs_are_taken_run_and_committed_together(worker: Worker) -> None:
+    worker.warm_up()
+    accepted(worker, 11, 4)
+    worker.connection.call("HINCRBY", topology.COUNTERS, "accepted", 1)  # the first one
+    runs = [run_of(new_id(), count) for count in (5, 4)]
+    alone = new_ids(2)
+    messages = [bundle_of(run, range(1, len(run) + 1)) for run in runs]
+    worker.push(messages[0], message(alone[0], 7.0), messages[1], message(alone[1], 8.0))
+    for run in runs:
+        assert [worker.double(job) for job in run] == [[2.0 * at] for at in range(1, len(run) + 1)]
+    assert [worker.double(job) for job in alone] == [[14.0], [16.0]]
+    assert worker.shop.launches[11] == 1
+    assert unaccounted(worker) == {}
+
+
+def test_a_bad_row_of_a_bundle_fails_alone_and_names_its_argument(worker: Worker) -> None:
+    accepted(worker, 5)
+    jobs = worker.send_bundle(1.0, 2.0, "three", 4.0, 5.0)
+    assert worker.failure(jobs[2])[:2] == ("FAILURE", "InvalidArguments")
+    assert worker.meta(jobs[2]).lepton.error["field"] == "x"
+    assert [worker.double(job) for job in (*jobs[:2], *jobs[3:])] == [[2.0], [4.0], [8.0], [10.0]]
+    assert worker.counters() == {"accepted": 5, "bundled": 0, "succeeded": 4, "failed": 1}
+    assert unaccounted(worker) == {}
+
+
+def test_where_the_kernel_raises_for_one_job_of_a_bundle_the_others_succeed(worker: Worker) -> None:
+    accepted(worker, 5)
+    jobs = worker.send_bundle(1.0, -1.0, 3.0, 4.0, 5.0)
+    assert "below zero" in worker.failure(jobs[1])[2]
+    assert [worker.double(jobs[at]) for at in (0, 2, 3, 4)] == [[2.0], [6.0], [8.0], [10.0]]
+    assert unaccounted(worker) == {}
+
+
+def test_a_bundle_of_a_kernel_that_the_worker_does_not_have_fails_job_by_job(worker: Worker) -> None:
+    accepted(worker, 4)
+    jobs = worker.send_bundle(1.0, 2.0, 3.0, 4.0, kernel="test.missing")
+    assert [worker.failure(job)[1] for job in jobs] == ["UnknownKernel"] * 4
+    assert unaccounted(worker) == {}
+
+
+@pytest.mark.parametrize("spelled", ['"bundle" : 4', '"\\u0062undle":4'])
+def test_a_bundle_is_one_however_its_header_is_spelled(worker: Worker, spelled: str) -> None:
+    accepted(worker, 4)
+    jobs = run_of(new_id(), 4)
+    worker.push(bundle_of(jobs, [1.0, 2.0, 3.0, 4.0]).replace(b'"bundle":4', spelled.encode()))
+    assert [worker.double(job) for job in jobs] == [[2.0], [4.0], [6.0], [8.0]]
+    assert unaccounted(worker) == {}
+
+
+@pytest.mark.parametrize("body", ["!", "/w==", "kZCRgKFu"])
+def test_each_job_of_a_bundle_that_cannot_be_read_fails(worker: Worker, body: str) -> None:
+    accepted(worker, 4)
+    jobs = run_of(new_id(), 4)
+    found = json.loads(bundle_of(jobs, [1.0, 2.0, 3.0, 4.0]))
+    worker.push(json.dumps(found | {"body": body}).encode())
+    assert [worker.meta(job).status for job in jobs] == ["FAILURE"] * 4
+    assert unaccounted(worker) == {}
+
+
+def test_two_copies_of_a_bundle_end_once(worker: Worker) -> None:
+    worker.warm_up()
+    worker.connection.call("HINCRBY", topology.COUNTERS, "accepted", 1)
+    accepted(worker, 8, 2)
+    jobs = run_of(new_id(), 4)
+    worker.push(*[bundle_of(jobs, [1.0, 2.0, 3.0, 4.0], reply_to="lepton:reply:me")] * 2)
+    assert [worker.double(job) for job in jobs] == [[2.0], [4.0], [6.0], [8.0]]
+    until(lambda: worker.counters().get("duplicate") == 4, "the second copy is counted")
+    assert worker.connection.call("LLEN", "lepton:reply:me") == 4
+    assert unaccounted(worker) == {}
+
+
+def test_one_job_of_a_bundle_that_is_to_be_cancelled_is_not_run(worker: Worker) -> None:
+    accepted(worker, 4)
+    jobs = run_of(new_id(), 4)
+    worker.connection.many(cancellation.mark([jobs[2]], "me"))
+    worker.push(bundle_of(jobs, [1.0, 2.0, 3.0, 4.0]))
+    assert [worker.meta(job).status for job in jobs] == ["SUCCESS", "SUCCESS", "REVOKED", "SUCCESS"]
+    assert worker.shop.launches == {3: 1}
+    assert unaccounted(worker) == {}
+
+
+def test_a_job_of_a_bundle_that_is_to_be_run_again_waits_as_a_message_of_its_own(worker: Worker) -> None:
+    accepted(worker, 4)
+    worker.shop.policy(Retry(times=1, delay_s=1000))
+    worker.shop.raising.append(ValueError("not yet"))
+    jobs = worker.send_bundle(1.0, 2.0, 3.0, 4.0, kernel="test.tries")
+    assert [worker.double(job) for job in jobs[1:]] == [[4.0], [6.0], [8.0]]
+    (waiting,) = worker.connection.call("HVALS", topology.ETA_MESSAGES)
+    assert unaccounted(worker) == {}
+    found = wire.read_envelope(waiting)
+    options = wire.read_options(found.headers)
+    assert (found.headers.id, found.headers.retries, options.bundle, options.split) == (jobs[0], 1, None, False)
+    worker.connection.many([("DEL", topology.ETA, topology.ETA_MESSAGES), ("LPUSH", QUEUE, waiting)])
+    until(lambda: worker.meta(jobs[0]).status == "SUCCESS", "it has been run again")
+    assert worker.meta(jobs[0]).result["y"] == [2.0]
+    assert unaccounted(worker) == {}
+
+
+def test_a_job_of_a_bundle_that_is_given_up_is_a_dead_letter_which_can_be_replayed(worker: Worker) -> None:
+    accepted(worker, 4)
+    worker.shop.policy(Retry(times=0))
+    worker.shop.raising.append(ValueError("never"))
+    jobs = worker.send_bundle(1.0, 2.0, 3.0, 4.0, kernel="test.tries")
+    assert worker.meta(jobs[0]).status == "FAILURE"
+    ((_, fields),) = worker.connection.call("XRANGE", topology.DEAD, "-", "+")
+    letter = dict(zip(fields[::2], fields[1::2], strict=True))
+    assert (letter[b"job"], letter[b"kernel"]) == (jobs[0].encode(), b"test.tries")
+    assert unaccounted(worker) == {}
+    worker.connection.call("DEL", topology.result(jobs[0]))
+    accepted(worker, 1)
+    worker.push(letter[b"message"])
+    assert worker.double(jobs[0]) == [2.0]
+    assert unaccounted(worker) == {}
+
+
+def noted(worker: Worker, jobs: Sequence[str], *, together: bool) -> None:
+    """Where these were placed, as a router says it."""
+    placements = [
+        msgspec.msgpack.encode(Placement(job, "test.double", "placed", "b", time.time(), "router-1", DEVICE))
+        for job in jobs
+    ]
+    pairs = zip(jobs, placements, strict=True)
+    fields = (
+        [jobs[0][:-3], shared_note(placements[0], len(jobs))] if together else [part for pair in pairs for part in pair]
+    )
+    worker.connection.call("HSET", topology.jobs(minute_of(jobs[0]) or 0), *fields)
+
+
+@pytest.mark.parametrize("result", ["json", "msgpack"])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("values", [(1.0, 2.0, 3.0, 4.0), (1.0, "two", 3.0, 4.0)], ids=["good", "one bad"])
+def test_how_long_each_job_of_a_bundle_waited_is_known_by_its_placement(
+    worker: Worker, result: str, split: bool, values: tuple[Any, ...]
+) -> None:
+    jobs = run_of(new_id(), 4)
+    noted(worker, jobs, together=not split)
+    worker.push(bundle_of(jobs, values, result=result, split=split))
+    metas = [worker.meta(job) for job in jobs]
+    good = [(meta.task_id, meta.lepton.cost.wait_s > 0) for meta in metas if meta.status == "SUCCESS"]
+    assert good == [(job, True) for job, value in zip(jobs, values, strict=True) if value != "two"]
+
+
+def test_a_bundle_in_the_midst_of_a_run_does_not_take_the_note_of_the_first_for_its_own(worker: Worker) -> None:
+    run = run_of(new_id(), 8)
+    noted(worker, run[:4], together=True)
+    worker.push(bundle_of(run[4:], [1.0, 2.0, 3.0, 4.0]))
+    assert [worker.meta(job).lepton.placement for job in run[4:]] == [None] * 4
+
+
+# -- series -----------------------------------------------------------------------------------------------------
+
+
+def started(worker: Worker) -> list[str]:
+    return [job for what, job in worker.books.seen if what == "started"]
+
+
+def test_quick_jobs_of_a_kernel_that_takes_one_at_a_time_start_together_and_run_one_by_one(worker: Worker) -> None:
+    worker.warm_up()
+    jobs = worker.send_series(1.0, 2.0, 3.0)
+    worker.enters()
+    assert started(worker)[-3:] == jobs
+    assert [each.jobs for each in worker.slots.running] == [(jobs[0],)]
+    worker.shop.gate.set()
+    assert [worker.double(job) for job in jobs] == [[2.0], [4.0], [6.0]]
+
+
+@pytest.mark.parametrize(
+    ("run_s", "spread"), [(1e-4, 0.0), (0.006, 0.1), (1.0, 0.1), (math.inf, 0.1), (math.nan, 0.1), (-1.0, 0.1)]
+)
+def test_slow_jobs_and_those_of_unknown_cost_start_one_by_one(worker: Worker, run_s: float, spread: float) -> None:
+    worker.warm_up()
+    jobs = new_ids(2)
+    worker.predict(run_s, *jobs, spread=spread)
+    worker.push(*(message(job, 1.0, "test.gated") for job in jobs))
+    worker.enters()
+    assert started(worker)[-1] == jobs[0]
+    worker.shop.gate.set()
+    worker.double(jobs[1])
+
+
+def test_jobs_that_something_follows_or_that_have_a_limit_start_one_by_one(worker: Worker) -> None:
+    worker.warm_up()
+    plain, limited, leading = new_ids(3)
+    worker.predict(1e-4, plain, limited, leading)
+    worker.push(
+        message(plain, 1.0, "test.gated"),
+        message(limited, 1.0, "test.gated", limit_s=5.0),
+        followed(leading, {"callbacks": [{"task": "theirs.next"}]}, "test.gated"),
+    )
+    worker.enters()
+    assert started(worker)[-1] == plain
+    worker.shop.gate.set()
+    worker.double(leading)
+
+
+def test_one_of_a_series_fails_the_others_succeed_and_none_runs_twice(worker: Worker) -> None:
+    worker.warm_up()
+    worker.shop._add("test.single", None, worker.shop._double)
+    stream = EventStream(worker.connection)
+    jobs = worker.send_series(1.0, -1.0, 3.0, 102.0, 5.0, kernel="test.single")
+    assert [worker.double(jobs[at]) for at in (0, 2, 4)] == [[2.0], [6.0], [10.0]]
+    assert worker.failure(jobs[1])[1:] == ("KernelFailed", "ValueError: below zero")
+    assert worker.failure(jobs[3])[1] == "KernelFailed"
+    assert worker.shop.launches == {1: 1 + 5}
+    told = [each for _, each in stream.read(5000)]
+    (taught,) = [each for each in told if each.type == "job.succeeded"]
+    assert taught.jobs == (jobs[0], jobs[2], jobs[4])
+
+
+def test_a_series_teaches_what_one_of_its_launches_took(worker: Worker) -> None:
+    worker.warm_up()
+    stream = EventStream(worker.connection)
+    jobs = worker.send_series(1.0, 2.0, 3.0, 4.0, kernel="test.tries")
+    ((_, told),) = stream.read(5000)
+    seen = told.observation
+    assert (told.jobs, seen.jobs, seen.flops, seen.bytes, seen.transfer_bytes) == (tuple(jobs), 1, 2.0, 8.0, 8.0)
+    costs = [worker.meta(job).lepton.cost for job in jobs]
+    assert {(cost.batch, cost.run_s) for cost in costs} == {(1, costs[0].run_s)}
+    assert costs[0].run_s == pytest.approx(seen.run_s)
+
+
+def test_one_of_a_series_is_cancelled_while_it_runs_and_the_others_are_not(worker: Worker) -> None:
+    worker.warm_up()
+    first, second, third = worker.send_series(1.0, 2.0, 3.0)
+    worker.enters()
+    worker.books.revoke({first})
+    assert worker.shop.contexts[-1].cancelled
+    worker.books.revoked.clear()
+    worker.shop.gate.set()
+    worker.enters()
+    assert not worker.shop.contexts[1].cancelled
+    assert worker.failure(first)[0] == "REVOKED"
+    assert [worker.double(job) for job in (second, third)] == [[4.0], [6.0]]
+
+
+def test_one_of_a_series_is_cancelled_before_its_turn_and_has_no_result(worker: Worker) -> None:
+    worker.warm_up()
+    first, second, third = worker.send_series(1.0, 2.0, 3.0)
+    worker.enters()
+    worker.books.revoke({second})
+    worker.shop.gate.set()
+    assert worker.failure(second)[0] == "REVOKED"
+    assert [worker.double(job) for job in (first, third)] == [[2.0], [6.0]]
+
+
+def test_a_series_that_is_predicted_to_take_too_long_is_several(worker: Worker) -> None:
+    worker.warm_up()
+    jobs = worker.send_series(*range(5), run_s=0.004)
+    worker.enters()
+    assert started(worker)[-2:] == jobs[:2]
+    assert jobs[2] not in started(worker)
+    worker.shop.gate.set()
+    assert worker.double(jobs[4]) == [8.0]

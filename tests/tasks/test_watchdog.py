@@ -12,13 +12,13 @@ import pytest
 
 from lepton_ai import event, topology, wire
 from lepton_ai.errors import BrokerUnavailable
-from lepton_ai.identity import new_ids
+from lepton_ai.identity import new_id, new_ids, run_of
 from lepton_ai.kernel import Kernel
 from lepton_ai.succession import FollowUps
 from queues.broker import Broker
 from queues.steps import Commit
 from tasks.watchdog import EXIT_CODE, Watchdog
-from tests.tasks.workshop import DEVICE, SETTINGS, MakeWorker, NoCanvas, Worker, followed, message, until
+from tests.tasks.workshop import DEVICE, SETTINGS, MakeWorker, NoCanvas, Worker, bundle_of, followed, message, until
 
 #: A job's own limit may end a worker at once, its kernel's never within a test.
 OWN = msgspec.structs.replace(SETTINGS, least_limit_s=0.01)
@@ -168,6 +168,52 @@ def test_a_group_over_its_limit_comes_back_as_suspects_and_nobody_has_an_attempt
     assert held(worker) == []
     worker.lease.recover()
     assert attempts(worker) == {}
+
+
+def test_a_bundle_with_the_culprit_comes_back_as_a_suspect_and_nobody_has_an_attempt(
+    worker: Worker, watch: Any, end: End
+) -> None:
+    """Whoever takes it up runs its jobs one by one, and the culprit is found then."""
+    hang(worker)
+    worker.warm_up()
+    (beside,) = (message(job, 1.0) for job in new_ids(1))
+    hung = bundle_of(run_of(new_id(), 4), [1.0, 2.0, 3.0, 4.0], "test.hung")
+    worker.push(beside, hung)
+    watch(worker)
+    end.wait()
+    worker.lease.recover()
+    assert (oldest_first(worker, topology.ALONE), oldest_first(worker, topology.AGAIN)) == ([hung], [beside])
+    assert attempts(worker) == {}
+    assert held(worker) == []
+
+
+def test_a_bundle_that_ran_as_one_launch_comes_back_as_a_suspect(worker: Worker, watch: Any, end: End) -> None:
+    hang(worker, batch="concat")
+    worker.warm_up()
+    (beside,) = (message(job, 1.0) for job in new_ids(1))
+    hung = bundle_of(run_of(new_id(), 4), [1.0, 2.0, 3.0, 4.0], "test.hung")
+    worker.push(beside, hung)
+    watch(worker)
+    end.wait()
+    assert (oldest_first(worker, topology.ALONE), oldest_first(worker, topology.AGAIN)) == ([hung], [beside])
+    worker.lease.recover()
+    assert attempts(worker) == {}
+
+
+def test_of_a_series_the_one_that_hangs_is_the_culprit_and_its_neighbours_are_not_suspected(
+    worker: Worker, watch: Any, end: End
+) -> None:
+    hang(worker, limit_s=0.5)
+    worker.shop.gates[1.0] = threading.Event()
+    worker.shop.gates[1.0].set()
+    worker.warm_up()
+    jobs = worker.send_series(1.0, 2.0, 3.0, kernel="test.hung")
+    watch(worker)
+    assert end.wait() == EXIT_CODE
+    assert [id_of(each) for each in held(worker)] == [jobs[1]]
+    assert [id_of(each) for each in oldest_first(worker, topology.AGAIN)] == [jobs[0], jobs[2]]
+    worker.lease.recover()
+    assert attempts(worker) == {jobs[1].encode(): b"1"}
 
 
 def test_of_two_copies_of_the_culprit_one_stays_held(worker: Worker, watch: Any, end: End) -> None:

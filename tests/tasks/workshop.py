@@ -10,15 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lepton_ai import results, topology, wire
+from lepton_ai.bundle import bundled
 from lepton_ai.device import Peaks
-from lepton_ai.identity import new_id, new_ids
-from lepton_ai.job import Meta, Options
+from lepton_ai.direct_protocol import writer
+from lepton_ai.identity import minute_of, new_id, new_ids, run_of
+from lepton_ai.job import Estimate, Meta, Options, Placement
 from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Retry
+from lepton_ai.parcel import Blobs
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps, Sequel
+from lepton_ai.terms import Terms
 from queues.broker import Broker
 from queues.connection import Connection
 from queues.event_stream import EventStream
@@ -206,6 +211,12 @@ class Worker:
         self.push(*(message(job_id, value, kernel, **options) for job_id, value in zip(ids, values, strict=True)))
         return ids
 
+    def send_bundle(self, *values: Any, kernel: str = "test.double", **options: Any) -> list[str]:
+        """As `send`, in one message."""
+        jobs = run_of(new_id(), len(values))
+        self.push(bundle_of(jobs, values, kernel, **options))
+        return list(jobs)
+
     def suspect(self, *values: float, kernel: str = "test.gated", **options: Any) -> list[str]:
         """As `send`, of jobs whose worker died."""
         ids = new_ids(len(values))
@@ -225,6 +236,20 @@ class Worker:
             int(key.decode().removeprefix(prefix)): self.connection.call("LRANGE", key, 0, -1)[::-1]
             for key in self.connection.call("KEYS", f"{prefix}*")
         }
+
+    def predict(self, run_s: float, *jobs: str, kernel: str = "test.gated", spread: float = 0.1) -> None:
+        """Notes that a router placed these jobs, and how long it thought that each would run."""
+        for job in jobs:
+            estimate = Estimate(0.0, 0.0, run_s, spread)
+            note = Placement(job, kernel, "placed", "it is free", time.time(), "router-1", DEVICE, estimate)
+            self.connection.call("HSET", topology.jobs(minute_of(job) or 0), job, msgspec.msgpack.encode(note))
+
+    def send_series(self, *values: float, kernel: str = "test.gated", run_s: float = 1e-4) -> list[str]:
+        """As `send`, of jobs that were predicted to be so quick."""
+        jobs = new_ids(len(values))
+        self.predict(run_s, *jobs, kernel=kernel)
+        self.push(*(message(job, value, kernel) for job, value in zip(jobs, values, strict=True)))
+        return jobs
 
     def push(self, *messages: bytes, alone: bool = False) -> None:
         """Messages for the device, as a router places them; `alone` as suspects."""
@@ -259,6 +284,13 @@ class Worker:
 
 def message(job_id: str, value: float, kernel: str = "test.double", **options: Any) -> bytes:
     return wire.envelope(job_id, kernel, {"x": [value]}, Options(**options))
+
+
+def bundle_of(jobs: Sequence[str], values: Sequence[Any], kernel: str = "test.double", **options: Any) -> bytes:
+    """The message of these jobs."""
+    write = writer(kernel, Terms(Options(**options)), None, Blobs(0))
+    ((found, _),) = bundled([write(job, {"x": [value]}) for job, value in zip(jobs, values, strict=True)])  # type: ignore[misc]
+    return found
 
 
 def followed(job_id: str, embed: dict[str, Any], kernel: str = "test.double", **options: Any) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lepton_ai import Announcement, Peaks, cli, services
+from lepton_ai import Announcement, Client, Peaks, cli, services
 from lepton_ai.accounts import Accounts
 from lepton_ai.commands import facts
 from lepton_ai.commands.doctor import Finding, examine
@@ -357,6 +357,24 @@ def test_a_real_broker_tells_what_it_is_and_what_waits(
     assert found.fleet == Fleet(
         (WORKER,), 1, waiting=2, again=2, queued={"cpu": 0, "gpu": 4}, parked={"no.such": 2}, scheduled=1, dead=1
     )
+
+
+def test_the_jobs_of_bundles_are_counted_among_those_that_wait(broker_url: str, environ: dict[str, str]) -> None:
+    with Client(broker_url) as client, Client(broker_url, tenant="ann") as ann:
+        client.submit_many("a.b", [{"x": 1}] * 9)
+        ann.submit_many("a.b", [{"x": 1}] * 5)
+    found = gather(broker_url, environ)
+    assert found.fleet is not None
+    assert found.fleet.waiting == 14
+
+
+def test_jobs_that_share_messages_with_those_for_devices_are_told_of() -> None:
+    terms = {"accepted": 12, "in_flight": 12, "queued": 2, "bundled": 10}
+    found = msgspec.structs.replace(
+        WELL, fleet=Fleet((WORKER,), 1, queued={"cpu": 2}), accounts=Accounts(12, 0, 12, 0, terms)
+    )
+    told = next(each for each in examine(found) if each.check == "queues")
+    assert "2 for cpu, 10 more that share messages with those" in told.text
 
 
 @pytest.mark.parametrize("answers", [True, False])

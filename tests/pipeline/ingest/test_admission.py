@@ -14,6 +14,7 @@ import pytest
 import redis.asyncio as redis
 
 from lepton_ai import AsyncClient, Client, event, results, topology, wire
+from lepton_ai.bundle import shared_note
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.durability import Barrier
 from lepton_ai.errors import (
@@ -30,6 +31,7 @@ from lepton_ai.errors import (
     UnknownJob,
 )
 from lepton_ai.idempotency import fingerprint, job_id
+from lepton_ai.identity import minute_of, new_id, run_of
 from lepton_ai.job import Placement, Record
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.remote import JobRequest
@@ -250,6 +252,24 @@ def test_a_job_that_is_due_later_is_scheduled(broker_url: str, connection: Conne
     assert view.record is not None
     assert view.record.placement is not None
     assert view.record.placement.reason == "it is due at 2100-01-01T00:00:00+00:00"
+
+
+def test_each_job_of_a_bundle_that_was_placed_is_shown_where_it_went_itself(
+    broker_url: str, connection: Connection
+) -> None:
+    jobs = run_of(new_id(), 6)
+    placed = Placement(jobs[0], "a.b", "placed", "because", 1.0, "router-1", "cpu")
+    note = shared_note(msgspec.msgpack.encode(placed), 4)
+    connection.call("HSET", topology.jobs(minute_of(jobs[0]) or 0), jobs[0][:-3], note)
+
+    async def work(door: Door) -> Any:
+        return [await door.look(job, 0) for job in jobs[:4]]
+
+    views = through(broker_url, work)
+    assert [(view.id, view.state, view.kernel) for view in views] == [(job, "placed", "a.b") for job in jobs[:4]]
+    assert [view.record.placement.job for view in views] == list(jobs[:4])
+    with pytest.raises(UnknownJob):
+        through(broker_url, lambda door: door.look(jobs[4], 0))
 
 
 # -- terms and tenants ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 import pytest
+import redis.asyncio as redis
 
 from lepton_ai import event, results, topology, wire
 from lepton_ai.device import Announcement, Peaks
@@ -31,6 +32,7 @@ from lepton_ai.settings import Settings
 from pipeline.ingest import admission
 from pipeline.ingest import door as door_module
 from pipeline.ingest.door import Door
+from pipeline.ingest.view import placed
 from queues.connection import Connection
 
 DOUBLE = KernelSpec("test.double", {"x": "float32[n]", "times": "int64 = 2"}, {"y": "float32[n]"}, "n", "8*n")
@@ -314,6 +316,22 @@ def test_a_placed_job_says_where(broker_url: str, connection: Connection) -> Non
     connection.call("HSET", topology.jobs(minute_of(job) or 0), job, msgspec.msgpack.encode(placement))
     view = through(broker_url, lambda door: door.look(job, 0))
     assert (view.state, view.kernel, view.record) == ("placed", "test.double", Record(placement))
+
+
+def test_results_that_have_come_are_told_though_their_placements_cannot_be_had(tmp_path: Path) -> None:
+    meta = results.success(new_id(), {"y": [2.0]}, Record())
+    away = redis.Redis(unix_socket_path=str(tmp_path / "nobody"))
+    assert asyncio.run(placed(away, {meta.task_id: meta})) == {meta.task_id: (meta, None)}
+
+
+def test_a_placement_that_cannot_be_read_is_none(broker_url: str, connection: Connection) -> None:
+    async def work() -> Any:
+        async with redis.Redis.from_url(broker_url) as client:
+            return await placed(client, {meta.task_id: meta})
+
+    meta = results.success(new_id(), {"y": [2.0]}, Record())
+    connection.call("HSET", topology.jobs(minute_of(meta.task_id) or 0), meta.task_id, b"\xc1")
+    assert asyncio.run(work()) == {meta.task_id: (meta, None)}
 
 
 def test_what_a_router_has_placed_meanwhile_is_not_overwritten(

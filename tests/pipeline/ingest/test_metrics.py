@@ -68,6 +68,16 @@ def test_lanes_are_told_up_to_a_number(ingest_url: str, broker_url: str, connect
     assert found["_others"] == sum(range(1, 12))
 
 
+def test_the_jobs_of_bundles_are_told_lane_by_lane(ingest_url: str, broker_url: str) -> None:
+    with Client(broker_url) as client, Client(broker_url, tenant="ann") as ann:
+        client.submit_many("a.b", [{"x": 1}] * 9)
+        ann.submit_many("a.b", [{"x": 1}] * 300)
+    told = httpx.get(f"{ingest_url}/metrics").text
+    assert 'lepton_lane_jobs{lane="_default"} 9.0' in told
+    assert 'lepton_lane_jobs{lane="ann"} 300.0' in told
+    assert "lepton_jobs_accepted_total 309.0" in told
+
+
 def test_the_oldest_job_that_waits_has_an_age(ingest_url: str, connection: Connection) -> None:
     for job in ("0190163d-8694-739b-aea5-966c26f8ad91", "no uuid"):  # made in 2024
         connection.call("LPUSH", topology.lane_list(1), envelope(job, "a.b", {}, Options()))

@@ -137,9 +137,11 @@ def worker(broker_url: str, jobs: int, end: Callable[[str, Any], Any] | None = N
                 continue
             meta = end(job, first) if end else results.success(job, {"y": [2 * first]}, Record())
             record = results.encode(meta, "msgpack")
+            note = msgspec.msgpack.encode(Placement(job, "test.double", "placed", "because", 1.0, "router-1", "cpu"))
             told = event.encode(Event("job.succeeded", "worker-1", "test.double", "cpu", (job,)))
             connection.many(
                 [
+                    ("HSET", topology.jobs(minute_of(job) or 0), job, note),
                     ("SET", topology.result(job), record),
                     ("RPUSH", reply_to, record),
                     ("XADD", topology.EVENTS, "*", event.FIELD, told),
@@ -378,6 +380,7 @@ def test_each_line_comes_when_its_job_ends_and_the_rest_when_time_is_over(
         (1, "waiting"),
     ]
     assert [view["result"]["y"] for view, _ in came[:3]] == [[2.0], [4.0], [6.0]]
+    assert {view["record"]["placement"]["reason"] for view, _ in came[:3]} == {"because"}
     assert came[3][1] - came[2][1] > 0.5
 
 
