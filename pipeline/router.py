@@ -6,15 +6,13 @@ heartbeat to renew its lease. The thinking is in `pricing` and in the policy; th
 
 from __future__ import annotations
 
-import math
 import secrets
 import select
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from itertools import chain
-from typing import Final
 
 import msgspec
 import structlog
@@ -28,15 +26,16 @@ from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.problem import UNPLACED, Policy
 from lepton_ai.settings import Settings
 from pipeline import intake
+from pipeline.bundles import Bundles, counted
 from pipeline.cluster import Cluster, ServedDevice
 from pipeline.endings import Endings, leave, noted_in
 from pipeline.intake import Dead, Incoming, Refused
 from pipeline.node import Narrator, RemoteControl
 from pipeline.notes import Note, packed
-from pipeline.pricing import price, quickest_s
+from pipeline.pricing import price
 from pipeline.sequels import Sequels
 from pipeline.telemetry import learn
-from pipeline.window import Claim, ClaimedJob, Window, exchanged
+from pipeline.window import Claim, ClaimedJob, Window
 from queues import functions, recovery
 from queues.broker import Broker, Kind, announcements
 from queues.connection import Connection
@@ -48,10 +47,6 @@ __all__ = ["Router"]
 #: Jobs that are priced and placed in one step; the rest of a deep window waits for the next.
 _STEP = 512
 _RETRY_S = (0.05, 2.0)
-#: Jobs of a bundle stay together that keep a slot busy for so long at most; where that is more than the second, each
-#: slot may have some of them.
-_TOGETHER_S: Final = 0.025
-_WORTH_S: Final = 0.002
 #: A device that has been filled is filled again once it has less than this part of what it may have.
 _REFILL = 0.75
 #: So long it claims at a stretch before it places what it has and renews its lease.
@@ -135,6 +130,7 @@ class _Session:
         self._sequels = Sequels(settings, lambda: self._cluster.kernels)
         self._narrator = Narrator(url, settings, self._main)
         self._endings = Endings(self._broker, self._window, self._cluster, self._narrator, self._sequels, settings)
+        self._bundles = Bundles(self._broker, self._window, self._cluster, self._model, self._narrator)
         self._filled: set[str] = set()
         """Devices that have been filled, and are drawing on it."""
         self._due_at = 0.0
@@ -276,11 +272,11 @@ class _Session:
         singly = 0
         for message, each in found if may_split else ():
             if isinstance(each, Incoming) and (count := len(each.ids)) > 1:
-                most = self._most_together(claim.kind, each, marked, singly + count)
+                most = self._bundles.most_together(claim.kind, each, marked, singly + count)
                 singly += count if most == 1 else 0
                 if most < count:
                     too_many.append((message, most))
-        if too_many and (apart := self._split(claim, too_many)):
+        if too_many and (apart := self._bundles.split(claim, too_many)):
             found = [
                 (part, each if part is message else intake.read(part, now))
                 for message, each in found
@@ -315,53 +311,8 @@ class _Session:
         """Whether a message is no bundle, or one that nobody has to split."""
         if not isinstance(found, Incoming) or len(found.ids) == 1:
             return True
-        return not self._broker.marks and self._most_together(Kind.NEW, found, (), len(found.ids)) >= len(found.ids)
-
-    def _most_together(self, kind: Kind, found: Incoming, marked: Container[str], singly: int) -> int:
-        """How many jobs of a bundle may stay together: few enough that no slot is busy for long while others are not.
-
-        One, where somebody looks at each: suspects, jobs that are shown, parked or cancelled, or of unknown cost;
-        `singly` is how many that would be by now.
-        """
-        if kind is Kind.ALONE or self._narrator.shows(singly) or any(job in marked for job in found.ids):
-            return 1
-        each_s = quickest_s(found.headers.task, found.options, self._cluster, self._model)
-        if each_s is None:
-            return 1
-        kernel, pin, count = found.headers.task, found.options.device, len(found.ids)
-        slots = sum(device.slots for device in self._cluster.devices if device.can_run(kernel, pin))
-        parts = max(math.ceil(count * each_s / _TOGETHER_S), min(slots, int(count * each_s / _WORTH_S)))
-        return max(1, count // parts)
-
-    def _split(self, claim: Claim, bundles: Sequence[tuple[bytes, int]]) -> dict[int, list[bytes]]:
-        """Splits bundles of a claim, each into parts of so many jobs at most; their parts by the `id()` of each.
-
-        What cannot be split stays as it is: none of its jobs is ended on its own.
-        """
-        parts: dict[int, list[bytes]] = {}
-        for message, most in bundles:
-            try:
-                found = bundle.split(message, most)
-            except LeptonError as error:  # the worker that takes it says so of each of its jobs
-                log.warning("bundle_unreadable", reason=error.message)
-                continue
-            if len(found) > 1:
-                parts[id(message)] = found
-        if not parts:
-            return parts
-        step = Dispatch({claim.key: len(claim.messages)}, {claim.key: exchanged(claim.messages, parts)})
-        for message, _ in bundles:
-            more = len(parts.get(id(message), ())) - 1
-            if more <= 0:
-                continue
-            if claim.kind is Kind.NEW:
-                lane = wire.lane_of(message)
-                step.bundled[lane] = step.bundled.get(lane, 0) + more
-            else:
-                step.counts["bundled"] = step.counts.get("bundled", 0) - more
-        self._broker.dispatch(step)
-        self._window.exchange(claim, parts)
-        return parts
+        count = len(found.ids)
+        return not self._broker.marks and self._bundles.most_together(Kind.NEW, found, (), count) >= count
 
     def _set_apart(self, bundles: Iterable[ClaimedJob]) -> None:
         """The jobs of these bundles, which wait in the window, wait there one by one."""
@@ -370,7 +321,7 @@ class _Session:
             by_claim.setdefault(id(each.claim), []).append(each)
         for here in by_claim.values():
             claim = here[0].claim
-            parts = self._split(claim, [(each.message, 1) for each in here])
+            parts = self._bundles.split(claim, [(each.message, 1) for each in here])
             self._window.remove(each for each in here if id(each.message) in parts)
             self._admit(claim, self._seen(chain.from_iterable(parts.values())))
 
@@ -447,7 +398,7 @@ class _Session:
                 notes_here |= {its_id: note.of(its_id, packed(wait[at]), waits) for its_id in job.ids}
             left.append(job)
             if len(job.ids) > 1 and job.claim.kind is Kind.NEW:
-                _count_bundle(step, job)
+                counted(step, job)
             if chosen == UNPLACED:
                 self._cluster.finished(job.id)  # it may have come back from a device that died
                 (step.parked_alone if job.alone else step.parked).setdefault(job.kernel, []).append(job.message)
@@ -615,14 +566,6 @@ class _Session:
 
 def _jobs_in(waiting: Iterable[ClaimedJob]) -> int:
     return sum(len(each.ids) for each in waiting)
-
-
-def _count_bundle(step: Dispatch, job: ClaimedJob) -> None:
-    """A bundle leaves its first claim: from here on its jobs are counted among those that were accepted."""
-    extra, lane = len(job.ids) - 1, wire.lane_of(job.message)
-    for name in ("accepted", "bundled"):
-        step.counts[name] = step.counts.get(name, 0) + extra
-    step.bundled[lane] = step.bundled.get(lane, 0) + extra
 
 
 def _placements(known: Iterable[bytes]) -> Iterator[Placement]:
