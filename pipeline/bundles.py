@@ -1,4 +1,4 @@
-"""What a router does with bundles (lepton_ai/bundle.py): which of their jobs stay together, and how the others are split."""
+"""What a router does with bundles (lepton_ai/bundle.py): which jobs stay together, and how the others are split."""
 
 from __future__ import annotations
 
