@@ -2,6 +2,7 @@
 
 LeptonError                     anything of ours
 ├── InvalidSettings             a LEPTON_* variable is unknown or out of range
+│   └── MissingPackage          what was asked for needs a package that an extra brings
 ├── InvalidRequest              the caller's mistake; the same request will fail again
 │   ├── Malformed               bytes that are not what they claim to be
 │   ├── InvalidArguments        arguments that do not fit the kernel's signature
@@ -51,6 +52,7 @@ __all__ = [
     "KeyConflict",
     "LeptonError",
     "Malformed",
+    "MissingPackage",
     "NoBroker",
     "OptionNotSupported",
     "Overloaded",
@@ -102,6 +104,10 @@ def _shortened(text: str, longest: int) -> str:
 
 class InvalidSettings(LeptonError):
     code = "invalid_settings"
+
+
+class MissingPackage(InvalidSettings):
+    code = "missing_package"
 
 
 class InvalidRequest(LeptonError):

@@ -8,30 +8,84 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["UNPLACED", "Plan", "Policy", "Problem"]
+__all__ = ["UNPLACED", "Floats", "Indices", "Plan", "Policy", "Problem", "planned"]
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
 
 #: The device index of a job that no device can run.
 UNPLACED = -1
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """Jobs to place, in the order in which they should be looked at."""
+    """Jobs to place, in the order in which they should be looked at.
 
-    seconds: NDArray[np.float64]
-    """[job, device]: transfer and run time; infinite where the device cannot run the job."""
-    ready: NDArray[np.float64]
+    A device of several slots is taken to work its backlog off that many times as fast: a job on it adds
+    `seconds / slots` to what those after it wait.
+    """
+
+    seconds: Floats
+    """[job, device]: transfer and run time; infinite where the device cannot run the job. [job, class] with
+    `class_of`."""
+    ready: Floats
     """[device]: seconds until the device has finished what it was already given."""
-    slots: NDArray[np.float64]
+    slots: Floats
     """[device]: how many jobs it runs at once."""
+    class_of: Indices | None = None
+    """[device]: the column of `seconds` that holds its costs, where devices of one make share a column (a million
+    jobs on a thousand devices would be eight gigabytes). `expanded()` gives every device its own."""
+    weight: Floats | None = None
+    """[job]: what a second of its delay costs, beside the others'; 1 where unset."""
+    deadline: Floats | None = None
+    """[job]: seconds from now until it must have ended; infinite where it need not."""
+    tail: Floats | None = None
+    """As `seconds`, but what the time exceeds once in twenty (p95): what deadlines go by. `seconds` where unset."""
+    rate: Floats | None = None
+    """[device]: what a second of it costs, in money or joules, for policies whose objective that is."""
+    typical_s: float | None = None
+    """The mean time that jobs lately took on the device best for each; of these jobs where unset."""
+
+    @property
+    def jobs(self) -> int:
+        return len(self.seconds)
+
+    @property
+    def devices(self) -> int:
+        return len(self.ready)
+
+    def expanded(self) -> Problem:
+        """The same with a column for each device."""
+        if self.class_of is None:
+            return self
+        tail = None if self.tail is None else self.tail[:, self.class_of]
+        return msgspec.structs.replace(self, seconds=self.seconds[:, self.class_of], tail=tail, class_of=None)
+
+    def seconds_on(self, device: Indices) -> Floats:
+        """[job]: seconds of each job on the device that a plan gives it; infinite where unplaced."""
+        column = device if self.class_of is None else self.class_of[device]
+        found = self.seconds[np.arange(self.jobs), column] if self.jobs and self.devices else np.empty(self.jobs)
+        return np.where(device == UNPLACED, np.inf, found)
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """A device for each job, and when each job is then predicted to finish."""
+    """A device for each job, and when each job is then predicted to start."""
 
-    device: NDArray[np.intp]
+    device: Indices
     """[job]: the device's index, or UNPLACED."""
-    wait: NDArray[np.float64]
+    wait: Floats
     """[job]: seconds before it starts, counting the jobs placed before it; infinite where unplaced."""
+
+    def load(self, problem: Problem) -> Floats:
+        """[device]: seconds until it has worked off what it had and what this plan gives it."""
+        here = self.device != UNPLACED
+        seconds = problem.seconds_on(self.device)
+        given = np.bincount(self.device[here], seconds[here], problem.devices)
+        return problem.ready + given / problem.slots
+
+    def makespan_s(self, problem: Problem) -> float:
+        """Seconds until the last device that this plan gives a job has worked off all of it; 0 for no job."""
+        used = np.unique(self.device[self.device != UNPLACED])
+        return float(self.load(problem)[used].max(initial=0.0))
 
 
 class Policy(Protocol):
@@ -40,3 +94,19 @@ class Policy(Protocol):
     name: str
 
     def place(self, problem: Problem) -> Plan: ...
+
+
+def planned(problem: Problem, device: Indices) -> Plan:
+    """The Plan that gives jobs to these devices, each device working its jobs off in the order of the problem."""
+    each = problem.seconds_on(device)
+    wait = np.full(problem.jobs, np.inf)
+    order = np.argsort(device, kind="stable")
+    order = order[device[order] != UNPLACED]
+    if order.size:
+        chosen = device[order]
+        share = each[order] / problem.slots[chosen]
+        before = np.cumsum(share) - share
+        first = np.flatnonzero(np.diff(chosen, prepend=UNPLACED))
+        counts = np.diff(np.append(first, chosen.size))
+        wait[order] = problem.ready[chosen] + before - np.repeat(before[first], counts)
+    return Plan(device, wait)

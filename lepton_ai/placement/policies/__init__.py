@@ -1,11 +1,16 @@
-"""The policies, one file each, loaded by name: `load("earliest_finish")`."""
+"""The policies, one file each, loaded by name: `load("earliest_finish")`.
+
+Those that search need packages that producers do not have: a file that imports one is loaded only when it is asked
+for, and where the package is missing the error names the extra that brings it.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
-from lepton_ai.errors import InvalidSettings
+from lepton_ai.errors import InvalidSettings, MissingPackage
 from lepton_ai.placement.problem import Policy
 
 __all__ = ["load", "names"]
@@ -16,12 +21,22 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def load(name: str) -> Policy:
-    """The policy of a name, which is its file's and its own; InvalidSettings lists the names where there is none."""
+def load(name: str, **options: Any) -> Policy:
+    """The policy of a name, which is its file's and its own, made with these options.
+
+    InvalidSettings lists the names where there is none; MissingPackage names the extra that it needs.
+    """
     if name not in names():
         raise InvalidSettings(f"no policy {name!r}; there are {', '.join(names())}", "policy")
-    module = importlib.import_module(f"{__name__}.{name}")
+    try:
+        module = importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        raise MissingPackage(
+            f"the policy {name} needs the package {error.name}: pip install 'lepton-ai[solvers]'", "policy"
+        ) from None
     found: Policy = next(
-        value() for value in vars(module).values() if isinstance(value, type) and getattr(value, "name", None) == name
+        value(**options)
+        for value in vars(module).values()
+        if isinstance(value, type) and getattr(value, "name", None) == name
     )
     return found

@@ -21,6 +21,7 @@ class EarliestFinish:
     name = "earliest_finish"
 
     def place(self, problem: Problem) -> Plan:
+        problem = problem.expanded()
         # Plain lists: for the few devices of a fleet an array a job costs ten times as much.
         ready, slots = problem.ready.tolist(), problem.slots.tolist()
         device: list[int] = []
