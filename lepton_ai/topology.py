@@ -96,6 +96,16 @@ def lease(incarnation: str) -> str:
     return f"lepton:lease:{incarnation}"
 
 
+def state(incarnation: str) -> str:
+    """The ResourceState of a worker as of its last heartbeat; it lapses as the lease does."""
+    return f"lepton:state:{incarnation}"
+
+
+def host(name: str) -> str:
+    """What each worker of a host uses of its processors, by incarnation."""
+    return f"lepton:host:{name}"
+
+
 def jobs(minute: int) -> str:
     """The hash of the placements of one minute (minutes since the epoch)."""
     return f"lepton:jobs:{minute}"

@@ -6,6 +6,7 @@ heartbeat to renew its lease. The thinking is in `pricing` and in the policy; th
 
 from __future__ import annotations
 
+import math
 import secrets
 import select
 import threading
@@ -385,7 +386,7 @@ class _Session:
         seconds, wait = pricing.problem.seconds.tolist(), plan.wait.tolist()
         for at, (job, kind, chosen) in enumerate(zip(jobs, pricing.kinds, plan.device.tolist(), strict=True)):
             if chosen != UNPLACED and not self._has_room(devices[chosen]):
-                ready[chosen] += seconds[at][chosen] / devices[chosen].slots
+                ready[chosen] += seconds[at][chosen] / devices[chosen].capacity
                 waits[chosen] = packed(ready[chosen])
                 continue
             alike = (job.kernel, kind, chosen, job.sent_at > 0)
@@ -407,7 +408,7 @@ class _Session:
                 continue
             device, need_s, here = devices[chosen], seconds[at][chosen], placed[chosen]
             each_s = need_s / len(job.ids)
-            ready[chosen] += need_s / device.slots
+            ready[chosen] += need_s / device.capacity
             waits[chosen] = packed(ready[chosen])
             if job.alone:
                 step.alone.setdefault(device.name, []).append(job.message)
@@ -448,7 +449,9 @@ class _Session:
 
         One that has all of that is left to work some of it off, so that it is sent many jobs at a time.
         """
-        name, slots, settings = device.name, device.slots, self._settings
+        if device.share <= 0:
+            return False
+        name, slots, settings = device.name, device.capacity, self._settings
         jobs = self._cluster.outstanding_jobs(name)
         if jobs < 2 * slots:
             return True
@@ -467,10 +470,10 @@ class _Session:
             if not self._has_room(device):
                 continue
             jobs, seconds = self._cluster.outstanding_jobs(device.name), self._cluster.outstanding_s(device.name)
-            room = 2 * self._settings.batch_jobs * device.slots - jobs
+            room = int(2 * self._settings.batch_jobs * device.capacity) - jobs
             if jobs and seconds > 0:
-                room = min(room, int((self._settings.credit_s * device.slots - seconds) / seconds * jobs) + 1)
-            found += max(room, 2 * device.slots - jobs)
+                room = min(room, int((self._settings.credit_s * device.capacity - seconds) / seconds * jobs) + 1)
+            found += max(room, math.ceil(2 * device.capacity) - jobs)
         return found
 
     def _placement(self, job: ClaimedJob, candidates: tuple[Candidate, ...], chosen: int, now: float) -> Placement:
@@ -497,6 +500,9 @@ class _Session:
     def _park(self, job: ClaimedJob, candidates: tuple[Candidate, ...], now: float) -> Placement:
         pinned = f" on {job.options.device}" if job.options.device else ""
         reason = f"no live device can run {job.kernel}{pinned}; it waits for one that announces it"
+        if beyond := [each for each in self._cluster.devices if each.serves(job.kernel, job.options.device)]:
+            told = "; ".join(f"{each.name}: {each.reason}" for each in beyond)
+            reason = f"every device that can run it is beyond its limits, and it waits for one to come back ({told})"
         return Placement(job.id, job.kernel, "parked", reason, now, self._incarnation, candidates=candidates)
 
     # -- learn --------------------------------------------------------------------------------------------------
@@ -511,7 +517,7 @@ class _Session:
                 self._due_at = 0.0
             if each.type == "job.cancel_asked":
                 asked.update(each.jobs)
-        if changed:
+        if changed or self._cluster.recovered:
             self._refresh()
         if asked:
             self._cancel_asked(asked)

@@ -17,7 +17,7 @@ from lepton_ai import cancellation, idempotency, topology, wire
 from lepton_ai.accounts import Accounts, accounts_of
 from lepton_ai.async_direct import settled
 from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
-from lepton_ai.device import Announcement, read_leases
+from lepton_ai.device import Announcement, read_workers, worker_keys
 from lepton_ai.errors import BrokerUnavailable, LeptonError, TooLarge, UnknownJob, UnknownKernel
 from lepton_ai.event import FINAL_EVENTS, Cursor
 from lepton_ai.identity import made_at, new_id, new_ids
@@ -229,15 +229,11 @@ class Door:
         return metrics.text(await self.accounts(), await metrics.lanes(self._redis))
 
     async def announcements(self) -> list[Announcement]:
-        """Every worker that is alive."""
+        """Every worker that is alive, and its state."""
         async with broker_errors():
-            names = await self._redis.smembers(topology.HOLDERS)
-            leases = (
-                await self._redis.mget([topology.lease(name.decode(errors="replace")) for name in names])
-                if names
-                else []
-            )
-        return read_leases(leases)
+            holders = await self._redis.smembers(topology.HOLDERS)
+            values = await self._redis.mget(worker_keys(holders))
+        return read_workers(values)
 
     async def kernels(self) -> list[KernelSpec]:
         """Every kernel that has been announced, by name."""
