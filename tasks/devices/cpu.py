@@ -82,11 +82,13 @@ class CpuDriver:
     def state(self) -> DeviceState:
         """The hottest part of the processor, beside what it may not exceed, where the system tells both."""
         found = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
-        known = [each for chip in _THERMOMETERS for each in found.get(chip, ()) if each.critical]
-        hottest = max(known, key=lambda each: each.current / each.critical, default=None)
-        if hottest is None:
+        known = [
+            (each.current, each.critical) for chip in _THERMOMETERS for each in found.get(chip, ()) if each.critical
+        ]
+        if not known:
             return DeviceState()
-        return DeviceState(temperature_c=hottest.current, temperature_limit_c=hottest.critical)
+        current, critical = max(known, key=lambda each: each[0] / each[1])
+        return DeviceState(temperature_c=current, temperature_limit_c=critical)
 
 
 def open_device(device: str, slots: int) -> CpuDriver:

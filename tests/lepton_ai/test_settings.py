@@ -139,7 +139,7 @@ def test_kernel_modules_are_split_at_commas() -> None:
 )
 @pytest.mark.parametrize("value", ["-0.1", "inf", "nan"])
 def test_a_limit_of_a_device_is_a_share_or_nought(name: str, value: str) -> None:
-    with pytest.raises(InvalidSettings, match="a share such as 0.95, or 0 for no limit"):
+    with pytest.raises(InvalidSettings, match=r"a share such as 0\.95, or 0 for no limit"):
         Settings.read({f"LEPTON_{name.upper()}": value})
     assert getattr(Settings.read({f"LEPTON_{name.upper()}": "0"}), name) == 0
 
