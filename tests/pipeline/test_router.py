@@ -285,11 +285,22 @@ def test_a_device_that_has_reported_its_work_done_is_free_again(start_router, ad
 
 
 def test_jobs_of_one_window_are_spread_by_what_was_placed_before_them(start_router, add_worker, lane: Lane) -> None:
-    slow, fast = add_worker("cpu", speed=SPEED), add_worker("gpu", speed=3 * SPEED)
-    lane.send(4, ms=30)  # 10, 20, 30 ms on the fast one; the third is a tie, the fourth would be 40
+    slow, fast = add_worker("cpu", speed=SPEED), add_worker("gpu", speed=1.1 * SPEED)
+    lane.send(4, ms=30)  # 27, 55, 82, 109 ms on the fast one: the slow one does it in 30 and 60
     start_router()
     lane.wait_for("job.placed", 4)
-    assert (slow.depth, fast.depth) in ((1, 3), (2, 2))
+    assert (slow.depth, fast.depth) == (2, 2)
+
+
+def test_a_slow_device_is_left_alone_where_a_fast_one_carries_the_load(start_router, add_worker, lane: Lane) -> None:
+    """Whoever finishes first on a slow device keeps it from those for whom it would be no slower than the fast one."""
+    slow, fast = add_worker("cpu", speed=SPEED), add_worker("gpu", speed=3 * SPEED)
+    lane.send(4, ms=30)  # 10, 20, 30, 40 ms on the fast one; 30 on the slow one
+    start_router()
+    jobs = lane.wait_for("job.placed", 4)
+    assert (slow.depth, fast.depth) == (0, 4)
+    assert "finishes first" in lane.placement(jobs[0]).reason
+    assert lane.placement(jobs[3]).reason == "costs the others least: its own finish is 10 ms later than on cpu"
 
 
 def test_a_placement_says_which_devices_were_looked_at_and_why_one_was_chosen(
@@ -302,7 +313,7 @@ def test_a_placement_says_which_devices_were_looked_at_and_why_one_was_chosen(
     (sent,) = lane.send(ms=100)
     fast.take()
     placement = lane.placement(sent)
-    assert (placement.state, placement.device, placement.policy) == ("placed", "gpu", "earliest_finish")
+    assert (placement.state, placement.device, placement.policy) == ("placed", "gpu", "externality")
     assert "first of 2" in placement.reason
     looked_at = {candidate.device: candidate for candidate in placement.candidates}
     assert looked_at["cpu"].estimate.run_s == pytest.approx(0.1)
