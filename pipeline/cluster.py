@@ -33,6 +33,13 @@ class ServedDevice(msgspec.Struct, frozen=True):
     slots: int
     peaks: Peaks
     kernels: frozenset[str]
+    share: float = 1.0
+    """How much of its usual work it may be given in the state that it is in; 0 is none."""
+
+    @property
+    def capacity(self) -> float:
+        """How many jobs it may be counted on to run at once: its slots, as far as they may be used."""
+        return self.slots * self.share
 
     def can_run(self, kernel: str, wanted: str | None) -> bool:
         """Whether a job of this kernel, perhaps pinned, may run here."""
@@ -140,10 +147,6 @@ class Cluster:
         if not load.foreign:
             return load.seconds
         return load.seconds + load.foreign * (load.seconds / load.jobs if load.jobs else _FOREIGN_S)
-
-    def share(self, device: str) -> float:
-        """What part of a device's capacity may be used, 0 to 1."""
-        return 1.0
 
     def outstanding_jobs(self, device: str) -> int:
         load = self._loads[device]

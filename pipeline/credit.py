@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lepton_ai.settings import Settings
 from pipeline.cluster import Cluster, ServedDevice
 
@@ -23,18 +25,16 @@ class Credit:
     def has_room(self, device: ServedDevice) -> bool:
         """A device may have `credit_s` of predicted work a slot, but always two jobs, and never over two batches.
 
-        One that has all of that is left to work some of it off, so that it is sent many jobs at a time. Of one that is
-        not to be used whole, as much less; of one that is not to be used at all, nothing.
+        One that has all of that is left to work some of it off, so that it is sent many jobs at a time.
         """
-        name, slots, settings = device.name, device.slots, self._settings
-        part = self._cluster.share(name)
-        if part <= 0:
+        if device.share <= 0:
             return False
+        name, slots, settings = device.name, device.capacity, self._settings
         jobs = self._cluster.outstanding_jobs(name)
-        if jobs < max(1, 2 * slots * part):
+        if jobs < 2 * slots:
             return True
-        of_jobs = jobs / (2 * settings.batch_jobs * slots * part)
-        share = max(of_jobs, self._cluster.outstanding_s(name) / (settings.credit_s * slots * part))
+        of_jobs = jobs / (2 * settings.batch_jobs * slots)
+        share = max(of_jobs, self._cluster.outstanding_s(name) / (settings.credit_s * slots))
         if share >= 1:
             self._filled.add(name)
         elif share <= _REFILL:
@@ -48,8 +48,8 @@ class Credit:
             if not self.has_room(device):
                 continue
             jobs, seconds = self._cluster.outstanding_jobs(device.name), self._cluster.outstanding_s(device.name)
-            room = 2 * self._settings.batch_jobs * device.slots - jobs
+            room = int(2 * self._settings.batch_jobs * device.capacity) - jobs
             if jobs and seconds > 0:
-                room = min(room, int((self._settings.credit_s * device.slots - seconds) / seconds * jobs) + 1)
-            found += max(room, 2 * device.slots - jobs)
+                room = min(room, int((self._settings.credit_s * device.capacity - seconds) / seconds * jobs) + 1)
+            found += max(room, math.ceil(2 * device.capacity) - jobs)
         return found

@@ -75,7 +75,7 @@ class Placer:
                 continue
             device, need_s = devices[chosen], row[chosen]
             if not self._credit.has_room(device):
-                ready[chosen] += need_s / device.slots
+                ready[chosen] += need_s / device.capacity
                 waits[chosen] = packed(ready[chosen])
                 continue
             is_in_time = None
@@ -90,7 +90,7 @@ class Placer:
             outgoing.note(job, note, waits[chosen], waits)
             each_s = need_s / len(job.ids)
             outgoing.give(job, chosen, each_s)
-            ready[chosen] += need_s / device.slots
+            ready[chosen] += need_s / device.capacity
             waits[chosen] = packed(ready[chosen])
             for its_id in job.ids:
                 self._cluster.dispatched(its_id, device.name, each_s, 1 / len(job.ids))

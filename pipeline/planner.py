@@ -42,7 +42,6 @@ _COMPILED: Final = "externality"
 _REMEMBERED: Final = 1000
 #: Of log(real / predicted), in standard deviations: what is exceeded once in twenty.
 _P95: Final = 1.75
-_LEAST_SHARE: Final = 0.05
 
 log = structlog.get_logger()
 
@@ -85,7 +84,7 @@ class Planner:
     def decide(self, jobs: Sequence[ClaimedJob], cluster: Cluster, now: float, *, is_deep: bool = False) -> Decision:
         """Prices jobs and places them; `now` is in seconds since the epoch."""
         pricing = price(jobs, cluster, self._model)
-        problem = self._with_terms(pricing, jobs, cluster, now)
+        problem = self._with_terms(pricing, jobs, now)
         # One kind goes anywhere in its turn, and deadlines are the online policy's.
         if self._deep is not None and is_deep and len(pricing.candidates) > 1 and problem.deadline is None:
             started = time.monotonic()
@@ -118,13 +117,9 @@ class Planner:
             else:
                 self._deep = policy
 
-    def _with_terms(self, pricing: Pricing, jobs: Sequence[ClaimedJob], cluster: Cluster, now: float) -> Problem:
+    def _with_terms(self, pricing: Pricing, jobs: Sequence[ClaimedJob], now: float) -> Problem:
         problem = pricing.problem
         changed: dict[str, object] = {"typical_s": self._learn_typical(problem.seconds)}
-        shares = [cluster.share(device.name) for device in cluster.devices]
-        if any(share < 1 for share in shares):
-            part = np.maximum(shares, _LEAST_SHARE)
-            changed |= {"seconds": problem.seconds / part, "ready": problem.ready / part}
         if any(job.options.priority is not None for job in jobs):
             urgencies = np.array([job.options.urgency for job in jobs], np.float64)
             changed["weight"] = urgencies / topology.DEFAULT_PRIORITY

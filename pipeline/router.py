@@ -379,7 +379,7 @@ class _Session:
         for _, each in seen:
             learn(each, self._cluster, self._model)
             self._peers.heard(each)
-            if each.source != self._incarnation and each.type in ENDED:
+            if each.type in ENDED:
                 self._probes.ended(each.jobs)
                 self._regret.ended(each)
             changed |= each.type in ("device.online", "device.offline")

@@ -136,11 +136,6 @@ class CostModel:
             line = self._transfers.setdefault(key, msgspec.structs.replace(_FIRST_TRANSFER))
             line.learn(bound_s, each_s)
 
-    def launches(self, kernel: str, device: str) -> int:
-        """How many launches of a kernel were measured on a device."""
-        line = self._runs.get((kernel, device))
-        return 0 if line is None else line.n
-
     def snapshot(self) -> bytes:
         """What was learned as bytes, for another process or a later start."""
         return msgspec.msgpack.encode(

@@ -221,6 +221,14 @@ class Lane:
         raw = self.connection.call("HGET", topology.jobs(minute_of(job_id) or 0), job_id)
         return msgspec.msgpack.decode(raw, type=Placement) if raw else None
 
+    def wait_for_routers(self, count: int) -> None:
+        """Returns once so many routers wait for the next job."""
+        until(lambda: self._blocked() >= count, f"{count} routers wait")
+
+    def _blocked(self) -> int:
+        clients = self.connection.call("CLIENT", "LIST").decode().splitlines()
+        return sum("-wake " in client and "cmd=blmove" in client for client in clients)
+
     def wait_for(self, kind: str, count: int) -> list[str]:
         """The jobs of the next events of a type, once there are `count`."""
         jobs: list[str] = []
@@ -720,6 +728,39 @@ def test_two_routers_dispatch_each_message_once(start_router, add_worker, lane: 
     assert sorted(taken) == sorted(sent)
     lane.settle()
     assert waiting_anywhere(connection) == worker.depth == 0
+
+
+def test_each_of_two_routers_sees_what_the_other_has_placed_before_it_places(
+    start_router, add_worker, lane: Lane
+) -> None:
+    """Blind to each other they would both send their first job to one device, and their second to the other."""
+    devices = add_worker("cpu.a"), add_worker("cpu.b")
+    for _ in range(2):
+        start_router()
+    lane.wait_for_routers(2)
+    routers = set()
+    for pair in range(8):  # who waits longest is woken next: the routers take turns
+        for _ in range(2):
+            lane.wait_for("job.placed", len(sent := lane.send(ms=1)))
+            routers.add(lane.placement(sent[0]).router)
+        assert [device.depth for device in devices] == [pair + 1, pair + 1]
+    assert len(routers) == 2
+
+
+def test_work_that_another_router_placed_is_done_once_its_worker_says_so(start_router, add_worker, lane: Lane) -> None:
+    devices = {name: add_worker(name) for name in ("cpu.a", "cpu.b")}
+    for _ in range(2):
+        start_router()
+    lane.wait_for_routers(2)
+    for _ in range(6):  # whoever places the second one knows that the device of the first is busy, or free again
+        (first,) = lane.send(ms=1)
+        lane.wait_for("job.placed", 1)
+        device = lane.placement(first).device
+        (second,) = lane.send(ms=1)
+        lane.wait_for("job.placed", 1)
+        assert {device, lane.placement(second).device} == set(devices)
+        for job in (first, second):
+            devices[lane.placement(job).device].serve(1)
 
 
 def test_of_two_routers_one_stops_in_the_middle_and_nothing_is_lost_or_doubled(
