@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -59,8 +59,15 @@ class Decision(msgspec.Struct, frozen=True):
 class Planner:
     """Chooses policies and asks them. Used by one thread."""
 
-    def __init__(self, settings: Settings, model: CostModel, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model: CostModel,
+        policy: Policy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._model = model
+        self._clock = clock
         self._online = policy or _plain(settings.policy)
         self._wanted = [] if policy is not None else _later(settings)
         """What is loaded once windows are large enough to pay for it."""
@@ -79,7 +86,7 @@ class Planner:
         if waiting < DEEP or waiting <= room:
             return False
         self._warm()
-        return self._deep is not None and time.monotonic() >= self._deep_at
+        return self._deep is not None and self._clock() >= self._deep_at
 
     def decide(self, jobs: Sequence[ClaimedJob], cluster: Cluster, now: float, *, is_deep: bool = False) -> Decision:
         """Prices jobs and places them; `now` is in seconds since the epoch."""
@@ -87,9 +94,9 @@ class Planner:
         problem = self._with_terms(pricing, jobs, now)
         # One kind goes anywhere in its turn, and deadlines are the online policy's.
         if self._deep is not None and is_deep and len(pricing.candidates) > 1 and problem.deadline is None:
-            started = time.monotonic()
+            started = self._clock()
             plan = self._deep.place(problem)
-            ended = time.monotonic()
+            ended = self._clock()
             self._deep_at = ended + (_PART - 1) * (ended - started)
             return Decision(pricing, problem, plan, self._deep.name)
         policy = self._online

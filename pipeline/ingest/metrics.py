@@ -137,7 +137,9 @@ class _Regret(Collector):
             told("hindsight_s", 0.0),
         )
         counts = [told(f"ratio_{most:g}", 0.0) for most in RATIOS]
-        buckets = [(f"{most:g}" if most < math.inf else "+Inf", sum(counts[: at + 1])) for at, most in enumerate(RATIOS)]
+        buckets = [
+            (f"{most:g}" if most < math.inf else "+Inf", sum(counts[: at + 1])) for at, most in enumerate(RATIOS)
+        ]
         yield HistogramMetricFamily(
             "lepton_hindsight_ratio",
             "Seconds of a launch over those of the best other device, by what is known now; above 1 is regret.",

@@ -365,6 +365,69 @@ def test_a_new_router_starts_from_the_model_that_telemetry_keeps(
     assert honest.take() == [sent]
 
 
+def test_a_job_goes_once_or_twice_where_its_kernel_was_never_measured_and_says_so(
+    start_router, add_worker, lane: Lane
+) -> None:
+    """What was measured on the one is a little quicker than what is announced by the other."""
+    known, unknown = add_worker("cpu.known", speed=SPEED), add_worker("cpu.unknown", speed=SPEED)
+    start_router()
+
+    def run(worker: PlayedWorker) -> str:
+        (sent,) = lane.send(ms=100)
+        assert worker.take() == [sent]
+        worker.commit([sent], Observation("test.spin", worker.device, 1, 100, 0, 0.0, 0.09))
+        lane.settle()
+        return lane.placement(sent).reason
+
+    assert [run(known) for _ in range(2)] == ["finishes first of 2 able devices"] * 2
+    assert [run(unknown).partition(":")[0] for _ in range(2)] == ["a probe"] * 2
+    (sent,) = lane.send(ms=100)
+    lane.wait_for("job.placed", 5)
+    assert "a probe" not in lane.placement(sent).reason
+
+
+def test_an_urgent_job_is_no_probe(start_router, add_worker, lane: Lane) -> None:
+    known = add_worker("cpu.known", speed=SPEED)
+    add_worker("cpu.unknown", speed=SPEED)
+    start_router()
+    for _ in range(4):
+        (sent,) = lane.send(ms=100, priority=9)
+        assert known.take() == [sent]
+        known.commit([sent], Observation("test.spin", "cpu.known", 1, 100, 0, 0.0, 0.09))
+        lane.settle()
+
+
+def test_a_job_with_a_deadline_goes_where_it_makes_it(start_router, add_worker, lane: Lane) -> None:
+    slow = add_worker("cpu", speed=SPEED)
+    add_worker("gpu", speed=3 * SPEED)
+    start_router()
+    (busy,) = lane.send(ms=150_000)
+    lane.wait_for("job.placed", 1)
+    assert lane.placement(busy).device == "gpu"  # for 50 seconds
+    patient, hurried = new_ids(2)
+    due = datetime.fromtimestamp(time.time() + 55, UTC).isoformat()
+    lane.push([lane.message(patient, 45_000)])  # done there in 65 seconds, on the other in 45
+    lane.wait_for("job.placed", 1)
+    assert lane.placement(patient).device == "gpu"
+    lane.push([altered(lane.message(hurried, 45_000), expires=due)])
+    assert slow.take() == [hurried]
+    assert lane.placement(hurried).reason == "finishes first of 2 able devices; makes its deadline"
+
+
+def test_what_jobs_lost_by_going_where_they_went_is_told_once_a_heartbeat(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    add_worker("cpu", speed=SPEED)
+    fast = add_worker("gpu", speed=2 * SPEED)
+    start_router(HASTY)
+    (sent,) = lane.send(ms=10)
+    assert fast.take() == [sent]
+    fast.commit([sent], Observation("test.spin", "gpu", 1, 10, 0, 0.0, 0.04))  # 10 ms on the other
+    until(lambda: connection.call("HGET", topology.REGRET, "jobs") == b"1", "the regret is told")
+    assert float(connection.call("HGET", topology.REGRET, "hindsight_s")) == pytest.approx(0.03, rel=1e-3)
+    assert connection.call("HGET", topology.REGRET, "ratio_4") == b"1"
+
+
 # -- credit -----------------------------------------------------------------------------------------------------
 
 
