@@ -52,7 +52,10 @@ def main() -> int:
     arguments.add_argument("--phase-s", type=float, default=8.0, help="each of the three")
     arguments.add_argument("--json", action="store_true")
     asked = arguments.parse_args()
-    with run_fleet(Settings(celery_events_hz=0), {"cpu": cores()}, lambda _: None) as fleet, Client(fleet.broker_url) as client:
+    with (
+        run_fleet(Settings(celery_events_hz=0), {"cpu": cores()}, lambda _: None) as fleet,
+        Client(fleet.broker_url) as client,
+    ):
         (worker,) = client.devices()
         # What is compiled and what nothing is known of is past before it begins.
         _drive(client, 2.0)
