@@ -1,6 +1,6 @@
 """What somebody else's load on a worker's host does to predictions, with and without what corrects for it.
 
-A real worker computes products of matrices of mixed sizes; in the middle third of the run as many processes as the
+A real worker filters images with windows of mixed sizes (5 to 100 ms each); in the middle third of the run as many processes as the
 host has processors do nothing but compute beside it. What the worker told (heartbeats and observations) is then
 replayed, each launch predicted before it is learned, by three models that differ in the speed that they believe in:
 none (others' load is no business of theirs), `1 - foreign` (what others do not use is ours), and what heartbeats tell
@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,7 +35,8 @@ from queues.connection import Connection
 from queues.event_stream import EventStream
 from tasks.driver import cores
 
-_SIZES = (96, 160, 256, 320, 448, 512)
+_RADII = (1, 2, 4, 6, 8, 12)
+_SIDE = 256
 _WINDOW = 4
 #: How long after others came or went a launch counts as one of the change.
 _CHANGE_S = 3.0
@@ -66,6 +68,7 @@ def main() -> int:
                 _drive(client, asked.phase_s)
             marks.append(time.time())
         seen = _read_all(stream)
+    _tell_speeds(seen, marks)
     found = {name: _replayed(seen, worker, marks, speed) for name, speed in _CORRECTIONS.items()}
     if asked.json:
         print(json.dumps(found))
@@ -78,15 +81,15 @@ def main() -> int:
 
 
 def _drive(client: Client, seconds: float) -> None:
-    """Products of mixed sizes, a few at a time, for so long."""
-    sizes, until = random.Random(7), time.monotonic() + seconds
+    """Images to filter, a few at a time, for so long."""
+    chosen, until = random.Random(7), time.monotonic() + seconds
+    image = np.random.default_rng(7).random((_SIDE, _SIDE), np.float32)
 
     def rows() -> Iterator[dict[str, Any]]:
         while time.monotonic() < until:
-            square = np.ones((sizes.choice(_SIZES),) * 2, np.float32)
-            yield {"a": square, "b": square}
+            yield {"image": image, "radius": chosen.choice(_RADII)}
 
-    for _ in client.map("linalg.matmul", rows(), window=_WINDOW):
+    for _ in client.map("medical.median_filter", rows(), window=_WINDOW):
         pass
 
 
@@ -145,6 +148,24 @@ def _replayed(
         }
         for phase, found in logs.items()
     }
+
+
+def _tell_speeds(seen: Seen, marks: Sequence[float]) -> None:
+    """Of each phase the speed that heartbeats told, and that of launches beside equal ones of the first phase."""
+    told: dict[str, list[float]] = {}
+    took: dict[str, dict[tuple[float, int], list[float]]] = {}
+    for at, each in seen:
+        if (phase := _phase(at, marks)) is None:
+            continue
+        if each.type == "device.heartbeat":
+            told.setdefault(phase, []).append(each.data["state"].get("speed", 1.0))
+        elif (launch := each.observation) is not None:
+            took.setdefault(phase, {}).setdefault((launch.flops, launch.jobs), []).append(launch.run_s)
+    alone = {key: statistics.median(found) for key, found in took["alone before"].items()}
+    for phase, found in took.items():
+        real = [alone[key] / each for key, times in found.items() if key in alone for each in times]
+        speed = statistics.mean(told[phase]) if phase in told else math.nan
+        print(f"{phase:18} speed told {speed:.2f}, really {statistics.median(real):.2f}", file=sys.stderr)
 
 
 def _phase(at: float, marks: Sequence[float]) -> str | None:

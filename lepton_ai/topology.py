@@ -93,6 +93,11 @@ def held(incarnation: str, slot: int) -> str:
     return f"lepton:held:{incarnation}:{slot}"
 
 
+def backlog(incarnation: str) -> str:
+    """What a router knows of the work that is to be done, as of its last heartbeat; it lapses as the lease does."""
+    return f"lepton:backlog:{incarnation}"
+
+
 def lease(incarnation: str) -> str:
     return f"lepton:lease:{incarnation}"
 

@@ -81,6 +81,11 @@ class Planner:
         """The policy for what has just come."""
         return self._online.name
 
+    @property
+    def typical_s(self) -> float:
+        """What a job lately takes on the device best for it, on the mean; 0 before the first."""
+        return self._typical_s
+
     def wants(self, waiting: int, room: int) -> bool:
         """Whether the deep policy should look at what waits: more jobs than there is room for, and hundreds."""
         if waiting < DEEP or waiting <= room:
