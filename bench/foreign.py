@@ -1,10 +1,10 @@
 """What somebody else's load on a worker's host does to predictions, with and without what corrects for it.
 
-A real worker filters images with windows of mixed sizes (5 to 100 ms each); in the middle third of the run as many processes as the
-host has processors do nothing but compute beside it. What the worker told (heartbeats and observations) is then
-replayed, each launch predicted before it is learned, by three models that differ in the speed that they believe in:
-none (others' load is no business of theirs), `1 - foreign` (what others do not use is ours), and what heartbeats tell
-(`tasks.host.fair_speed`).
+A real worker filters images with windows of mixed sizes; in the middle third of the run as many processes as the host
+has processors do nothing but compute beside it. What the worker told (heartbeats and observations) is then replayed,
+each launch predicted before it is learned, by three models that differ in the speed that they believe in: none (others'
+load is no business of theirs), `1 - foreign` (what others do not use is ours), and `told`: what heartbeats say, which
+is how long threads waited for a processor (`tasks.host.Contention`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CHANGE_S = 3.0
 _CORRECTIONS: dict[str, Callable[[ResourceState], float]] = {
     "none": lambda _: 1.0,
     "1 - foreign": lambda state: max(0.05, 1 - max(0.0, state.host_cpu - state.own_cpu)),
-    "fair share": lambda state: state.speed,
+    "told": lambda state: state.speed,
 }
 
 Seen = list[tuple[float, Event]]

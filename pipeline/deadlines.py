@@ -8,6 +8,7 @@ to whichever device, so each is reckoned as a job of the usual length that all d
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import msgspec
 
@@ -24,7 +25,9 @@ from queues.broker import Kind
 
 __all__ = ["Backlog", "backlog_of", "combined", "judged", "list_number", "unattainable"]
 
-_LISTS = topology.lane_lists()
+#: What a kernel takes on a device is not known well enough to refuse a job before so many launches.
+_FEWEST: Final = 5
+_LISTS: Final = topology.lane_lists()
 
 
 class Backlog(msgspec.Struct, frozen=True):
@@ -104,7 +107,7 @@ def unattainable(
 ) -> DeadlineUnattainable | None:
     """Why a job that has `left_s` seconds from now, and is not begun before `due_in_s`, cannot end by then.
 
-    None where it can, and where nobody knows: no device can run it now, or it has not been measured on one that can.
+    None where it can, and where nobody knows: no device can run it now, or it has not been measured often enough on one that can.
     `message` is opened where its options do not declare its shapes.
     """
     job = ClaimedJob(("",), kernel, options, message, Claim(Kind.NEW, 0, ""), 0, (options.urgency, kernel, None))
@@ -114,7 +117,7 @@ def unattainable(
     for device, candidate in zip(cluster.devices, candidates, strict=True):
         if candidate.estimate is None:
             continue
-        if not model.launches(kernel, device.name):
+        if model.launches(kernel, device.name) < _FEWEST:
             return None
         waits[device.name] = max(due_in_s, backlog.wait_s(device, cluster.devices, options.urgency))
         ends[device.name] = waits[device.name] + candidate.estimate.tail_s

@@ -99,8 +99,12 @@ def test_the_device_where_it_ends_soonest_decides(cluster: Cluster, model: CostM
     assert refusal(cluster, model, 0.5, Backlog({"gpu": 3.0})) is not None
 
 
-def test_without_a_measurement_nobody_can_say(cluster: Cluster) -> None:
-    assert refusal(cluster, CostModel(), 1e-9) is None
+@pytest.mark.parametrize(("launches", "is_known"), [(0, False), (4, False), (5, True)])
+def test_without_some_measurements_nobody_can_say(cluster: Cluster, launches: int, is_known: bool) -> None:
+    model = CostModel()
+    for _ in range(launches):
+        model.learn(Observation("test.spin", "cpu", 1, SECOND, 0.0, 1e-9, 1.0), PEAKS)
+    assert (refusal(cluster, model, 1e-9) is not None) is is_known
 
 
 def test_where_no_device_can_run_it_now_nobody_can_say(cluster: Cluster, model: CostModel) -> None:
@@ -128,7 +132,8 @@ def test_a_later_deadline_is_never_harder_and_more_work_never_easier(left_s: flo
     cluster = Cluster()
     cluster.refresh([Announcement("1", "one", "cpu", "cpu", 2, False, PEAKS, (SPIN,), 0.0)])
     model = CostModel()
-    model.learn(Observation("test.spin", "cpu", 1, SECOND, 0.0, 1e-9, 1.0), PEAKS)
+    for _ in range(10):
+        model.learn(Observation("test.spin", "cpu", 1, SECOND, 0.0, 1e-9, 1.0), PEAKS)
     if refusal(cluster, model, left_s, Backlog({"cpu": work})) is None:
         assert refusal(cluster, model, left_s + more_s, Backlog({"cpu": work})) is None
     else:

@@ -18,7 +18,7 @@ GPU = msgspec.structs.replace(CPU, device="gpu", kind="gpu")
 
 @pytest.fixture
 def slots() -> Any:
-    return SimpleNamespace(busy=0, busy_s=0.0, count=2, driver=None)
+    return SimpleNamespace(busy=0, busy_s=0.0, count=2, driver=None, threads=[])
 
 
 @pytest.fixture(autouse=True)
