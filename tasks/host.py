@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,8 +81,9 @@ class Contention:
         """How fast these threads (by their native ids) compute, as a share of what they would with nobody beside them.
 
         The scheduler says how long each has run and how long it could have run and waited. Where they have hardly run,
-        or it does not say, one is taken to get what a fair scheduler would give it beside `others`, the processors that
-        others used: all of one while some are idle, else the same as everybody.
+        or it does not say, one is taken to get what a fair scheduler would give it: all of a processor while some are
+        idle, else the same as everybody. `others` is how many processors others used: where that is all of them, more
+        threads may want one, and the load average says how many lately did.
         """
         ran = waited = 0
         seen = {}
@@ -93,7 +95,9 @@ class Contention:
         self._seen = seen
         if ran >= _ENOUGH_NS:
             return max(_SLOWEST, ran / (ran + max(0, waited)))
-        return processors / (1 + others) if others > (1 - _IDLE) * processors else 1.0
+        if others <= (1 - _IDLE) * processors:
+            return 1.0
+        return processors / (1 + max(others, _wanting() * processors))
 
     def _read(self, thread: int) -> tuple[int, int]:
         """Nanoseconds that a thread has run, and has waited to (Linux, Documentation/scheduler/sched-stats.rst)."""
@@ -102,6 +106,11 @@ class Contention:
             return int(ran), int(waited)
         except (OSError, ValueError):
             return 0, 0
+
+
+def _wanting() -> float:
+    """How many threads of the host ran or could have run in the last minute, for each of its processors."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
 class Memory(msgspec.Struct, frozen=True):

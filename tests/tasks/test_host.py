@@ -44,7 +44,16 @@ def test_speed_is_the_share_of_their_time_in_which_threads_that_could_run_did(sc
     assert contention.speed([1, 2], 2, 2.0) == 1.0
 
 
-def test_threads_that_hardly_ran_are_taken_to_get_what_everybody_gets(scheduler: Scheduler) -> None:
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The load average of a host of four processors, in the first place."""
+    found = [0.0]
+    monkeypatch.setattr("os.getloadavg", lambda: (found[0], 99.0, 99.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    return found
+
+
+def test_threads_that_hardly_ran_are_taken_to_get_what_everybody_gets(scheduler: Scheduler, load: list[float]) -> None:
     contention = Contention(scheduler.folder)
     scheduler.says(1, 1000, 5000)
     contention.speed([1], 2, 0.0)
@@ -52,10 +61,19 @@ def test_threads_that_hardly_ran_are_taken_to_get_what_everybody_gets(scheduler:
     assert contention.speed([1], 2, 1.0) == 1.0
 
 
-def test_where_the_system_says_nothing_of_threads_the_use_of_processors_decides(tmp_path: Path) -> None:
+def test_where_the_system_says_nothing_of_threads_the_use_of_processors_decides(
+    tmp_path: Path, load: list[float]
+) -> None:
     contention = Contention(tmp_path)
     assert contention.speed([1], 4, 4.0) == pytest.approx(0.8)
     assert contention.speed([], 4, 3.0) == 1.0
+
+
+def test_where_more_threads_want_a_processor_than_there_are_each_gets_less(tmp_path: Path, load: list[float]) -> None:
+    load[0] = 7.0
+    assert Contention(tmp_path).speed([], 4, 4.0) == pytest.approx(0.5)
+    assert Contention(tmp_path).speed([], 2, 2.0) == pytest.approx(2 / 4.5)
+    assert Contention(tmp_path).speed([], 4, 3.0) == 1.0  # that was a minute ago: now some are idle
 
 
 def test_a_thread_that_is_new_counts_from_when_it_was_first_seen(scheduler: Scheduler) -> None:

@@ -24,6 +24,7 @@ def slots() -> Any:
 @pytest.fixture(autouse=True)
 def _two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.host.cores", lambda: 2)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def read(slots: Any, usage: Usage, announcement: Announcement = CPU, *, siblings: float = 0.0) -> ResourceState:
