@@ -25,8 +25,10 @@ from queues.broker import Kind
 
 __all__ = ["Backlog", "backlog_of", "combined", "judged", "list_number", "unattainable"]
 
-#: What a kernel takes on a device is not known well enough to refuse a job before so many launches.
-_FEWEST: Final = 5
+#: What a kernel takes on a device is not known before so many launches, as many as a router has probed; and how much
+#: that varies before so many: until then the estimate itself counts, for a first guess is far out.
+_MEASURED: Final = 2
+_VARIED: Final = 5
 _LISTS: Final = topology.lane_lists()
 
 
@@ -107,7 +109,8 @@ def unattainable(
 ) -> DeadlineUnattainable | None:
     """Why a job that has `left_s` seconds from now, and is not begun before `due_in_s`, cannot end by then.
 
-    None where it can, and where nobody knows: no device can run it now, or one that can was not measured often enough.
+    None where it can, and where nobody knows: no device can run it now, or it has not been measured often enough on one
+    that can.
     `message` is opened where its options do not declare its shapes.
     """
     job = ClaimedJob(("",), kernel, options, message, Claim(Kind.NEW, 0, ""), 0, (options.urgency, kernel, None))
@@ -117,10 +120,11 @@ def unattainable(
     for device, candidate in zip(cluster.devices, candidates, strict=True):
         if candidate.estimate is None:
             continue
-        if model.launches(kernel, device.name) < _FEWEST:
+        if (launches := model.launches(kernel, device.name)) < _MEASURED:
             return None
+        estimate = candidate.estimate
         waits[device.name] = max(due_in_s, backlog.wait_s(device, cluster.devices, options.urgency))
-        ends[device.name] = waits[device.name] + candidate.estimate.tail_s
+        ends[device.name] = waits[device.name] + (estimate.tail_s if launches >= _VARIED else estimate.finish_s)
     soonest = min(ends, key=ends.__getitem__, default=None)
     if soonest is None or ends[soonest] <= left_s:
         return None

@@ -12,7 +12,7 @@ from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.errors import DeadlineUnattainable
 from lepton_ai.event import Observation
 from lepton_ai.job import Options
-from lepton_ai.kernel import KernelSpec
+from lepton_ai.kernel import KernelSpec, Work
 from lepton_ai.placement.costs import CostModel
 from pipeline import intake
 from pipeline.cluster import Cluster
@@ -99,12 +99,22 @@ def test_the_device_where_it_ends_soonest_decides(cluster: Cluster, model: CostM
     assert refusal(cluster, model, 0.5, Backlog({"gpu": 3.0})) is not None
 
 
-@pytest.mark.parametrize(("launches", "is_known"), [(0, False), (4, False), (5, True)])
+@pytest.mark.parametrize(("launches", "is_known"), [(0, False), (1, False), (2, True)])
 def test_without_some_measurements_nobody_can_say(cluster: Cluster, launches: int, is_known: bool) -> None:
     model = CostModel()
     for _ in range(launches):
         model.learn(Observation("test.spin", "cpu", 1, SECOND, 0.0, 1e-9, 1.0), PEAKS)
     assert (refusal(cluster, model, 1e-9) is not None) is is_known
+
+
+def test_a_device_that_was_only_probed_settles_nothing_by_how_far_out_the_first_guess_was(cluster: Cluster) -> None:
+    """Ten times as slow as announced: that is an error of the announcement, and no spread."""
+    model = CostModel()
+    for _ in range(2):
+        model.learn(Observation("test.spin", "cpu", 1, SECOND, 0.0, 1e-9, 100.0), PEAKS)
+    wait_s = model.predict("test.spin", "cpu", Work(SECOND, 0.0), PEAKS, 0.0).run_s
+    assert refusal(cluster, model, 1.01 * wait_s) is None
+    assert refusal(cluster, model, 0.99 * wait_s) is not None
 
 
 def test_where_no_device_can_run_it_now_nobody_can_say(cluster: Cluster, model: CostModel) -> None:
