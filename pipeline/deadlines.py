@@ -42,11 +42,11 @@ class Backlog(msgspec.Struct, frozen=True):
     typical_s: float = 0.0
     """What such a job takes on the device best for it, on the mean."""
 
-    def wait_s(self, device: ServedDevice, devices: Sequence[ServedDevice], urgency: int) -> float:
-        """How long a job of this urgency waits for a device."""
+    def shared_s(self, devices: Iterable[ServedDevice], urgency: int) -> float:
+        """How long all devices together take for the jobs that wait and are at least as urgent."""
         before = sum(self.waiting[: list_number(urgency) + 1])
-        shared_s = before * self.typical_s / sum(each.capacity for each in devices)
-        return self.seconds.get(device.name, 0.0) / device.capacity + shared_s
+        capacity = sum(each.capacity for each in devices)
+        return before * self.typical_s / capacity if capacity > 0 else 0.0
 
     def behind(self, jobs: int, urgency: int) -> Backlog:
         """The same with so many more jobs of an urgency that wait."""
@@ -115,6 +115,7 @@ def unattainable(
     """
     job = ClaimedJob(("",), kernel, options, message, Claim(Kind.NEW, 0, ""), 0, (options.urgency, kernel, None))
     candidates = price([job], cluster, model).candidates[0]
+    shared_s = backlog.shared_s(cluster.devices, options.urgency)
     waits: dict[str, float] = {}
     ends: dict[str, float] = {}
     for device, candidate in zip(cluster.devices, candidates, strict=True):
@@ -123,7 +124,8 @@ def unattainable(
         if (launches := model.launches(kernel, device.name)) < _MEASURED:
             return None
         estimate = candidate.estimate
-        waits[device.name] = max(due_in_s, backlog.wait_s(device, cluster.devices, options.urgency))
+        own_s = backlog.seconds.get(device.name, 0.0) / device.capacity
+        waits[device.name] = max(due_in_s, own_s + shared_s)
         ends[device.name] = waits[device.name] + (estimate.tail_s if launches >= _VARIED else estimate.finish_s)
     soonest = min(ends, key=ends.__getitem__, default=None)
     if soonest is None or ends[soonest] <= left_s:
