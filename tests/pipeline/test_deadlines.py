@@ -12,12 +12,13 @@ from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.errors import DeadlineUnattainable
 from lepton_ai.event import Observation
 from lepton_ai.job import Options
-from lepton_ai.kernel import KernelSpec, Work
+from lepton_ai.kernel import KernelSpec
 from lepton_ai.placement.costs import CostModel
 from pipeline import intake
 from pipeline.cluster import Cluster
 from pipeline.deadlines import Backlog, backlog_of, combined, judged, list_number, unattainable
 from pipeline.intake import Incoming, Refused
+from pipeline.pricing import price
 from pipeline.window import Window
 from queues.broker import Kind
 
@@ -112,9 +113,12 @@ def test_a_device_that_was_only_probed_settles_nothing_by_how_far_out_the_first_
     model = CostModel()
     for _ in range(2):
         model.learn(Observation("test.spin", "cpu", 1, SECOND, 0.0, 1e-9, 100.0), PEAKS)
-    wait_s = model.predict("test.spin", "cpu", Work(SECOND, 0.0), PEAKS, 0.0).run_s
-    assert refusal(cluster, model, 1.01 * wait_s) is None
-    assert refusal(cluster, model, 0.99 * wait_s) is not None
+    window = Window("router", 1, 2**20)
+    job = window.add(("job",), "test.spin", options(), b"", window.open_claim(Kind.NEW)[0])
+    estimate = price([job], cluster, model).candidates[0][0].estimate
+    assert estimate is not None
+    assert refusal(cluster, model, 1.01 * estimate.finish_s) is None
+    assert refusal(cluster, model, 0.99 * estimate.finish_s) is not None
 
 
 def test_where_no_device_can_run_it_now_nobody_can_say(cluster: Cluster, model: CostModel) -> None:
