@@ -143,7 +143,7 @@ def test_a_job_that_cannot_meet_its_deadline_is_refused_with_the_estimate(
     learn(connection)
     with pytest.raises(DeadlineUnattainable) as raised:
         through(broker_url, lambda door: door.accept([meet(60.0), meet(0.002)], 0))
-    assert raised.value.estimate_s == pytest.approx(0.01, rel=0.3)
+    assert 0.005 < (raised.value.estimate_s or 0) < 0.05
     assert getattr(raised.value, "index", None) == 1
     assert connection.call("KEYS", "lepton.ingest*") == []
 

@@ -542,8 +542,8 @@ def test_a_job_that_cannot_meet_its_deadline_is_refused_with_the_estimate(
     time.sleep(0.6)  # what the ingest has read for another test is no older
     found = problem(http.post("/v1/jobs", json={**JOB, "deadline_s": 0.002, "must_meet": True}), 409)
     assert (found["code"], found["field"]) == ("deadline_unattainable", "deadline_s")
-    assert found["estimate_s"] == pytest.approx(0.01, rel=0.3)
+    assert 0.005 < found["estimate_s"] < 0.05
     with Client(str(http.base_url)) as client, pytest.raises(DeadlineUnattainable) as raised:
         client.submit("test.double", {"x": [1.0, 2.0]}, deadline_s=0.002, must_meet=True)
-    assert raised.value.estimate_s == pytest.approx(0.01, rel=0.3)
+    assert 0.005 < (raised.value.estimate_s or 0) < 0.05
     assert http.post("/v1/jobs", json={**JOB, "deadline_s": 60, "must_meet": True}).status_code == 202
