@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lepton_ai.idempotency import job_id
     from lepton_ai.job import Cost, Estimate, Placement
     from lepton_ai.kernel import Kernel, KernelSpec
+    from lepton_ai.scheduler import Scheduler
 
 __all__ = [
     "Accounts",
@@ -35,6 +36,7 @@ __all__ = [
     "LeptonError",
     "Peaks",
     "Placement",
+    "Scheduler",
     "job_id",
 ]
 
@@ -57,6 +59,7 @@ _MODULES = {
     "LeptonError": "errors",
     "Peaks": "device",
     "Placement": "job",
+    "Scheduler": "scheduler",
     "job_id": "idempotency",
 }
 
