@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from lepton_ai.errors import InvalidArguments
 from lepton_ai.placement import gantt, policies
@@ -75,6 +75,10 @@ class Scheduler:
             for task, resource in found.items()
         }
 
+    @overload
+    def explain(self, task: str) -> Explanation: ...
+    @overload
+    def explain(self, task: None = None) -> dict[str, Explanation]: ...
     def explain(self, task: str | None = None) -> Explanation | dict[str, Explanation]:
         """Why a task goes where it does and what it would have cost elsewhere; without a name, so for every task."""
         if task is not None:

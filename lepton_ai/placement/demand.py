@@ -52,7 +52,7 @@ class Demand(msgspec.Struct, frozen=True):
     @classmethod
     def read(cls, name: str, given: Any) -> Demand:
         """The Demand that a dictionary describes; InvalidArguments where it describes none."""
-        fields = Fields(f"task {name!r}", given, ("priority",), _OPTIONAL)
+        fields = Fields("task", name, given, ("priority",), _OPTIONAL)
         size = fields.above_zero("size", 1.0)
         return cls(
             name,
@@ -73,7 +73,7 @@ class Demand(msgspec.Struct, frozen=True):
         if seconds is None:
             seconds, speed = self.seconds.get(supply.kind), supply.speed
         if seconds is None:
-            return Candidate(supply.name, excluded=f"the task's seconds name neither {supply.name} nor {supply.kind}")
+            return Candidate(supply.name, excluded="the task's seconds name neither it nor its kind")
         if supply.share == 0:
             return Candidate(supply.name, excluded=f"full: {supply.used:g} of {supply.total:g} is used")
         if self.memory_bytes > supply.memory_bytes:

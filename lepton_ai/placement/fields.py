@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,17 +42,17 @@ def number(owner: str, name: str, value: Any, *, zero_too: bool = False) -> floa
 class Fields:
     """What a dictionary says of one resource or task. InvalidArguments where a field is missing, unknown or wrong."""
 
-    def __init__(self, owner: str, given: Any, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
+    def __init__(self, what: str, name: str, given: Any, required: Sequence[str], optional: Sequence[str]) -> None:
+        owner = f"{what} {name!r}"
         if not isinstance(given, Mapping):
-            raise InvalidArguments(f"{owner}: must be a dictionary with {', '.join(required)}, not {given!r}")
-        for name in given:
-            if name not in (*required, *optional):
-                raise InvalidArguments(
-                    f"{owner}: no field {name!r}; {meant(str(name), required + optional)}", str(name)
-                )
-        for name in required:
-            if name not in given:
-                raise InvalidArguments(f"{owner}: {name} is missing; it needs {' and '.join(required)}", name)
+            raise InvalidArguments(f"{owner}: must be a dictionary with {' and '.join(required)}, not {given!r}", what)
+        known = (*required, *optional)
+        for field in given:
+            if field not in known:
+                raise InvalidArguments(f"{owner}: no field {field!r}; {meant(str(field), known)}", str(field))
+        for field in required:
+            if field not in given:
+                raise InvalidArguments(f"{owner}: {field} is missing; it needs {' and '.join(required)}", field)
         self.owner = owner
         self._given = given
 

@@ -140,8 +140,10 @@ class Schedule:
             return f"only {here.device} can run it, and ends it after {_finish_s(here):.3g} s"
         next_best = min(others, key=_finish_s)
         compared = f"{_finish_s(here):.3g} s against {_finish_s(next_best):.3g} s on {next_best.device}"
-        if _finish_s(here) <= _finish_s(next_best):
+        if _finish_s(here) < _finish_s(next_best):
             return f"{here.device} ends it first: {compared}"
+        if _finish_s(here) == _finish_s(next_best):
+            return f"no other ends it sooner than {here.device}: {compared}"
         return f"the policy {self.policy} chose {here.device}, which does not end it first: {compared}"
 
     @cached_property

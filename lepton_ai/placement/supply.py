@@ -47,7 +47,7 @@ class Supply(msgspec.Struct, frozen=True):
     @classmethod
     def read(cls, name: str, given: Any) -> Supply:
         """The Supply that a dictionary describes; InvalidArguments where it describes none."""
-        fields = Fields(f"resource {name!r}", given, _REQUIRED, _OPTIONAL)
+        fields = Fields("resource", name, given, _REQUIRED, _OPTIONAL)
         total, used = fields.above_zero("total", 1.0), fields.zero_or_more("used", 0.0)
         if used > total:
             raise InvalidArguments(f"{fields.owner}: used must be at most the total {total}, not {used}", "used")
