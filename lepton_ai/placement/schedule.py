@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from lepton_ai.job import Candidate, Estimate
+from lepton_ai.placement.bounds import lower_bound
 from lepton_ai.placement.demand import Demand
 from lepton_ai.placement.problem import UNPLACED, Floats, Indices, Policy, Problem, planned
 from lepton_ai.placement.supply import Supply
@@ -67,9 +68,10 @@ class Schedule:
         seconds = np.array(costs, np.float64).reshape(len(self._demands), len(self._supplies))
         devices = len(self._resource_of)
         return Problem(
-            seconds[:, self._resource_of],
+            seconds,
             np.zeros(devices),
             np.ones(devices),
+            class_of=self._resource_of,
             weight=np.array([1 / demand.priority for demand in self._demands], np.float64),
             deadline=np.array([demand.deadline_s for demand in self._demands], np.float64),
         )
@@ -87,7 +89,7 @@ class Schedule:
     @cached_property
     def lower_bound_s(self) -> float:
         """Seconds below which no plan's makespan can be."""
-        return _simple_bound_s(self.problem)
+        return lower_bound(self.problem).seconds
 
     def tasks(self) -> list[str]:
         """Every task, the urgent first."""
@@ -110,7 +112,7 @@ class Schedule:
             device = self._plan.device[row]
             if device != UNPLACED:
                 at, start_s = self._resource_of[device], float(self._plan.wait[row])
-                end_s = start_s + float(self.problem.seconds[row, device])
+                end_s = start_s + float(self.problem.seconds[row, at])
                 slot = int(device - self._first[at]) + 1
                 found.append(Bar(demand.name, self._supplies[at].name, slot, demand.priority, start_s, end_s))
         return found
@@ -154,14 +156,8 @@ class Schedule:
         for row in range(len(self._demands)):
             free[row] = np.minimum.reduceat(load, self._first)
             if (device := self._plan.device[row]) != UNPLACED:
-                load[device] += self.problem.seconds[row, device]
+                load[device] += self.problem.seconds[row, self._resource_of[device]]
         return free
-
-
-def _simple_bound_s(problem: Problem) -> float:
-    best = problem.seconds.min(axis=1, initial=np.inf)
-    best = best[np.isfinite(best)]
-    return float(max(best.max(initial=0.0), best.sum() / max(problem.devices, 1)))
 
 
 def _seconds(offer: Candidate) -> float:
