@@ -17,18 +17,16 @@ ones on more of them and on each job's few cheapest columns.
 
 from __future__ import annotations
 
-import itertools
-
 import msgspec
 import numpy as np
 
 from lepton_ai.placement.problem import Floats, Indices, Problem
 
-__all__ = ["bound_s", "clearing_prices", "sums"]
+__all__ = ["bound_s", "clearing_prices", "priced", "sums"]
 
-#: Smoothing of each stage. Braun's instances end 0.003 to 0.02 % below the linear program's bound.
+#: Smoothing of each stage.
 _COARSE = (1.0, 0.3, 0.1)
-_FINE = (0.03, 0.01, 0.003)
+_FINE = (0.03, 0.01, 0.003, 0.001, 0.0003)
 _STEPS = 12
 _ROUNDS = 8
 #: Whoever is paid a smaller part of all is priced out.
@@ -36,8 +34,11 @@ _NOTHING = 1e-6
 #: Jobs looked at: coarsely so many a column, at least and at most; finely this many.
 _COARSE_A_COLUMN, _COARSE_LEAST, _COARSE_MOST = 32, 1_000, 16_000
 _FINE_MOST = 100_000
-#: A job's cheapest columns that the fine stages look at. Those behind get nothing at so small a tau.
-_NEAR = 6
+#: And so many of each one's cheapest columns that together they are this many. Those behind get nothing at so small
+#: a tau; but kernels whose jobs differ only in size have dozens of columns that are equally cheap.
+_FINE_CELLS = 1 << 20
+#: How often they are chosen anew in a stage, where others have become cheaper; by what part a bound then differs.
+_LOOKS, _UNSEEN = 3, 1e-6
 #: Cells of `seconds` that one pass works on: what fits into a processor's cache.
 _CELLS = 1 << 17
 #: What a sum of so many numbers may be off by, relatively: a bound is told that much lower.
@@ -52,7 +53,7 @@ def bound_s(problem: Problem, prices: Floats) -> float:
     cost = 0.0
     step = max(1, _CELLS // max(1, prices.size))
     for first in range(0, problem.jobs, step):
-        least = _priced(problem.seconds[first : first + step], prices).min(axis=1, initial=np.inf)
+        least = priced(problem.seconds[first : first + step], prices).min(axis=1, initial=np.inf)
         cost += float(least[np.isfinite(least)].sum())
     return _Supply.of(problem).end_s(cost, prices) * (1 - _ROUNDING)
 
@@ -65,18 +66,34 @@ def clearing_prices(problem: Problem) -> Floats:
         return np.ones(columns)
     supply = _Supply.of(problem)
     rows = _sample(able, min(_COARSE_MOST, max(_COARSE_LEAST, _COARSE_A_COLUMN * columns)))
-    logs = _logs(problem.seconds[rows])
+    coarse = _Market(_logs(problem.seconds[rows]), None, able.size / rows.size, supply)
     # Where every device's price is its speed, no job prefers one: the mean over those who can run there.
-    can = np.isfinite(logs)
-    start = -np.where(can, logs, 0.0).sum(axis=0) / np.maximum(can.sum(axis=0), 1)
-    market = _Market(logs, None, able.size / rows.size, supply)
-    prices, end_s = _coarsely(market, np.exp(start))
+    can = np.isfinite(coarse.logs)
+    start = -np.where(can, coarse.logs, 0.0).sum(axis=0) / np.maximum(can.sum(axis=0), 1)
+    prices, end_s = _coarsely(coarse, np.exp(start))
+    return _finely(problem, able, coarse, prices, end_s)
+
+
+def _finely(problem: Problem, able: Indices, coarse: _Market, prices: Floats, end_s: float) -> Floats:
+    """The best of the prices that are found with less and less smoothing, by what they prove of the whole problem."""
     rows = _sample(able, _FINE_MOST)
-    near = _nearest(problem.seconds, rows, prices)
-    market = _Market(_logs(problem.seconds[rows[:, np.newaxis], near]), near, able.size / rows.size, supply)
+    best_s, best, market = -1.0, prices, None
     for tau in _FINE:
-        prices, _, end_s = market.cleared(prices, supply.by(end_s), tau)
-    return prices
+        for _ in range(_LOOKS):
+            if market is None:
+                near = _nearest(problem.seconds, rows, prices, _FINE_CELLS // rows.size)
+                logs = _logs(problem.seconds[rows[:, np.newaxis], near])
+                market = _Market(logs, near, able.size / rows.size, coarse.supply)
+            prices, _, seen_s = market.cleared(prices, coarse.supply.by(end_s), tau, coarse)
+            end_s = bound_s(problem, prices)
+            if end_s > best_s:
+                best_s, best = end_s, prices
+            if end_s > seen_s * (1 - _UNSEEN) or market.logs.shape[1] == prices.size:
+                break
+            # Other columns have become cheaper than those that were looked at.
+            market = None
+        end_s = best_s
+    return best
 
 
 def _coarsely(market: _Market, prices: Floats) -> tuple[Floats, float]:
@@ -146,54 +163,61 @@ class _Market(msgspec.Struct, frozen=True):
     """For how many jobs each of these stands."""
     supply: _Supply
 
-    def cleared(self, prices: Floats, offered: Floats, tau: float) -> tuple[Floats, float, float]:
-        """[column] prices at which of all that is offered the same part is taken; that part; the end they prove."""
+    def cleared(
+        self, prices: Floats, offered: Floats, tau: float, alike: _Market | None = None
+    ) -> tuple[Floats, float, float]:
+        """[column] prices at which of all that is offered the same part is taken; that part; the end they prove.
+
+        How demand answers to prices is told by other jobs that are alike, where given: fewer, or of all columns.
+        """
         best_s, best, highest, longest = -1.0, prices, -1.0, 3 * max(tau, 0.05)
         level = from_level = np.log(prices)
         move = np.zeros_like(level)
         for _ in range(_STEPS):
             prices = np.exp(level)
-            hard, paid, slope = self._paid(level, tau)
+            hard, paid, share = self._paid(level, tau)
             if (proven_s := self.supply.end_s(hard, prices)) > best_s:
                 best_s, best = proven_s, prices
-            total = float(paid.sum())
+            taken = self._taken(paid)
+            total = float(taken.sum())
             part = total / float(prices @ offered)
             if part < highest:  # too far: half the way
                 move, longest = move / 2, longest / 2
             else:
                 highest, from_level = part, level
-                excess = paid - part * prices * offered
+                excess = taken - part * prices * offered
                 if np.abs(excess).max() * excess.size < tau * total:
                     break
-                damping = 1e-3 * paid / tau + 1e-12 * total
+                slope = _slope(*(alike._paid(level, tau)[1:] if alike else (paid, share)), tau)
+                damping = 1e-3 * taken / tau + 1e-12 * total
                 move = np.linalg.solve(slope + np.diag(damping), excess)
                 move *= min(1.0, longest / max(float(np.abs(move).max()), longest))
                 # Who offers nothing is priced out at once: Newton's steps would take long over it.
-                move = np.where(offered > 0, move, np.where(paid > _NOTHING * total, longest, 0.0))
+                move = np.where(offered > 0, move, np.where(taken > _NOTHING * total, longest, 0.0))
             level = from_level + move
             level = np.maximum(level - level.max(), -_LOWEST)
         return best, highest, best_s
 
     def _paid(self, level: Floats, tau: float) -> tuple[float, Floats, Floats]:
-        """What all jobs pay at least; [column] what each takes, smoothed; minus how that changes with log prices."""
-        columns = level.size
+        """What all jobs pay at least; [job, choice] what each pays, smoothed, and which part of it that is."""
         cost = self.logs + (level if self.near is None else level[self.near])
         least = cost.min(axis=1)
-        share = np.exp((least[:, np.newaxis] - cost) / tau)
+        # What is 0 but for its last digits would make the products a hundred times slower.
+        share = np.exp(np.maximum((least[:, np.newaxis] - cost) / tau, -_FAR))
         total = share.sum(axis=1)
         share /= total[:, np.newaxis]
         hard = np.exp(least) * self.share
-        paid = (hard * total**-tau)[:, np.newaxis] * share
-        if self.near is None:
-            taken = paid.sum(axis=0)
-            both = paid.T @ share
-        else:
-            taken = sums(self.near.ravel(), paid.ravel(), columns)
-            both = np.zeros(columns**2)
-            for a, b in itertools.product(range(share.shape[1]), repeat=2):
-                both += sums(self.near[:, a] * columns + self.near[:, b], paid[:, a] * share[:, b], columns**2)
-            both = both.reshape(columns, columns)
-        return float(hard.sum()), taken, (np.diag(taken) - both) / tau
+        return float(hard.sum()), (hard * total**-tau)[:, np.newaxis] * share, share
+
+    def _taken(self, paid: Floats) -> Floats:
+        """[column]: what it is paid by all."""
+        return paid.sum(axis=0) if self.near is None else sums(self.near.ravel(), paid.ravel(), self.supply.columns)
+
+
+def _slope(paid: Floats, share: Floats, tau: float) -> Floats:
+    """[column, column]: minus how what is paid changes with the logarithms of prices; the choices are the columns."""
+    found: Floats = (np.diag(paid.sum(axis=0)) - paid.T @ share) / tau
+    return found
 
 
 def sums(group: Indices, values: Floats, groups: int) -> Floats:
@@ -201,6 +225,8 @@ def sums(group: Indices, values: Floats, groups: int) -> Floats:
     return np.asarray(np.bincount(group, values, groups), np.float64)
 
 
+#: Beyond so many smoothings a column is as good as not there.
+_FAR = 60.0
 #: Logarithm of the least price beside the highest: nobody needs that device.
 _LOWEST = 300.0
 
@@ -217,7 +243,7 @@ def _logs(seconds: Floats) -> Floats:
     return np.log(np.maximum(seconds, 1e-300))
 
 
-def _priced(seconds: Floats, prices: Floats) -> Floats:
+def priced(seconds: Floats, prices: Floats) -> Floats:
     """[job, column]: cost. What a job cannot run on costs infinitely much at any price, and at none."""
     with np.errstate(invalid="ignore"):
         found = seconds * prices
@@ -225,13 +251,13 @@ def _priced(seconds: Floats, prices: Floats) -> Floats:
     return found
 
 
-def _nearest(seconds: Floats, rows: Indices, prices: Floats) -> Indices:
-    """[row, choice]: the columns that cost each job least."""
-    if prices.size <= _NEAR:
+def _nearest(seconds: Floats, rows: Indices, prices: Floats, most: int) -> Indices:
+    """[row, choice]: the columns that cost each job least, so many at most."""
+    if prices.size <= most:
         return np.tile(np.arange(prices.size), (rows.size, 1))
-    near = np.empty((rows.size, _NEAR), np.intp)
+    near = np.empty((rows.size, most), np.intp)
     step = max(1, _CELLS // prices.size)
     for first in range(0, rows.size, step):
-        some = _priced(seconds[rows[first : first + step]], prices)
-        near[first : first + step] = np.argpartition(some, _NEAR, axis=1)[:, :_NEAR]
+        some = priced(seconds[rows[first : first + step]], prices)
+        near[first : first + step] = np.argpartition(some, most, axis=1)[:, :most]
     return near

@@ -22,17 +22,17 @@ import msgspec
 import numpy as np
 
 from lepton_ai.placement.compiled import compiled
-from lepton_ai.placement.prices import bound_s, clearing_prices, sums
+from lepton_ai.placement.prices import bound_s, clearing_prices, priced, sums
 from lepton_ai.placement.problem import Floats, Indices, Problem
 
 __all__ = ["Relaxation", "relaxed"]
 
 #: Columns that are dearer than a job's cheapest by more are left out at first.
-_NEAR = 0.1
+_NEAR = 0.01
 #: Jobs that more than one column is left to at first: those whose second column is nearest to the first.
-_UNDECIDED = 6_000
-#: When optimum and bound are taken to be the same.
-_SAME = 1e-9
+_UNDECIDED = 4_000
+#: When optimum and bound are taken to be the same: the solver's own tolerances, where kernels tie by the thousand.
+_SAME = 1e-5
 #: The price of devices that are not ready in time, beside the highest of the others.
 _TOO_DEAR = 1e9
 
@@ -102,7 +102,7 @@ class _Program(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, problem: Problem, from_s: float) -> _Program:
         # A device that a job cannot do without is ready exactly at a bound, which is told a little lower.
-        ready = problem.ready <= from_s * (1 + _SAME)
+        ready = problem.ready <= from_s * (1 + 1e-9)
         columns = problem.seconds.shape[1]
         column = np.arange(problem.devices) if problem.class_of is None else problem.class_of
         slots = problem.slots[ready]
@@ -123,9 +123,7 @@ class _Program(msgspec.Struct, frozen=True):
         near = jobs[gap[jobs] <= _NEAR]
         if near.size > _UNDECIDED:
             near = np.sort(near[np.argpartition(gap[near], _UNDECIDED)[:_UNDECIDED]])
-        cost = self.problem.seconds[near] * np.where(usable < np.inf, usable, 0.0)
-        cost[:, usable == np.inf] = np.inf
-        cost[np.isnan(cost)] = np.inf
+        cost = priced(self.problem.seconds[near], usable)
         row, column = np.nonzero(cost <= (1 + _NEAR) * cost[np.arange(near.size), best[near], np.newaxis])
         return _Pairs(jobs, best[jobs]).joined(_Pairs(near[row], column), prices.size)
 
