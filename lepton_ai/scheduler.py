@@ -33,8 +33,9 @@ class Scheduler:
         self._schedule: Schedule | None = None
 
     def add_resource(self, name: str, resource: Mapping[str, Any]) -> None:
-        """`{'used': 0.4, 'total': 1.0}` and, optionally, `kind`, `speed`, `slots`, `memory_bytes`, `bandwidth`.
+        """`{'used': 0.4, 'total': 1.0}`, in any unit.
 
+        Optionally `kind` (else it is read from the name), `speed`, `slots`, `memory_bytes`, `bandwidth`, `rate`.
         InvalidArguments names the field that is missing, unknown or wrong, or the name that is taken.
         """
         _new("resource", name, self._supplies)
@@ -93,6 +94,11 @@ class Scheduler:
     def makespan_s(self) -> float:
         """Seconds until the last placed task has ended."""
         return self._calculated.makespan_s
+
+    @property
+    def cost(self) -> float:
+        """What the placed tasks cost, in the unit of the resources' `rate`s; 0 where none has one."""
+        return self._calculated.cost
 
     @property
     def lower_bound_s(self) -> float:

@@ -72,6 +72,7 @@ class Schedule:
             np.zeros(devices),
             np.ones(devices),
             class_of=self._resource_of,
+            rate=np.array([supply.rate / supply.slots for supply in self._supplies], np.float64)[self._resource_of],
             weight=np.array([1 / demand.priority for demand in self._demands], np.float64),
             deadline=np.array([demand.deadline_s for demand in self._demands], np.float64),
         )
@@ -90,6 +91,12 @@ class Schedule:
     def lower_bound_s(self) -> float:
         """Seconds below which no plan's makespan can be."""
         return lower_bound(self.problem).seconds
+
+    @property
+    def cost(self) -> float:
+        """What the placed tasks cost by the rates of their resources."""
+        assert self.problem.rate is not None
+        return float(self._plan.load(self.problem) @ self.problem.rate)
 
     def tasks(self) -> list[str]:
         """Every task, the urgent first."""

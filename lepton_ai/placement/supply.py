@@ -15,7 +15,7 @@ from lepton_ai.placement.fields import Fields
 __all__ = ["Supply"]
 
 _REQUIRED = ("used", "total")
-_OPTIONAL = ("kind", "speed", "slots", "memory_bytes", "bandwidth")
+_OPTIONAL = ("kind", "speed", "slots", "memory_bytes", "bandwidth", "rate")
 #: Each is a device of the Problem.
 _MOST_SLOTS = 1024
 # A kind that stands in a name as a word of its own: GPU, gpu.h100, GPU-0, cpu1, but not cpuset.
@@ -38,6 +38,8 @@ class Supply(msgspec.Struct, frozen=True):
     """What a task that it runs may need."""
     bandwidth: float = math.inf
     """Bytes a second by which a task's data reach it."""
+    rate: float = 0.0
+    """What a second of it costs, in money or joules, with all its slots at work; a slot costs its part."""
 
     @property
     def share(self) -> float:
@@ -60,6 +62,7 @@ class Supply(msgspec.Struct, frozen=True):
             fields.count("slots", 1, _MOST_SLOTS),
             fields.zero_or_more("memory_bytes", math.inf),
             fields.above_zero("bandwidth", math.inf),
+            fields.zero_or_more("rate", 0.0),
         )
 
 

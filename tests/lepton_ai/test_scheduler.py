@@ -222,6 +222,20 @@ def test_utilization_is_the_busy_share_of_the_makespan() -> None:
     assert scheduler.utilization() == pytest.approx({"GPU-0": 1, "GPU-1": 0.25, "TPU": 0})
 
 
+def test_the_cheapest_strategy_uses_the_time_that_it_is_given() -> None:
+    def cost(**options: Any) -> float:
+        scheduler = Scheduler("linear_program", **options)
+        scheduler.add_resource("GPU", IDLE | {"rate": 10})
+        scheduler.add_resource("CPU", IDLE | {"rate": 1, "slots": 2})
+        for at in range(4):
+            scheduler.add_task(str(at), {"seconds": {"gpu": 1, "cpu": 2}, "priority": 1})
+        return scheduler.cost
+
+    # Two at 10 and two at 2 * 1/2; with twice the time, the GPU may stay idle.
+    assert cost(objective="makespan") == pytest.approx(22)
+    assert cost(objective="cost", slack=1) == pytest.approx(4)
+
+
 def test_unknown_tasks_and_resources_are_refused_with_the_one_that_was_meant() -> None:
     scheduler = article(of(), "FPGA", STATES["cpu freer"])
     with pytest.raises(InvalidArguments, match=r"no task 'taskA'; did you mean 'TaskA'\?"):
