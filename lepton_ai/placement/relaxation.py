@@ -25,7 +25,7 @@ from lepton_ai.placement.compiled import compiled
 from lepton_ai.placement.prices import bound_s, clearing_prices, priced, sums
 from lepton_ai.placement.problem import Floats, Indices, Problem
 
-__all__ = ["Relaxation", "relaxed"]
+__all__ = ["Relaxation", "cheapest", "relaxed"]
 
 #: Columns that are dearer than a job's cheapest by more are left out at first.
 _NEAR = 0.01
@@ -35,6 +35,8 @@ _UNDECIDED = 4_000
 _SAME = 1e-5
 #: The price of devices that are not ready in time, beside the highest of the others.
 _TOO_DEAR = 1e9
+#: A smaller share of a job is the solver's rounding.
+_NOTHING = 1e-9
 
 
 class Relaxation(msgspec.Struct, frozen=True):
@@ -69,8 +71,25 @@ def relaxed(problem: Problem) -> Relaxation:
             bound, best = proven, prices
         if makespan_s <= bound * (1 + _SAME) or (bound, pairs.job.size) == before:
             break
-    taken = share > 0
+    taken = share > _NOTHING
     return Relaxation(makespan_s, bound, best, pairs.job[taken], pairs.column[taken], share[taken])
+
+
+def cheapest(problem: Problem, rate: Floats, end_s: float, start: Relaxation) -> Relaxation:
+    """As `start`, but what costs least of all that ends by then, which has to be no sooner than `start` does.
+
+    `rate`: [column] what a second of work costs there. The prices are those that decide: with the rates.
+    """
+    program, prices = _Program.of(problem, end_s), rate
+    pairs = program.near(start.prices).joined(_Pairs(start.job, start.column), rate.size)
+    while True:
+        before = pairs.job.size
+        pairs = pairs.joined(program.near(prices), rate.size)
+        _, prices, share = program.solve(pairs, rate)
+        if pairs.job.size == before:
+            break
+    taken = share > _NOTHING
+    return Relaxation(end_s, start.bound_s, prices, pairs.job[taken], pairs.column[taken], share[taken])
 
 
 class _Pairs(msgspec.Struct, frozen=True):
@@ -127,8 +146,11 @@ class _Program(msgspec.Struct, frozen=True):
         row, column = np.nonzero(cost <= (1 + _NEAR) * cost[np.arange(near.size), best[near], np.newaxis])
         return _Pairs(jobs, best[jobs]).joined(_Pairs(near[row], column), prices.size)
 
-    def solve(self, pairs: _Pairs) -> tuple[float, Floats, Floats]:
-        """The optimum in seconds, [column] its prices, [pair] the shares; the jobs of no pair are left out."""
+    def solve(self, pairs: _Pairs, rate: Floats | None = None) -> tuple[float, Floats, Floats]:
+        """The optimum in seconds, [column] its prices, [pair] the shares; the jobs of no pair are left out.
+
+        With rates, what costs least and ends at the time of this program; the prices have them in.
+        """
         need = self.problem.seconds[pairs.job, pairs.column] / self.from_s
         first = np.diff(pairs.job, prepend=-1) != 0
         last = np.append(first[1:], True)
@@ -143,9 +165,9 @@ class _Program(msgspec.Struct, frozen=True):
 
         lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = 1 + open_.size, rows + used.size
-        lp.col_cost_ = np.append(1.0, np.zeros(open_.size))
-        lp.col_lower_ = np.append(self.least_s / self.from_s, np.zeros(open_.size))
-        lp.col_upper_ = np.full(1 + open_.size, np.inf)
+        lp.col_cost_ = np.append(1.0, np.zeros(open_.size) if rate is None else rate[pairs.column[open_]] * need[open_])
+        lp.col_lower_ = np.append(self.least_s / self.from_s if rate is None else 1.0, np.zeros(open_.size))
+        lp.col_upper_ = np.append(np.inf if rate is None else 1.0, np.full(open_.size, np.inf))
         lp.row_lower_ = np.append(np.ones(rows), np.full(used.size, -np.inf))
         lp.row_upper_ = np.append(np.ones(rows), -fixed[used])
         entries = np.empty(2 * open_.size, np.int32)
@@ -160,7 +182,7 @@ class _Program(msgspec.Struct, frozen=True):
         amounts, duals = np.array(solution.col_value), np.array(solution.row_dual)
         share = np.ones(pairs.job.size)
         share[open_] = amounts[1:]
-        price = np.maximum(-duals[rows:], 0.0)
+        price = np.maximum(-duals[rows:], 0.0) + (0.0 if rate is None else rate[used])
         # Nobody is to be sent where no device is ready in time.
         prices = np.full(self.slots.size, _TOO_DEAR * max(float(price.max(initial=0.0)), 1.0))
         prices[used] = price

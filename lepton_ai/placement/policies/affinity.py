@@ -18,7 +18,8 @@ __all__ = ["Affinity"]
 
 class Affinity:
     """A fixed table. With `table`, devices in order of preference, each job goes to the first that can run it, and
-    those that none of them can run where they run fastest."""
+    those that none of them can run where they run fastest.
+    """
 
     name = "affinity"
 
