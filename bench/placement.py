@@ -36,8 +36,6 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 #: device, which a million jobs on a thousand devices have no room for.
 _MOST = {"genetic": 100_000, "min_min": 1_000_000, "sufferage": 1_000_000}
 _MOST_EXPANDED = 100_000_000
-#: Policies that use the classes of a fleet as they are.
-_BY_CLASS = frozenset({"auto", "linear_program", "priced"})
 
 
 def main() -> int:
@@ -111,7 +109,7 @@ def _measure(rows: dict[str, Policy], problems: Iterable[Instance]) -> dict[str,
         _say(instance.name)
         bound = lower_bound(instance.problem)
         for row, policy in rows.items():
-            if _is_too_large(policy.name, instance.problem):
+            if _is_too_large(policy, instance.problem):
                 left_out.append({"instance": instance.name, "policy": row})
                 continue
             makespan_s, ms = _placed(policy, instance.problem)
@@ -139,9 +137,9 @@ def _placed(policy: Policy, problem: Problem) -> tuple[float, float]:
     return plan.makespan_s(problem), ms
 
 
-def _is_too_large(name: str, problem: Problem) -> bool:
+def _is_too_large(policy: Policy, problem: Problem) -> bool:
     cells = problem.jobs * problem.devices
-    return cells > _MOST.get(name, cells) or (name not in _BY_CLASS and cells > _MOST_EXPANDED)
+    return cells > _MOST.get(policy.name, cells) or (cells > _MOST_EXPANDED and not getattr(policy, "by_class", False))
 
 
 def _summary(found: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -1,8 +1,8 @@
 """From jobs shared out among columns, or from prices, to a device for each job; and what small changes still gain.
 
 Of a linear program's optimum at most as many jobs are shared out as there are columns, less one (Lenstra, Shmoys and
-Tardos, Math. Programming 46, 1990). They are placed last, those with the fewest choices and then the longest first, each
-where it then ends soonest. The devices of a class get their jobs longest first, each to the one that is free first (Graham, "Bounds on multiprocessing
+Tardos, Math. Programming 46, 1990). They are placed last, the longest first, each where it then ends soonest. The
+devices of a class get their jobs longest first, each to the one that is free first (Graham, "Bounds on multiprocessing
 timing anomalies", SIAM J. Appl. Math. 17, 1969). At the end jobs of the device that ends last are moved, or swapped
 with others, as long as that helps.
 """

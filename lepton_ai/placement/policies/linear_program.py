@@ -28,11 +28,14 @@ _SAME = 0.003
 
 
 class LinearProgram:
-    """Least makespan; or, by `objective="cost"`, what costs least where a Problem has rates, among the plans that
-    end at most by the part `slack` later than the best that is found.
+    """Least makespan, or least cost.
+
+    With `objective="cost"`, where a Problem has rates: what costs least of the plans that end at most by the part
+    `slack` later than the best that is found.
     """
 
     name = "linear_program"
+    by_class = True
 
     def __init__(self, objective: Literal["makespan", "cost"] = "makespan", slack: float = 0.05) -> None:
         if objective not in ("makespan", "cost"):
@@ -45,6 +48,7 @@ class LinearProgram:
     def place(self, problem: Problem) -> Plan:
         if not problem.jobs or not problem.devices:
             return planned(problem, np.full(problem.jobs, UNPLACED, np.intp))
+        problem = problem.served()
         if self.objective == "cost" and problem.rate is not None:
             return planned(problem, _least_cost(_by_rate(problem), self.slack))
         if problem.seconds.size <= _SOLVED:
