@@ -103,6 +103,8 @@ def test_a_policy_that_is_not_there_is_refused_with_those_that_are(name: str) ->
 def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(
     name: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for loaded in [each for each in sys.modules if each.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, loaded)
     for loaded in (f"{policies.__name__}.{name}", "lepton_ai.placement.relaxation"):
         monkeypatch.delitem(sys.modules, loaded, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
