@@ -6,8 +6,8 @@ on 16 machines, ETC[j, i] = q[j] u[j, i], q uniform in [1, 3000) (high job heter
 [1, 1000) or [1, 10) for machines. Consistent: every row sorted, so a machine that is faster once always is;
 semi-consistent: the even columns of every row sorted; inconsistent: as drawn.
 
-**Fleets**: what the router prices. Kernels have a Work of their own (flops log-normal, sigma 1.5 over all and 0.7
-within a kernel; 4 flops a byte in the median, sigma 1). A model of a device has a launch time, a link and a speed that
+**Fleets**: what the router prices. Kernels have a Work of their own (flops log-normal, sigma 1 between kernels and 0.5
+within one; 4 flops a byte in the median, sigma 1). A model of a device has a launch time, a link and a speed that
 lie apart as those of CPUs, FPGAs, GPUs and TPUs do; how much of its speed a kernel gets is its own matter (log-normal,
 sigma 0.7), and one pair of kernel and accelerator in ten cannot run at all. seconds = launch + bytes / link + flops /
 (speed x efficiency). Devices of a model are alike (a class), or, where every device has a column, differ by a tenth.
@@ -70,10 +70,10 @@ def fleet(jobs: int, devices: int, models: int, *, shared: bool, seed: int = 0) 
     link, speed = link * random.lognormal(0, 0.3, models), speed * random.lognormal(0, 0.5, models)
     efficiency = random.lognormal(0, 0.7, (_KERNELS, models))
     runs = (random.random((_KERNELS, models)) > 0.1) | (np.arange(models) % len(_KINDS) == 0)
-    of_kernel = _MEDIAN_FLOPS * random.lognormal(0, 1.5, _KERNELS)
+    of_kernel = _MEDIAN_FLOPS * random.lognormal(0, 1, _KERNELS)
     intensity = 4 * random.lognormal(0, 1, _KERNELS)
     kernel = random.integers(0, _KERNELS, jobs)
-    flops = of_kernel[kernel] * random.lognormal(0, 0.7, jobs)
+    flops = of_kernel[kernel] * random.lognormal(0, 0.5, jobs)
     per_byte = 1 / intensity[kernel]
     slower = np.where(runs, 1 / (speed * efficiency), np.inf)
     class_of = np.arange(devices) % models
@@ -97,8 +97,8 @@ def generated(*, quick: bool = False) -> Iterator[Callable[[], Instance]]:
     if quick:
         yield lambda: fleet(200, 12, 4, shared=True)
         return
-    yield lambda: fleet(1_000, 64, 4, shared=True)
-    yield lambda: fleet(1_000, 64, 64, shared=False)
+    yield lambda: fleet(4_000, 64, 4, shared=True)
+    yield lambda: fleet(4_000, 64, 16, shared=False)
 
 
 def large() -> Iterator[Callable[[], Instance]]:

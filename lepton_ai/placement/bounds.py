@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from lepton_ai.errors import MissingPackage
 from lepton_ai.placement.prices import bound_s, clearing_prices
 from lepton_ai.placement.problem import Floats, Problem
 
@@ -38,6 +39,7 @@ def lower_bound(problem: Problem, method: Literal["lp", "dual", "auto"] = "auto"
 
     `auto` is the linear program where the problem is small enough and HiGHS is there, else the dual.
     """
+    problem = problem.served()
     alone = Bound(_longest_job_s(problem), "job")
     if alone.seconds == 0:
         return alone
@@ -46,7 +48,9 @@ def lower_bound(problem: Problem, method: Literal["lp", "dual", "auto"] = "auto"
             from lepton_ai.placement.relaxation import relaxed
         except ModuleNotFoundError:
             if method == "lp":
-                raise
+                raise MissingPackage(
+                    "the linear program needs the package highspy: pip install 'lepton-ai[solvers]'", "method"
+                ) from None
         else:
             found = relaxed(problem)
             return max(Bound(found.bound_s, "lp", found.prices), alone, key=_seconds)

@@ -31,9 +31,9 @@ _STEPS = 12
 _ROUNDS = 8
 #: Whoever is paid a smaller part of all is priced out.
 _NOTHING = 1e-6
-#: Jobs looked at: coarsely so many a column, at least and at most; finely this many.
+#: Jobs looked at, coarsely and finely: so many a column, but at least and at most.
 _COARSE_A_COLUMN, _COARSE_LEAST, _COARSE_MOST = 32, 1_000, 16_000
-_FINE_MOST = 100_000
+_FINE_A_COLUMN, _FINE_LEAST, _FINE_MOST = 400, 30_000, 100_000
 #: And so many of each one's cheapest columns that together they are this many. Those behind get nothing at so small
 #: a tau; but kernels whose jobs differ only in size have dozens of columns that are equally cheap.
 _FINE_CELLS = 1 << 20
@@ -65,7 +65,7 @@ def clearing_prices(problem: Problem) -> Floats:
     if not able.size:
         return np.ones(columns)
     supply = _Supply.of(problem)
-    rows = _sample(able, min(_COARSE_MOST, max(_COARSE_LEAST, _COARSE_A_COLUMN * columns)))
+    rows = _sample(able, columns, _COARSE_A_COLUMN, _COARSE_LEAST, _COARSE_MOST)
     coarse = _Market(_logs(problem.seconds[rows]), None, able.size / rows.size, supply)
     # Where every device's price is its speed, no job prefers one: the mean over those who can run there.
     can = np.isfinite(coarse.logs)
@@ -76,7 +76,7 @@ def clearing_prices(problem: Problem) -> Floats:
 
 def _finely(problem: Problem, able: Indices, coarse: _Market, prices: Floats, end_s: float) -> Floats:
     """The best of the prices that are found with less and less smoothing, by what they prove of the whole problem."""
-    rows = _sample(able, _FINE_MOST)
+    rows = _sample(able, prices.size, _FINE_A_COLUMN, _FINE_LEAST, _FINE_MOST)
     best_s, best, market = -1.0, prices, None
     for tau in _FINE:
         for _ in range(_LOOKS):
@@ -231,11 +231,12 @@ _FAR = 60.0
 _LOWEST = 300.0
 
 
-def _sample(able: Indices, most: int) -> Indices:
+def _sample(able: Indices, columns: int, a_column: int, least: int, most: int) -> Indices:
     """That many of the jobs, evenly chosen; the same ones each time."""
-    if able.size <= most:
+    count = min(most, max(least, a_column * columns))
+    if able.size <= count:
         return able
-    return np.sort(np.random.default_rng(0).choice(able, most, replace=False))
+    return np.sort(np.random.default_rng(0).choice(able, count, replace=False))
 
 
 def _logs(seconds: Floats) -> Floats:

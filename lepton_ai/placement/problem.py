@@ -53,6 +53,15 @@ class Problem(msgspec.Struct, frozen=True):
     def devices(self) -> int:
         return len(self.ready)
 
+    def served(self) -> Problem:
+        """The same where no job can run on a class that has no devices."""
+        if self.class_of is None:
+            return self
+        empty = np.bincount(self.class_of, minlength=self.seconds.shape[1]) == 0
+        if not empty.any():
+            return self
+        return msgspec.structs.replace(self, seconds=np.where(empty, np.inf, self.seconds))
+
     def expanded(self) -> Problem:
         """The same with a column for each device."""
         if self.class_of is None:
@@ -89,7 +98,11 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Policy(Protocol):
-    """From a Problem to a Plan, for a whole window."""
+    """From a Problem to a Plan, for a whole window.
+
+    A class may say two things more: `looks_at_costs = False`, that it is blind to them, and `by_class = True`, that it
+    treats the devices of a class together, so that its plan for `expanded()` may be another.
+    """
 
     name: str
 
@@ -108,7 +121,8 @@ def planned(problem: Problem, device: Indices) -> Plan:
         before = np.cumsum(share) - share
         first = np.flatnonzero(np.diff(chosen, prepend=UNPLACED))
         counts = np.diff(np.append(first, chosen.size))
-        wait[order] = problem.ready[chosen] + before - np.repeat(before[first], counts)
+        # Together first: rounding must not let a job start before its device is ready.
+        wait[order] = problem.ready[chosen] + (before - np.repeat(before[first], counts))
     return Plan(device, wait)
 
 
@@ -120,8 +134,8 @@ def limited(
 ) -> Problem:
     """The same within what devices can give: on a device that is half ours a job takes twice as long.
 
-    `share`: [device] 0 to 1, how much of it is ours; at 0 it can run nothing. `memory`: [job] bytes that it needs, which
-    have to be within `memory_free`, [device]. What a device was given before (`ready`) stays as it was told.
+    `share`: [device] 0 to 1, how much of it is ours; at 0 it can run nothing. `memory`: [job] bytes that it needs,
+    which have to be within `memory_free`, [device]. What a device was given before (`ready`) stays as it was told.
     """
     share = np.ones(problem.devices) if share is None else share
     free = np.full(problem.devices, np.inf) if memory is None or memory_free is None else memory_free

@@ -1,8 +1,8 @@
 """From jobs shared out among columns, or from prices, to a device for each job; and what small changes still gain.
 
 Of a linear program's optimum at most as many jobs are shared out as there are columns, less one (Lenstra, Shmoys and
-Tardos, Math. Programming 46, 1990). They are placed last, those with the fewest choices and then the longest first, each
-where it then ends soonest. The devices of a class get their jobs longest first, each to the one that is free first (Graham, "Bounds on multiprocessing
+Tardos, Math. Programming 46, 1990). They are placed last, the longest first, each where it then ends soonest. The
+devices of a class get their jobs longest first, each to the one that is free first (Graham, "Bounds on multiprocessing
 timing anomalies", SIAM J. Appl. Math. 17, 1969). At the end jobs of the device that ends last are moved, or swapped
 with others, as long as that helps.
 """
@@ -17,36 +17,53 @@ from lepton_ai.placement.compiled import compiled
 from lepton_ai.placement.prices import sums
 from lepton_ai.placement.problem import UNPLACED, Floats, Indices, Problem
 
-__all__ = ["improved", "placed"]
+__all__ = ["improved", "placed", "spread"]
 
-#: Pairs of jobs that the search for swaps looks at, in all: some 0.3 s.
-_LOOKED_AT = 1 << 28
+#: How much later than the optimum a column may end and be left alone; how much dearer what counts as the same may be,
+#: at first and at last, and how often all jobs are gone through at each.
+_EVEN = 5e-4
+_NEARLY = (1.0003, 1.001, 1.003, 1.01, 1.03, 1.1)
+_SWEEPS = 4
+#: Pairs of jobs that the search for swaps looks at, in all: some 0.2 s.
+_LOOKED_AT = 1 << 27
 #: And before a change is made: all of them, where they are no more.
 _FOR_A_STEP = 1 << 16
 
 
-def placed(problem: Problem, column: Indices, prices: Floats, within: float, end_s: float, until_s: float) -> Indices:
-    """[job]: a device of its column; where that is UNPLACED, one of any column that costs it least at these prices.
+def placed(problem: Problem, column: Indices, prices: Floats, end_s: float, until_s: float) -> Indices:
+    """[job]: a device of its column; where that is UNPLACED, of that where it then ends soonest.
 
-    Among those that cost no more than by the part `within`, where it then ends soonest; or, of those where it then
-    ends before `until_s`, where it costs least. `end_s`: devices that are ready only later are left alone.
+    Or, of those where it then ends before `until_s`, where it costs least at these prices. `end_s`: devices that are
+    ready only later are left alone.
     """
     column = column.copy()
-    of = np.arange(problem.devices) if problem.class_of is None else problem.class_of
     columns = problem.seconds.shape[1]
-    usable = problem.ready <= end_s
-    slots = sums(of[usable], problem.slots[usable], columns)
-    begun_s = sums(of[usable], problem.slots[usable] * problem.ready[usable], columns)
+    slots, begun_s = _begun(problem, end_s)
     given = np.flatnonzero(column != UNPLACED)
     begun_s += sums(column[given], problem.seconds[given, column[given]], columns)
     open_ = np.flatnonzero(column == UNPLACED)
     least = problem.seconds[open_].min(axis=1, initial=np.inf)
-    choices = _choices(problem.seconds, open_, prices, slots, within)
-    order = open_[np.lexsort((-least, choices > 1))]
-    _choose(problem.seconds, order, prices, within, until_s, begun_s, slots, column)
-    if problem.class_of is None:
-        return column
+    longest_first = open_[np.argsort(-least, kind="stable")]
+    _choose(problem.seconds, longest_first, prices, until_s, begun_s, slots, column)
     return _within_classes(problem, column)
+
+
+def spread(problem: Problem, prices: Floats, end_s: float) -> Indices:
+    """[job]: a device of the column that costs it least at these prices, or little more where that one is too full.
+
+    Columns that end after `end_s` give jobs away to others on which these cost nearly as little, at first those on
+    which they cost the same.
+    """
+    slots, begun_s = _begun(problem, end_s)
+    return _within_classes(problem, _spread(problem.seconds, prices, end_s * (1 + _EVEN), begun_s, slots))
+
+
+def _begun(problem: Problem, end_s: float) -> tuple[Floats, Floats]:
+    """[column]: the slots of its devices that are ready by then, and the seconds of work that these have."""
+    of = np.arange(problem.devices) if problem.class_of is None else problem.class_of
+    columns, usable = problem.seconds.shape[1], problem.ready <= end_s
+    slots = problem.slots[usable]
+    return sums(of[usable], slots, columns), sums(of[usable], slots * problem.ready[usable], columns)
 
 
 def improved(problem: Problem, device: Indices, until_s: float = 0.0) -> Indices:
@@ -58,7 +75,9 @@ def improved(problem: Problem, device: Indices, until_s: float = 0.0) -> Indices
 
 
 def _within_classes(problem: Problem, column: Indices) -> Indices:
-    assert problem.class_of is not None
+    """[job]: of its column's devices."""
+    if problem.class_of is None:
+        return column
     need = np.where(column == UNPLACED, 0.0, problem.seconds[np.arange(problem.jobs), column])
     jobs = np.argsort(-need, kind="stable")
     jobs = jobs[np.argsort(column[jobs], kind="stable")]
@@ -68,18 +87,6 @@ def _within_classes(problem: Problem, column: Indices) -> Indices:
     device = np.full(problem.jobs, UNPLACED, np.intp)
     _share_out(jobs, column, need, devices, first, problem.ready, problem.slots, device)
     return device
-
-
-@compiled
-def _choices(seconds: Floats, jobs: Indices, prices: Floats, slots: Floats, within: float) -> Indices:
-    """[of these jobs]: how many columns cost it no more than by that part."""
-    found = np.zeros(len(jobs), np.intp)
-    for place, job in enumerate(jobs):
-        least = _least_cost(seconds[job], prices, slots)
-        for at in range(len(prices)):
-            if slots[at] > 0 and seconds[job, at] < np.inf and prices[at] * seconds[job, at] <= (1 + within) * least:
-                found[place] += 1
-    return found
 
 
 @compiled
@@ -93,34 +100,66 @@ def _least_cost(seconds: Floats, prices: Floats, slots: Floats) -> float:
 
 @compiled
 def _choose(
-    seconds: Floats,
-    jobs: Indices,
-    prices: Floats,
-    within: float,
-    until_s: float,
-    begun_s: Floats,
-    slots: Floats,
-    column: Indices,
+    seconds: Floats, jobs: Indices, prices: Floats, until_s: float, begun_s: Floats, slots: Floats, column: Indices
 ) -> None:
     columns = seconds.shape[1]
     for job in jobs:
-        least = _least_cost(seconds[job], prices, slots)
+        is_served = _least_cost(seconds[job], prices, slots) < np.inf
         best, soonest, cheapest, affordable = UNPLACED, np.inf, UNPLACED, np.inf
         for at in range(columns):
             need = seconds[job, at]
-            if need < np.inf and (slots[at] > 0 or least == np.inf):
-                cost = prices[at] * need
-                if cost <= (1 + within) * least or least == np.inf:
-                    end = (begun_s[at] + need) / max(slots[at], 1.0)
-                    if end < soonest:
-                        best, soonest = at, end
-                    if end <= until_s and cost < affordable:
-                        cheapest, affordable = at, cost
+            if need < np.inf and (slots[at] > 0 or not is_served):
+                end = (begun_s[at] + need) / max(slots[at], 1.0)
+                if end < soonest:
+                    best, soonest = at, end
+                if end <= until_s and prices[at] * need < affordable:
+                    cheapest, affordable = at, prices[at] * need
         if cheapest != UNPLACED:
             best = cheapest
         if best != UNPLACED:
             column[job] = best
             begun_s[best] += seconds[job, best]
+
+
+@compiled
+def _spread(seconds: Floats, prices: Floats, end_s: float, begun_s: Floats, slots: Floats) -> Indices:
+    jobs, columns = seconds.shape
+    column = np.full(jobs, UNPLACED, np.intp)
+    least = np.full(jobs, np.inf)
+    for job in range(jobs):
+        least[job] = _least_cost(seconds[job], prices, slots)
+        for at in range(columns):
+            # Where nothing is ready in time, the first that can run it has to wait for it.
+            if seconds[job, at] < np.inf and (
+                least[job] == np.inf or (slots[at] > 0 and prices[at] * seconds[job, at] <= least[job])
+            ):
+                column[job] = at
+                begun_s[at] += seconds[job, at]
+                break
+    for within in _NEARLY:
+        for _ in range(_SWEEPS):
+            fullest = 0.0
+            for at in range(columns):
+                if slots[at] > 0:
+                    fullest = max(fullest, begun_s[at] / slots[at])
+            if fullest <= end_s:
+                return column
+            for job in range(jobs):
+                mine = column[job]
+                if mine == UNPLACED or slots[mine] == 0 or begun_s[mine] <= end_s * slots[mine]:
+                    continue
+                best, soonest = UNPLACED, begun_s[mine] / slots[mine]
+                for at in range(columns):
+                    need = seconds[job, at]
+                    if at != mine and slots[at] > 0 and need < np.inf and prices[at] * need <= within * least[job]:
+                        end = (begun_s[at] + need) / slots[at]
+                        if end < soonest:
+                            best, soonest = at, end
+                if best != UNPLACED:
+                    begun_s[mine] -= seconds[job, mine]
+                    begun_s[best] += seconds[job, best]
+                    column[job] = best
+    return column
 
 
 @compiled

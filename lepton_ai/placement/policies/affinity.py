@@ -17,8 +17,10 @@ __all__ = ["Affinity"]
 
 
 class Affinity:
-    """A fixed table. With `table`, devices in order of preference, each job goes to the first that can run it, and
-    those that none of them can run where they run fastest.
+    """A fixed table: of the device that runs each job fastest, or given.
+
+    With `table`, devices in order of preference, each job goes to the first that can run it, and those that none of
+    them can run where they run fastest.
     """
 
     name = "affinity"

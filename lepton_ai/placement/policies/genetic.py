@@ -25,8 +25,8 @@ from lepton_ai.placement.problem import UNPLACED, Indices, Plan, Problem, planne
 __all__ = ["Genetic"]
 
 _POPULATION = 60
-#: Of the first population, beside the rules' plans: such a part of Min-min's jobs is somewhere else.
-_SHAKEN = 0.05
+#: The first population is the rules' plans, and these with such a part of the jobs somewhere else.
+_SHAKEN = 0.02
 
 
 class Genetic:
@@ -54,7 +54,7 @@ class Genetic:
     def _searched(self, problem: Problem, plans: list[Indices], open_: Indices) -> Indices:
         """[job]: the best devices found, starting from these plans; only the open jobs are moved."""
         search = _Makespan(problem, plans[0], open_)
-        first = np.tile(plans[0][open_], (_POPULATION, 1))
+        first = np.array([plans[row % len(plans)][open_] for row in range(_POPULATION)])
         random = np.random.default_rng(self.seed)
         shaken = random.random(first.shape) < _SHAKEN
         first[shaken] = search.somewhere(random)[shaken]

@@ -18,12 +18,14 @@ class LeastLoaded:
     """Shortest queue by number. Where two are equally short, the first."""
 
     name = "least_loaded"
+    looks_at_costs = False
 
     def place(self, problem: Problem) -> Plan:
         column = np.arange(problem.devices) if problem.class_of is None else problem.class_of
         can = np.isfinite(problem.seconds)
         total_s = np.where(can, problem.seconds, 0.0).sum(axis=0)
-        mean_s = np.maximum(total_s, np.finfo(np.float64).tiny) / np.maximum(can.sum(axis=0), 1)
+        # Where no job at hand can run, it does not matter how many wait.
+        mean_s = np.where(total_s > 0, total_s, 1.0) / np.maximum(can.sum(axis=0), 1)
         # Jobs that run at once are ahead of a slot each: `ready` is the time until all are done.
         queued = problem.ready / mean_s[column]
         return planned(problem, _place(problem.seconds, column, queued, problem.slots))

@@ -17,22 +17,25 @@ from lepton_ai.errors import InvalidSettings
 from lepton_ai.placement.prices import bound_s, clearing_prices
 from lepton_ai.placement.problem import UNPLACED, Floats, Indices, Plan, Problem, planned
 from lepton_ai.placement.relaxation import Relaxation, cheapest, relaxed
-from lepton_ai.placement.rounding import improved, placed
+from lepton_ai.placement.rounding import improved, placed, spread
 
 __all__ = ["LinearProgram"]
 
 #: Costs of jobs on columns up to which the program itself is solved.
 _SOLVED = 200_000
-#: Beyond: what is dearer by less counts as the same, and jobs are spread over it.
-_SAME = 0.003
+#: And then a plan this near to the bound is left as it is.
+_ENOUGH = 1e-3
 
 
 class LinearProgram:
-    """Least makespan; or, by `objective="cost"`, what costs least where a Problem has rates, among the plans that
-    end at most by the part `slack` later than the best that is found.
+    """Least makespan, or least cost.
+
+    With `objective="cost"`, where a Problem has rates: what costs least of the plans that end at most by the part
+    `slack` later than the best that is found.
     """
 
     name = "linear_program"
+    by_class = True
 
     def __init__(self, objective: Literal["makespan", "cost"] = "makespan", slack: float = 0.05) -> None:
         if objective not in ("makespan", "cost"):
@@ -45,14 +48,19 @@ class LinearProgram:
     def place(self, problem: Problem) -> Plan:
         if not problem.jobs or not problem.devices:
             return planned(problem, np.full(problem.jobs, UNPLACED, np.intp))
+        problem = problem.served()
         if self.objective == "cost" and problem.rate is not None:
-            return planned(problem, _least_cost(_by_rate(problem), self.slack))
-        if problem.seconds.size <= _SOLVED:
-            return planned(problem, _rounded(problem, relaxed(problem)))
-        prices = clearing_prices(problem)
-        nobody = np.full(problem.jobs, UNPLACED, np.intp)
-        device = placed(problem, nobody, prices, _SAME, bound_s(problem, prices), 0.0)
-        return planned(problem, improved(problem, device))
+            return planned(problem, _least_cost(_by_rate(problem), _soonest(problem), self.slack))
+        return planned(problem, _soonest(problem))
+
+
+def _soonest(problem: Problem) -> Indices:
+    """[job]: a device."""
+    if problem.seconds.size <= _SOLVED:
+        return _rounded(problem, relaxed(problem))
+    prices = clearing_prices(problem)
+    end_s = bound_s(problem, prices)
+    return improved(problem, spread(problem, prices, end_s), (1 + _ENOUGH) * end_s)
 
 
 def _rounded(problem: Problem, optimum: Relaxation, until_s: float = 0.0) -> Indices:
@@ -60,28 +68,23 @@ def _rounded(problem: Problem, optimum: Relaxation, until_s: float = 0.0) -> Ind
     column = np.full(problem.jobs, UNPLACED, np.intp)
     whole = optimum.share > 1 - 1e-6
     column[optimum.job[whole]] = optimum.column[whole]
-    return improved(problem, placed(problem, column, optimum.prices, np.inf, optimum.makespan_s, until_s), until_s)
+    return improved(problem, placed(problem, column, optimum.prices, optimum.makespan_s, until_s), until_s)
 
 
-def _least_cost(problem: Problem, slack: float) -> Indices:
-    """[job]: a device. Every column has one rate."""
+def _least_cost(problem: Problem, soonest: Indices, slack: float) -> Indices:
+    """[job]: a device; `soonest`: those of the best plan that is known. Every column of the problem has one rate."""
     assert problem.rate is not None
     assert problem.class_of is not None
-    optimum = relaxed(problem)
-    soonest = _rounded(problem, optimum)
     end_s = (1 + slack) * planned(problem, soonest).makespan_s(problem)
     if end_s <= 0:
         return soonest
+    optimum = relaxed(problem)
     rate = np.zeros(problem.seconds.shape[1])
     # A job on a device of several slots takes its part of the device's seconds.
     rate[problem.class_of] = problem.rate / problem.slots
     cheap = _rounded(problem, cheapest(problem, rate, end_s, optimum), end_s)
-    plan = planned(problem, cheap)
-    return min(
-        (found for found in (cheap, soonest) if planned(problem, found).makespan_s(problem) <= end_s),
-        key=lambda found: _cost(problem, found),
-        default=plan.device,
-    )
+    in_time = [found for found in (cheap, soonest) if planned(problem, found).makespan_s(problem) <= end_s]
+    return min(in_time, key=lambda found: _cost(problem, found))
 
 
 def _cost(problem: Problem, device: Indices) -> float:

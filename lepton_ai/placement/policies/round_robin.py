@@ -14,6 +14,7 @@ class RoundRobin:
     """Blind to costs: it looks only at whether a device can run the job at all. A new problem starts at the first."""
 
     name = "round_robin"
+    looks_at_costs = False
 
     def place(self, problem: Problem) -> Plan:
         column = np.arange(problem.devices) if problem.class_of is None else problem.class_of
