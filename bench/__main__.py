@@ -13,6 +13,7 @@ _BENCHES = {
     "http": "jobs a second through the ingest, beside a bare echo",
     "latency": "from submit to result in hand, one job in flight, beside its peers",
     "payload": "large arrays in, beside ray and a copy in memory",
+    "placement": "how near each policy comes to the optimum, and in how many milliseconds",
     "scale": "what a job costs while a million wait",
     "throughput": "jobs a second and CPU a job, beside its peers and the floor",
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lepton_ai.idempotency import job_id
     from lepton_ai.job import Cost, Estimate, Placement
     from lepton_ai.kernel import Kernel, KernelSpec
+    from lepton_ai.scheduler import Scheduler
 
 __all__ = [
     "Accounts",
@@ -37,6 +38,7 @@ __all__ = [
     "Peaks",
     "Placement",
     "ResourceState",
+    "Scheduler",
     "job_id",
 ]
 
@@ -61,6 +63,7 @@ _MODULES = {
     "Peaks": "device",
     "Placement": "job",
     "ResourceState": "device",
+    "Scheduler": "scheduler",
     "job_id": "idempotency",
 }
 

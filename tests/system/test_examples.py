@@ -36,6 +36,13 @@ def test_the_quickstart_prints_where_its_job_ran_and_why(fleet: Fleet) -> None:
     assert "ran on cpu." in output
 
 
+def test_the_scheduler_s_example_places_and_explains_without_a_broker() -> None:
+    program = EXAMPLES / "scheduler.py"
+    ran = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60, check=True)
+    assert "'TaskA': {'resource': 'GPU', 'status': 'processing'}" in ran.stdout
+    assert "TaskC: FPGA ends it first" in ran.stdout
+
+
 def test_the_plain_celery_producer_gets_all_its_results(fleet: Fleet) -> None:
     summary = json.loads(run(fleet, EXAMPLES / "producer" / "tasks.py", "--count", "40").splitlines()[-1])
     assert (summary["submitted"], summary["succeeded"], summary["failed"]) == (40, 40, 0)
