@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
+from lepton_ai.placement.compiled import compiled
 from lepton_ai.placement.problem import Floats, Indices, Problem
 
 __all__ = ["bound_s", "clearing_prices", "priced", "sums"]
@@ -50,18 +52,13 @@ def bound_s(problem: Problem, prices: Floats) -> float:
 
     Jobs that nobody can run are left out.
     """
-    cost = 0.0
-    step = max(1, _CELLS // max(1, prices.size))
-    for first in range(0, problem.jobs, step):
-        least = priced(problem.seconds[first : first + step], prices).min(axis=1, initial=np.inf)
-        cost += float(least[np.isfinite(least)].sum())
-    return _Supply.of(problem).end_s(cost, prices) * (1 - _ROUNDING)
+    return _Supply.of(problem).end_s(_least_paid(problem.seconds, prices), prices) * (1 - _ROUNDING)
 
 
 def clearing_prices(problem: Problem) -> Floats:
     """[column]: prices whose bound is close to the best there is; those of devices that nobody needs are near 0."""
     columns = problem.seconds.shape[1]
-    able = np.flatnonzero(np.isfinite(problem.seconds).any(axis=1))
+    able = np.flatnonzero(_can_run(problem.seconds))
     if not able.size:
         return np.ones(columns)
     supply = _Supply.of(problem)
@@ -229,6 +226,38 @@ def sums(group: Indices, values: Floats, groups: int) -> Floats:
 _FAR = 60.0
 #: Logarithm of the least price beside the highest: nobody needs that device.
 _LOWEST = 300.0
+
+
+@compiled
+def _least_paid(seconds: Floats, prices: Floats) -> float:
+    """What all jobs pay together, each where it pays least; in parts, so that little is lost to rounding."""
+    jobs, columns = seconds.shape
+    total = part = 0.0
+    for job in range(jobs):
+        least = np.inf
+        for at in range(columns):
+            # At a price of 0 what cannot run would be no number.
+            if seconds[job, at] < np.inf:
+                least = min(least, prices[at] * seconds[job, at])
+        if least < np.inf:
+            part += least
+        if job % 1024 == 0:
+            total += part
+            part = 0.0
+    return total + part
+
+
+@compiled
+def _can_run(seconds: Floats) -> NDArray[np.bool_]:
+    """[job]: whether any column can."""
+    jobs, columns = seconds.shape
+    found = np.zeros(jobs, np.bool_)
+    for job in range(jobs):
+        for at in range(columns):
+            if seconds[job, at] < np.inf:
+                found[job] = True
+                break
+    return found
 
 
 def _sample(able: Indices, columns: int, a_column: int, least: int, most: int) -> Indices:
