@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
+from lepton_ai.placement.compiled import compiled
 from lepton_ai.placement.problem import Floats, Indices, Problem
 
 __all__ = ["bound_s", "clearing_prices", "priced", "sums"]
@@ -31,14 +33,14 @@ _STEPS = 12
 _ROUNDS = 8
 #: Whoever is paid a smaller part of all is priced out.
 _NOTHING = 1e-6
-#: Jobs looked at, coarsely and finely: so many a column, but at least and at most.
-_COARSE_A_COLUMN, _COARSE_LEAST, _COARSE_MOST = 32, 1_000, 16_000
-_FINE_A_COLUMN, _FINE_LEAST, _FINE_MOST = 400, 30_000, 100_000
+#: Jobs looked at, coarsely (so many a column, but at least and at most) and finely.
+_COARSE_A_COLUMN, _COARSE_LEAST, _COARSE_MOST = 24, 1_000, 3_000
+_FINE_MOST = 30_000
 #: And so many of each one's cheapest columns that together they are this many. Those behind get nothing at so small
 #: a tau; but kernels whose jobs differ only in size have dozens of columns that are equally cheap.
-_FINE_CELLS = 1 << 20
+_FINE_CELLS = 1 << 21
 #: How often they are chosen anew in a stage, where others have become cheaper; by what part a bound then differs.
-_LOOKS, _UNSEEN = 3, 1e-6
+_LOOKS, _UNSEEN = 2, 1e-6
 #: Cells of `seconds` that one pass works on: what fits into a processor's cache.
 _CELLS = 1 << 17
 #: What a sum of so many numbers may be off by, relatively: a bound is told that much lower.
@@ -50,22 +52,17 @@ def bound_s(problem: Problem, prices: Floats) -> float:
 
     Jobs that nobody can run are left out.
     """
-    cost = 0.0
-    step = max(1, _CELLS // max(1, prices.size))
-    for first in range(0, problem.jobs, step):
-        least = priced(problem.seconds[first : first + step], prices).min(axis=1, initial=np.inf)
-        cost += float(least[np.isfinite(least)].sum())
-    return _Supply.of(problem).end_s(cost, prices) * (1 - _ROUNDING)
+    return _Supply.of(problem).end_s(_least_paid(problem.seconds, prices), prices) * (1 - _ROUNDING)
 
 
 def clearing_prices(problem: Problem) -> Floats:
     """[column]: prices whose bound is close to the best there is; those of devices that nobody needs are near 0."""
     columns = problem.seconds.shape[1]
-    able = np.flatnonzero(np.isfinite(problem.seconds).any(axis=1))
+    able = np.flatnonzero(_can_run(problem.seconds))
     if not able.size:
         return np.ones(columns)
     supply = _Supply.of(problem)
-    rows = _sample(able, columns, _COARSE_A_COLUMN, _COARSE_LEAST, _COARSE_MOST)
+    rows = _sample(able, min(_COARSE_MOST, max(_COARSE_LEAST, _COARSE_A_COLUMN * columns)))
     coarse = _Market(_logs(problem.seconds[rows]), None, able.size / rows.size, supply)
     # Where every device's price is its speed, no job prefers one: the mean over those who can run there.
     can = np.isfinite(coarse.logs)
@@ -76,7 +73,7 @@ def clearing_prices(problem: Problem) -> Floats:
 
 def _finely(problem: Problem, able: Indices, coarse: _Market, prices: Floats, end_s: float) -> Floats:
     """The best of the prices that are found with less and less smoothing, by what they prove of the whole problem."""
-    rows = _sample(able, prices.size, _FINE_A_COLUMN, _FINE_LEAST, _FINE_MOST)
+    rows = _sample(able, _FINE_MOST)
     best_s, best, market = -1.0, prices, None
     for tau in _FINE:
         for _ in range(_LOOKS):
@@ -106,7 +103,7 @@ def _coarsely(market: _Market, prices: Floats) -> tuple[Floats, float]:
     lower_s, by_s = 0.0, 2 * max(float(supply.ready[-1]), market.cleared(prices, supply.in_all(), _COARSE[0])[2])
     for _ in range(_ROUNDS):
         offered = supply.by(by_s)
-        for tau in _COARSE[:-1]:
+        for tau in _COARSE[:-1] if lower_s == 0 else ():
             prices, _, _ = market.cleared(prices, offered, tau)
         prices, part, lower_s = market.cleared(prices, offered, _COARSE[-1])
         begun = supply.ready[supply.ready < by_s]
@@ -231,12 +228,43 @@ _FAR = 60.0
 _LOWEST = 300.0
 
 
-def _sample(able: Indices, columns: int, a_column: int, least: int, most: int) -> Indices:
+@compiled
+def _least_paid(seconds: Floats, prices: Floats) -> float:
+    """What all jobs pay together, each where it pays least; in parts, so that little is lost to rounding."""
+    jobs, columns = seconds.shape
+    total = part = 0.0
+    for job in range(jobs):
+        least = np.inf
+        for at in range(columns):
+            # At a price of 0 what cannot run would be no number.
+            if seconds[job, at] < np.inf:
+                least = min(least, prices[at] * seconds[job, at])
+        if least < np.inf:
+            part += least
+        if job % 1024 == 0:
+            total += part
+            part = 0.0
+    return total + part
+
+
+@compiled
+def _can_run(seconds: Floats) -> NDArray[np.bool_]:
+    """[job]: whether any column can."""
+    jobs, columns = seconds.shape
+    found = np.zeros(jobs, np.bool_)
+    for job in range(jobs):
+        for at in range(columns):
+            if seconds[job, at] < np.inf:
+                found[job] = True
+                break
+    return found
+
+
+def _sample(able: Indices, most: int) -> Indices:
     """That many of the jobs, evenly chosen; the same ones each time."""
-    count = min(most, max(least, a_column * columns))
-    if able.size <= count:
+    if able.size <= most:
         return able
-    return np.sort(np.random.default_rng(0).choice(able, count, replace=False))
+    return np.sort(np.random.default_rng(0).choice(able, most, replace=False))
 
 
 def _logs(seconds: Floats) -> Floats:
