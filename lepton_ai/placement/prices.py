@@ -67,7 +67,7 @@ def clearing_prices(problem: Problem) -> Floats:
     # Where every device's price is its speed, no job prefers one: the mean over those who can run there.
     can = np.isfinite(coarse.logs)
     start = -np.where(can, coarse.logs, 0.0).sum(axis=0) / np.maximum(can.sum(axis=0), 1)
-    prices, end_s = _coarsely(coarse, np.exp(start))
+    prices, end_s = _coarsely(coarse, np.exp(start - start.max()))
     return _finely(problem, able, coarse, prices, end_s)
 
 
@@ -168,7 +168,10 @@ class _Market(msgspec.Struct, frozen=True):
         How demand answers to prices is told by other jobs that are alike, where given: fewer, or of all columns.
         """
         best_s, best, highest, longest = -1.0, prices, -1.0, 3 * max(tau, 0.05)
-        level = from_level = np.log(prices)
+        # Prices of 0 are those that are too low for a number beside the highest.
+        with np.errstate(divide="ignore"):
+            level = np.log(prices)
+        level = from_level = np.maximum(level - level.max(), -_LOWEST)
         move = np.zeros_like(level)
         for _ in range(_STEPS):
             prices = np.exp(level)
@@ -177,7 +180,10 @@ class _Market(msgspec.Struct, frozen=True):
                 best_s, best = proven_s, prices
             taken = self._taken(paid)
             total = float(taken.sum())
-            part = total / float(prices @ offered)
+            worth = float(prices @ offered)
+            if worth <= 0:
+                break
+            part = total / worth
             if part < highest:  # too far: half the way
                 move, longest = move / 2, longest / 2
             else:

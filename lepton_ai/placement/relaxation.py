@@ -56,7 +56,11 @@ class Relaxation(msgspec.Struct, frozen=True):
 
 
 def relaxed(problem: Problem) -> Relaxation:
-    """The linear program's optimum. Jobs that nobody can run are left out."""
+    """The linear program's optimum. Jobs that nobody can run are left out.
+
+    Where the solver gives up, as it may where costs are a hundred powers of ten apart, each job goes whole to the
+    column that costs it least at the clearing prices, and the bound is what those prove.
+    """
     best = prices = clearing_prices(problem)
     bound = bound_s(problem, prices)
     pairs = _Pairs(np.empty(0, np.intp), np.empty(0, np.intp))
@@ -65,7 +69,10 @@ def relaxed(problem: Problem) -> Relaxation:
     while True:
         program, before = _Program.of(problem, bound), (bound, pairs.job.size)
         pairs = program.near(prices).joined(pairs, problem.seconds.shape[1])
-        makespan_s, prices, share = program.solve(pairs)
+        try:
+            makespan_s, prices, share = program.solve(pairs)
+        except _Unsolved:
+            return _each_at_its_cheapest(problem, best, bound)
         proven = min(bound_s(problem, prices), program.next_ready_s)
         if proven > bound:
             bound, best = proven, prices
@@ -85,11 +92,24 @@ def cheapest(problem: Problem, rate: Floats, end_s: float, start: Relaxation) ->
     while True:
         before = pairs.job.size
         pairs = pairs.joined(program.near(prices), rate.size)
-        _, prices, share = program.solve(pairs, rate)
+        try:
+            _, prices, share = program.solve(pairs, rate)
+        except _Unsolved:
+            return start
         if pairs.job.size == before:
             break
     taken = share > _NOTHING
     return Relaxation(end_s, start.bound_s, prices, pairs.job[taken], pairs.column[taken], share[taken])
+
+
+class _Unsolved(Exception):
+    """The solver found no optimum."""
+
+
+def _each_at_its_cheapest(problem: Problem, prices: Floats, bound: float) -> Relaxation:
+    column, _ = _two_cheapest(problem.seconds, prices)
+    job = np.flatnonzero(column >= 0)
+    return Relaxation(bound, bound, prices, job, column[job], np.ones(job.size))
 
 
 class _Pairs(msgspec.Struct, frozen=True):
@@ -196,6 +216,8 @@ def _solved(lp: Any) -> Any:
     solver.setOptionValue("threads", 1)
     solver.passModel(lp)
     solver.run()
+    if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        raise _Unsolved
     return solver.getSolution()
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from bench import instances
 from lepton_ai.errors import MissingPackage
+from lepton_ai.placement import policies
 from lepton_ai.placement.bounds import lower_bound
 from lepton_ai.placement.prices import bound_s
 from lepton_ai.placement.problem import UNPLACED, Plan, Problem
@@ -156,3 +157,14 @@ def test_the_bounds_of_the_published_instances_are_found(name: str) -> None:
     lp, dual = (lower_bound(found[name], method).seconds for method in METHODS)
     assert lp == pytest.approx(PUBLISHED[name], rel=3e-6)
     assert dual == pytest.approx(PUBLISHED[name], rel=3e-5)
+
+
+@pytest.mark.parametrize("lowest", [-3, -30, -300])
+def test_costs_that_are_many_powers_of_ten_apart_stop_neither_the_bound_nor_the_program(lowest: int) -> None:
+    program = policies.load("linear_program")
+    for seed in range(25):
+        random = np.random.default_rng(seed)
+        jobs, devices = int(random.integers(1, 12)), int(random.integers(1, 5))
+        seconds = 10.0 ** random.uniform(lowest, -lowest * 2 / 3, (jobs, devices))
+        problem = Problem(seconds, random.uniform(0, 10, devices), np.ones(devices))
+        assert lower_bound(problem).seconds <= program.place(problem).makespan_s(problem) * (1 + 1e-9)
