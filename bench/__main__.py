@@ -6,6 +6,7 @@ import importlib
 import sys
 
 _BENCHES = {
+    "closed-loop": "learned placement against fixed routings, real workers of three kinds",
     "durability": "what it costs that an acceptance is on the disk",
     "efficiency": "how much of the machine the kernels get",
     "faults": "kills, freezes and cuts what Lepton runs on, and counts what is lost",
@@ -21,7 +22,7 @@ def main() -> int:
     name = next(iter(sys.argv[1:]), "--help")
     if name in _BENCHES:
         sys.argv = [f"lepton bench {name}", *sys.argv[2:]]
-        return int(importlib.import_module(f"bench.{name}").main() or 0)
+        return int(importlib.import_module(f"bench.{name.replace('-', '_')}").main() or 0)
     asked = name in ("-h", "--help")
     print("usage: lepton bench NAME [ARGUMENT...]\n", file=sys.stdout if asked else sys.stderr)
     for each, what in _BENCHES.items():

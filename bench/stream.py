@@ -1,0 +1,104 @@
+"""The stream of `bench closed-loop`: real kernels of mixed sizes, by a law that was chosen before placements were measured.
+
+Sizes are log-uniform, as Downey found the running times of jobs on shared machines to be ("A parallel workload model
+and its implications for processor allocation", HPDC 1997): as many jobs in each octave, so that most are small and the
+few large ones are most of the work. A third of the jobs each are similarities of feature vectors (`linalg.matmul`),
+image filters (`medical.median_filter`) and quotes (`finance.black_scholes`): the kernels that every device has a
+variant of and that compute for longer than their arrays travel, and small ones that never do. No result is over 1 MiB:
+with sides up to 1,024 and 262,144 options the results' way through the broker took three quarters of the time,
+wherever the jobs ran.
+
+Jobs are dealt from decks, each shuffled, that hold every size equally often: whoever plays a deck has the same work.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tasks.kernels.finance import black_scholes
+from tasks.kernels.linalg import matmul
+from tasks.kernels.medical import median_filter
+from tasks.warmup import IdleContext, difference
+
+__all__ = ["DECK", "KERNELS", "Card", "check", "expected", "stream"]
+
+KERNELS = {kernel.name: kernel for kernel in (matmul, median_filter, black_scholes)}
+#: Features of a vector, vectors on either side and sides of images, and options, half an octave apart: nine sizes each.
+FEATURES = 2048
+SIDES = tuple(round(32 * 2 ** (step / 2)) for step in range(9))
+OPTIONS = tuple(round(256 * 2 ** (step / 2)) for step in range(9))
+RADII = (1, 3, 7)
+#: Numbers of an output that are compared with what is expected.
+_LOOKED_AT = 256
+
+
+class Card(NamedTuple):
+    """A kind of job: jobs of one card are the same computation."""
+
+    kernel: str
+    size: int
+    radius: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """The same arrays each time, seeded by what the card says; never written to."""
+        return _arguments(self)
+
+
+DECK: tuple[Card, ...] = (
+    *(Card(matmul.name, side) for side in SIDES for _ in RADII),
+    *(Card(median_filter.name, side, radius) for side in SIDES for radius in RADII),
+    *(Card(black_scholes.name, count) for count in OPTIONS for _ in RADII),
+)
+
+
+def stream(seed: int, decks: int) -> list[Card]:
+    """So many decks, each shuffled, one after the other."""
+    chance = random.Random(seed)
+    return [card for _ in range(decks) for card in chance.sample(DECK, len(DECK))]
+
+
+@cache
+def _arguments(card: Card) -> dict[str, Any]:
+    chance = np.random.default_rng([*card.kernel.encode(), card.size])
+    if card.kernel == matmul.name:
+        return {
+            "a": chance.standard_normal((card.size, FEATURES), np.float32),
+            "b": chance.standard_normal((FEATURES, card.size), np.float32),
+        }
+    if card.kernel == median_filter.name:
+        return {"image": chance.random((card.size, card.size), np.float32), "radius": card.radius}
+    ranges = {"spot": (50, 150), "strike": (50, 150), "years": (0.1, 2), "volatility": (0.1, 0.5)}
+    return {**{name: chance.uniform(*ends, card.size) for name, ends in ranges.items()}, "rate": 0.03}
+
+
+@cache
+def expected(card: Card) -> dict[str, Any]:
+    """What the CPU's variant, which conformance tests hold to the reference, makes of a card."""
+    inputs = KERNELS[card.kernel].signature.bind(card.arguments())[0]
+    return dict(_on_cpu(card.kernel)(inputs, IdleContext()))
+
+
+@cache
+def _on_cpu(kernel: str) -> Any:
+    return KERNELS[kernel].build("cpu", None)
+
+
+def check(card: Card, outputs: Any) -> None:
+    """Raises ValueError where a result is not that of its card: shapes, and numbers from all over each output."""
+    right = expected(card)
+    if outputs.keys() != right.keys() or any(outputs[name].shape != right[name].shape for name in right):
+        raise ValueError(f"{card} gave {({name: value.shape for name, value in outputs.items()})}")
+    found, due = (dict(_looked_at(each)) for each in (outputs, right))
+    if (apart := difference(found, due)) > KERNELS[card.kernel].spec.tolerance:
+        raise ValueError(f"{card} gave a result that is {apart:.3g} from what it should be")
+
+
+def _looked_at(outputs: Any) -> Iterator[tuple[str, Any]]:
+    for name, value in outputs.items():
+        flat = np.asarray(value).reshape(-1)
+        yield name, flat[:: max(1, flat.size // _LOOKED_AT)]
