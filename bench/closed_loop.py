@@ -47,7 +47,7 @@ def main() -> int:
     parser = report.parser(__doc__, rounds=3)
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--decks", type=int, default=5, metavar="N", help=f"of {len(DECK)} jobs, a turn (default: 5)")
+    parser.add_argument("--decks", type=int, default=8, metavar="N", help=f"of {len(DECK)} jobs, a turn (default: 8)")
     parser.add_argument("--load", type=float, default=0.75, metavar="SHARE", help="of arriving jobs (default: 0.75)")
     options = parser.parse_args()
     return report.play(lambda: _measure(options), _tables, plain=options.json)
@@ -56,7 +56,7 @@ def main() -> int:
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     rounds, decks, learning_decks = options.rounds, options.decks, LEARNING_DECKS
     if options.quick:
-        rounds, decks, learning_decks = 1, 2, 6
+        rounds, decks, learning_decks = 1, 1, 3
     os.environ["LEPTON_RING_BYTES"] = str(_RING_BYTES)
     for card in DECK:
         expected(card)  # before anything is timed
@@ -94,7 +94,9 @@ class _Contest:
             rushes[name].append(_told(f"round {number + 1}/{rounds}, {name}", self._rush(name, cards)))
             chance = random.Random(3000 + number)
             at_s = list(itertools.accumulate(chance.expovariate(self._rate) for _ in cards))
-            turn = self._play(name, cards, lambda client, pins, cards=cards, at_s=at_s: arrive(client, cards, pins, at_s))
+            turn = self._play(
+                name, cards, lambda client, pins, cards=cards, at_s=at_s: arrive(client, cards, pins, at_s)
+            )
             arrivals[name].append(turn)
             say(f"  as they arrive: p99 {turn.p99_ms():,.0f} ms")
         for fleet in (self._learner, self._follower):
@@ -109,9 +111,13 @@ class _Contest:
             LEARNED: figures[LEARNED],
             "fixed": {name: figures[name] for name in fixed},
             "best_fixed": best,
-            **_ratio("ratio_best_fixed", [each.seconds for each in rushes[LEARNED]], [each.seconds for each in rushes[best]]),
+            **_ratio(
+                "ratio_best_fixed", [each.seconds for each in rushes[LEARNED]], [each.seconds for each in rushes[best]]
+            ),
             "best_fixed_p99": calmest,
-            **_ratio("ratio_best_fixed_p99", *([each.p99_ms() for each in arrivals[name]] for name in (LEARNED, calmest))),
+            **_ratio(
+                "ratio_best_fixed_p99", *([each.p99_ms() for each in arrivals[name]] for name in (LEARNED, calmest))
+            ),
         }
 
     def _rehearsed(self) -> Means:
@@ -119,7 +125,9 @@ class _Contest:
         cards = stream(999, 3)
         costs = []
         for device in DEVICES:
-            costs += _told(f"measuring {device}", rush(self._follower.client, cards, routing.one_device(cards, device))).costs
+            costs += _told(
+                f"measuring {device}", rush(self._follower.client, cards, routing.one_device(cards, device))
+            ).costs
         return routing.means(costs)
 
     def _routings(self, cards: Sequence[Card]) -> dict[str, Pins]:
@@ -135,9 +143,11 @@ class _Contest:
         return self._play(name, cards, lambda client, pins: rush(client, cards, pins))
 
     def _play(self, name: str, cards: Sequence[Card], play: Any) -> Turn:
-        if name == LEARNED:
-            return play(self._learner.client, [None] * len(cards))
-        return play(self._follower.client, self._routings(cards)[name])
+        fleet, pins = (
+            (self._learner, [None] * len(cards)) if name == LEARNED else (self._follower, self._routings(cards)[name])
+        )
+        fleet.settle()
+        return play(fleet.client, pins)
 
     def _figures(self, name: str, rushes: Sequence[Turn], arrivals: Sequence[Turn]) -> dict[str, Any]:
         seconds = median_and_range([each.seconds for each in rushes], 3)
@@ -176,7 +186,9 @@ def _learning(turns: Sequence[Turn]) -> dict[str, Any]:
 def _warm(client: Client, decks: int) -> None:
     """Fills the shared memory once, which the first to write to it pays for, with jobs that teach nothing of ours."""
     band = np.ones((_WARM_SIDE, _WARM_SIDE), np.float32)
-    turn_bytes = decks * sum(value.nbytes for card in DECK for value in card.arguments().values() if hasattr(value, "nbytes"))
+    turn_bytes = decks * sum(
+        value.nbytes for card in DECK for value in card.arguments().values() if hasattr(value, "nbytes")
+    )
     rows = [{"red": band, "nir": band}] * (turn_bytes // (4 * band.nbytes) + 1)
     jobs = [job for device in ("cpu", "fpga") for job in client.submit_many(_WARM_KERNEL, rows, device=device)]
     for job in jobs:
@@ -198,11 +210,16 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
     columns = ("", "seconds", "range", "p99 ms", "range", "mean ms", "keeps up", "jobs by device")
     keys = ("seconds", "seconds_range", "p99_ms", "p99_ms_range", "mean_ms", "keeps_up", "jobs_by_device")
     figures = {LEARNED: found[LEARNED], **found["fixed"]}
-    rows = [(name, *(str(each.get(key, "")) if key in keys[-2:] else each[key] for key in keys)) for name, each in figures.items()]
+    rows = [
+        (name, *(str(each.get(key, "")) if key in keys[-2:] else each[key] for key in keys))
+        for name, each in figures.items()
+    ]
     title = f"{found['jobs']} jobs at once; arriving, {found['arrivals_per_s']:,.0f} a second"
     yield report.table(title, columns, rows)
     ratios = [(name, found[name], found[f"{name}_range"]) for name in ("ratio_best_fixed", "ratio_best_fixed_p99")]
-    yield report.table(f"learned over {found['best_fixed']}, {found['best_fixed_p99']}", ("", "median", "range"), ratios)
+    yield report.table(
+        f"learned over {found['best_fixed']}, {found['best_fixed_p99']}", ("", "median", "range"), ratios
+    )
     learning = found["learning"]
     decks = enumerate(learning["deck_seconds"], 1)
     yield report.table("learning, from nothing", ("deck", "seconds"), [(str(number), each) for number, each in decks])

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.stream import DECK, KERNELS, expected
+from bench.stream import DECK, expected
 from lepton_ai.device import Peaks
 from lepton_ai.kernel import Kernel, Run
 from tasks.driver import Found
@@ -64,9 +64,7 @@ CARD = Speed(
 )
 #: What its data sheet says, as data sheets do: nothing of the runtime, and the link's theory. It is what is announced,
 #: so the rest has to be learned.
-SHEET = Peaks(
-    flops_per_s=1e12, bytes_per_s=80e9, transfer_bytes_per_s=3.94e9, transfer_latency_s=5e-6, launch_s=10e-6
-)
+SHEET = Peaks(flops_per_s=1e12, bytes_per_s=80e9, transfer_bytes_per_s=3.94e9, transfer_latency_s=5e-6, launch_s=10e-6)
 
 
 class DeclaredDriver:
@@ -142,7 +140,9 @@ class Answers:
             done += length
         if done != len(array) or not parts:
             return dict(self._kernel.refer(inputs))
-        return parts[0] if len(parts) == 1 else {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
+        return (
+            parts[0] if len(parts) == 1 else {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
+        )
 
     @staticmethod
     def _key(inputs: Mapping[str, Any], array: NDArray[Any]) -> tuple[Any, ...]:

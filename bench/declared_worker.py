@@ -1,4 +1,4 @@
-"""A real worker that serves the stand-in: `celery -A bench.declared_worker worker -Q lepton.gpu.declared -P threads -c 1`.
+"""The application of a real worker that serves the stand-in, on the queue `lepton.gpu.declared`.
 
 In this process, and nowhere else, `tasks.devices.gpu` is the driver of declared speed, and the kernels of the stream
 have a variant for it.

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import redis
 
 from bench.contest import say
 from bench.cpu import CORES
@@ -38,9 +39,18 @@ _STOP_S = 20.0
 class MixedFleet(msgspec.Struct, frozen=True):
     """A running fleet and its client."""
 
+    url: str
     client: Client
     processes: Processes
     logs: Path
+
+    def settle(self) -> None:
+        """Rewrites the broker's log and waits for it, so that it is not rewritten while somebody has a turn."""
+        with redis.Redis.from_url(self.url) as broker:
+            with contextlib.suppress(redis.ResponseError):  # it has begun by itself
+                broker.bgrewriteaof()
+            while any(map(broker.info("persistence").get, ("aof_rewrite_in_progress", "aof_rewrite_scheduled"))):
+                time.sleep(0.02)
 
     def check(self) -> None:
         """Raises RuntimeError, with the end of its log, where a process has ended by itself."""
@@ -64,7 +74,7 @@ def mixed_fleet(name: str, devices: Sequence[str] = tuple(DEVICES)) -> Iterator[
         for device in devices:
             if (core := DEVICES[device][1]) is not None:
                 _pin(processes.running[worker_name(device)].pid, core)
-        fleet = MixedFleet(stack.enter_context(Client(broker.url)), processes, logs)
+        fleet = MixedFleet(broker.url, stack.enter_context(Client(broker.url)), processes, logs)
         while {each.device for each in fleet.client.devices()} < set(devices):
             fleet.check()
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""One turn of the closed loop: a stream played through a fleet, all of it at once or as jobs arrive, results checked."""
+"""One turn of the closed loop: a stream played through a fleet, at once or as jobs arrive, and its results checked."""
 
 from __future__ import annotations
 
@@ -83,9 +83,8 @@ def _ended(start: float, submitted: Submitted) -> Turn:
 
 def _costs(submitted: Submitted) -> Iterable[tuple[Card, str, float]]:
     for job, card in submitted:
-        assert job.meta is not None
-        assert (record := job.meta.record) is not None
-        assert (cost := record.cost) is not None
+        cost = job.record().cost
+        assert cost is not None
         yield card, cost.device, cost.transfer_s + cost.run_s
 
 
