@@ -62,7 +62,8 @@ class Placer:
         ready = problem.ready.tolist()
         waits = [packed(each) for each in ready]
         tail = None if problem.tail is None else problem.tail.tolist()
-        rows = pricing.problem.seconds.tolist()
+        rows = decision.seconds.tolist()
+        together = [1] * len(jobs) if decision.batches is None else decision.batches.size[decision.batches.row].tolist()
         for at, (job, kind, planned) in enumerate(zip(jobs, pricing.kinds, chosen_by_policy, strict=True)):
             chosen, row = probes.get(at, planned), rows[at]
             if chosen == UNPLACED:
@@ -82,7 +83,7 @@ class Placer:
             if job.deadline_at is not None:
                 late_s = need_s if tail is None else tail[at][chosen]
                 is_in_time = ready[chosen] + late_s <= job.deadline_at - now
-            why = reason(chosen, ready, row, is_probe=at in probes, makes_deadline=is_in_time)
+            why = reason(chosen, ready, row, together[at], is_probe=at in probes, makes_deadline=is_in_time)
             alike = (job.kernel, kind, chosen, job.sent_at > 0, why)
             if (note := notes.get(alike)) is None:
                 self._regret.watch(job.id, chosen, ready, row)

@@ -24,6 +24,15 @@ SETTINGS = Settings(deep_policy="")
 CLAIM = Claim(Kind.NEW, 0, "claim")
 
 
+class Mine:
+    """Everything on the first device."""
+
+    name = "mine"
+
+    def place(self, problem: Problem) -> Plan:
+        return planned(problem, np.zeros(problem.jobs, np.intp))
+
+
 @pytest.fixture
 def cluster() -> Cluster:
     found = Cluster()
@@ -56,12 +65,18 @@ def test_the_default_is_externality(cluster: Cluster) -> None:
 
 
 def test_the_mean_of_the_best_times_runs_on_from_window_to_window(cluster: Cluster) -> None:
-    found = planner()
-    assert found.decide(jobs(1, ms=100), cluster, 0.0).problem.typical_s == pytest.approx(0.01, rel=1e-6)
-    second = found.decide(jobs(500, ms=1000), cluster, 0.0).problem.typical_s
-    assert second == pytest.approx(0.1 + (0.01 - 0.1) * np.exp(-0.5), rel=1e-6)
-    third = found.decide(jobs(5000, ms=1000), cluster, 0.0).problem.typical_s
-    assert third == pytest.approx(0.1, rel=0.01)
+    seen: list[float] = []
+
+    class Watching(Mine):
+        def place(self, problem: Problem) -> Plan:
+            seen.append(problem.typical_s or 0.0)
+            return super().place(problem)
+
+    found = Planner(SETTINGS, CostModel(), Watching())
+    for count, ms in ((1, 100), (500, 1000), (5000, 1000)):
+        found.decide(jobs(count, ms=ms), cluster, 0.0)
+    assert seen[:2] == pytest.approx([0.01, 0.1 + (0.01 - 0.1) * np.exp(-0.5)], rel=1e-6)
+    assert seen[2] == pytest.approx(0.1, rel=0.01)
 
 
 def test_terms_that_nobody_sets_are_not_in_the_problem(cluster: Cluster) -> None:
@@ -128,15 +143,6 @@ def test_the_deep_policy_rests_so_that_it_takes_a_part_of_the_time_only(cluster:
     found.decide([*jobs(4, ms=10), *jobs(4)], cluster, 0.0, is_deep=True)
     assert not found.wants(DEEP, 10)
     assert found.wants(DEEP, 10)
-
-
-class Mine:
-    """Everything on the first device."""
-
-    name = "mine"
-
-    def place(self, problem: Problem) -> Plan:
-        return planned(problem, np.zeros(problem.jobs, np.intp))
 
 
 def test_a_policy_of_ones_own_is_the_only_one(cluster: Cluster) -> None:

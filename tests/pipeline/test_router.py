@@ -43,6 +43,8 @@ HASTY = Settings(lease_s=0.4, heartbeat_s=0.1)
 SPEED = 10_000.0
 SPIN = KernelSpec("test.spin", {"n": "int64"}, {"y": "int64"}, "n", "0")
 OTHER = KernelSpec("test.other", {"n": "int64"}, {"y": "int64"}, "n", "0")
+#: As SPIN, but many of them run in one launch.
+STACKED = KernelSpec("test.stacked", {"n": "int64"}, {"y": "int64"}, "n", "0", batch="stack")
 
 StartRouter = Callable[..., "RunningRouter"]
 
@@ -66,14 +68,22 @@ class PlayedWorker:
     """A worker that the test plays: it takes from its device queue, and commits, when it is told to."""
 
     def __init__(
-        self, url: str, device: str, *, speed: float, slots: int, kernels: tuple[KernelSpec, ...], settings: Settings
+        self,
+        url: str,
+        device: str,
+        *,
+        speed: float,
+        slots: int,
+        launch_s: float,
+        kernels: tuple[KernelSpec, ...],
+        settings: Settings,
     ) -> None:
         self.device = device
         self.connection = Connection(url, device)
         self.broker = Broker(self.connection, f"worker-{device}-{secrets.token_hex(4)}", settings)
         self._slots = slots
         self._kernels = kernels
-        self._peaks = Peaks(speed, 1e12, float("inf"), 0.0, 0.0)
+        self._peaks = Peaks(speed, 1e12, float("inf"), 0.0, launch_s)
         self._held = 0
 
     def come_online(self) -> None:
@@ -155,11 +165,16 @@ def add_worker(broker_url: str) -> Iterator[Callable[..., PlayedWorker]]:
         *,
         speed: float = SPEED,
         slots: int = 1,
+        launch_s: float = 0.0,
         kernels: tuple[KernelSpec, ...] = (SPIN, OTHER),
         settings: Settings = PATIENT,
         online: bool = True,
     ) -> PlayedWorker:
-        workers.append(PlayedWorker(broker_url, device, speed=speed, slots=slots, kernels=kernels, settings=settings))
+        workers.append(
+            PlayedWorker(
+                broker_url, device, speed=speed, slots=slots, launch_s=launch_s, kernels=kernels, settings=settings
+            )
+        )
         if online:
             workers[-1].come_online()
         return workers[-1]
@@ -426,6 +441,32 @@ def test_what_jobs_lost_by_going_where_they_went_is_told_once_a_heartbeat(
     until(lambda: connection.call("HGET", topology.REGRET, "jobs") == b"1", "the regret is told")
     assert float(connection.call("HGET", topology.REGRET, "hindsight_s")) == pytest.approx(0.03, rel=1e-3)
     assert connection.call("HGET", topology.REGRET, "ratio_4") == b"1"
+
+
+def test_one_small_job_goes_to_the_processor_and_many_that_are_alike_go_to_the_accelerator_together(
+    start_router, add_worker, lane: Lane
+) -> None:
+    """A launch there takes as long as twenty jobs here, and each job a thousandth of what it takes here."""
+    small = add_worker("cpu", speed=SPEED, kernels=(STACKED,))
+    large = add_worker("gpu", speed=1000 * SPEED, launch_s=0.02, kernels=(STACKED,))
+    start_router()
+    lane.send(kernel="test.stacked")
+    lane.wait_for("job.placed", 1)
+    assert (small.depth, large.depth) == (1, 0)
+    lane.send(200, kernel="test.stacked")
+    jobs = lane.wait_for("job.placed", 200)
+    assert large.depth >= 170
+    assert any("jobs together" in lane.placement(job).reason for job in jobs)
+
+
+def test_jobs_that_share_no_launch_go_one_by_one_however_many_there_are(start_router, add_worker, lane: Lane) -> None:
+    small = add_worker("cpu", speed=SPEED)
+    large = add_worker("gpu", speed=1000 * SPEED, launch_s=0.02)
+    start_router()
+    lane.send(20)
+    lane.wait_for("job.placed", 20)
+    assert small.depth >= 18
+    assert small.depth + large.depth == 20
 
 
 # -- credit -----------------------------------------------------------------------------------------------------
