@@ -19,10 +19,10 @@ import structlog
 from lepton_ai import topology
 from lepton_ai.job import Estimate
 from lepton_ai.placement import policies
-from lepton_ai.placement.batches import Batches, Group, batched
+from lepton_ai.placement.batches import Group, batched
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.deadlines import in_time
-from lepton_ai.placement.problem import Floats, Indices, Plan, Policy, Problem
+from lepton_ai.placement.problem import Floats, Plan, Policy, Problem
 from lepton_ai.settings import Settings
 from pipeline.cluster import Cluster
 from pipeline.pricing import Pricing, price
@@ -39,6 +39,8 @@ _MOST_GROUPS: Final = 8
 #: From so many costs on (jobs times devices) a compiled loop is worth loading Numba for, and until it is there the same
 #: loop runs plain: 0.7 s and 80 MB against 0.3 ms a window (docs/decisions/0023).
 _WORTH_COMPILING: Final = 512
+#: Below so many, lists take less time than an array does.
+_FEW: Final = 32
 #: The policy that runs compiled or plain, as asked.
 _COMPILED: Final = "externality"
 #: Jobs after which the mean of what jobs take on their best device has forgotten two thirds of the ones before.
@@ -57,17 +59,10 @@ class Decision(msgspec.Struct, frozen=True):
     """The pricing's, with the terms that the jobs set."""
     plan: Plan
     policy: str
-    count: Indices
-    """[message]: how many jobs are in it."""
-    batches: Batches | None = None
-    """Which of them are to go together; None where each is for itself."""
-
-    @property
-    def seconds(self) -> Floats:
-        """[message, device]: what it takes there, with its share of the launch."""
-        if self.batches is None:
-            return self.pricing.problem.seconds
-        return self.batches.each_s[self.batches.row] * self.count[:, np.newaxis]
+    seconds: Floats
+    """[message, device]: what it takes there, with its share of the launch."""
+    together: Sequence[int]
+    """[message]: how many jobs go along in its batch, or the 1 that it is."""
 
 
 class Planner:
@@ -107,22 +102,28 @@ class Planner:
         """Prices jobs and places them; `now` is in seconds since the epoch."""
         pricing = price(jobs, cluster, self._model)
         problem = self._with_terms(pricing, jobs, now)
-        count = np.array([len(job.ids) for job in jobs], np.intp)
+        is_deep &= len(pricing.candidates) > 1
         groups = self._groups(pricing, jobs, cluster)
-        batches = batched(problem, count, groups) if groups else None
-        whole = problem if batches is None else batches.problem
-        whole = msgspec.structs.replace(whole, typical_s=self._learn_typical(whole.seconds))
-        policy = self._policy(whole, is_deep and len(pricing.candidates) > 1)
-        plan = self._timed(policy, whole) if policy is self._deep else policy.place(whole)
-        plan = plan if batches is None else batches.plan(plan)
-        return Decision(pricing, problem, plan, policy.name, count, batches)
+        if not groups:
+            plan, name = self._place(problem, is_deep=is_deep)
+            return Decision(pricing, problem, plan, name, pricing.problem.seconds, [1] * len(jobs))
+        count = np.array([len(job.ids) for job in jobs], np.intp)
+        batches = batched(problem, count, groups)
+        plan, name = self._place(batches.problem, is_deep=is_deep)
+        seconds = batches.each_s[batches.row] * count[:, np.newaxis]
+        return Decision(pricing, problem, batches.plan(plan), name, seconds, batches.size[batches.row].tolist())
 
-    def _timed(self, policy: Policy, problem: Problem) -> Plan:
+    def _place(self, problem: Problem, *, is_deep: bool) -> tuple[Plan, str]:
+        """What the policy for a problem says, and its name."""
+        problem = msgspec.structs.replace(problem, typical_s=self._learn_typical(problem.seconds))
+        policy = self._policy(problem, is_deep)
+        if policy is not self._deep:
+            return policy.place(problem), policy.name
         started = self._clock()
         plan = policy.place(problem)
         ended = self._clock()
         self._deep_at = ended + (_PART - 1) * (ended - started)
-        return plan
+        return plan, policy.name
 
     def _policy(self, problem: Problem, is_deep: bool) -> Policy:
         """The policy for a problem; one kind goes anywhere in its turn, and deadlines are the online policy's."""
@@ -137,15 +138,18 @@ class Planner:
         """Which of these jobs may share launches, and are alike: the largest groups."""
         if len(jobs) == 1 and len(jobs[0].ids) == 1:
             return []  # it goes at once, and alone
+        offers = {kernel: cluster.offer(kernel) for kernel in {job.kernel for job in jobs}}
+        sharing = {kernel for kernel, offer in offers.items() if offer is not None and offer.spec.batch is not None}
+        if not sharing:
+            return []
         found: dict[tuple[int, int], list[int]] = {}
         for at, (job, kind) in enumerate(zip(jobs, pricing.kinds, strict=True)):
-            if not job.alone and job.deadline_at is None:
-                found.setdefault((kind, job.options.urgency), []).append(at)
+            if job.kernel in sharing and job.deadline_at is None and not job.alone:
+                found.setdefault((kind, job.line[0]), []).append(at)
         groups = []
         for members in sorted(found.values(), key=len, reverse=True)[:_MOST_GROUPS]:
             job = jobs[members[0]]
-            offer = cluster.offer(job.kernel)
-            if offer is None or offer.spec.batch is None or (len(members) == 1 and len(job.ids) == 1):
+            if len(members) == 1 and len(job.ids) == 1:
                 continue
             launch = [self._model.launch_s(job.kernel, device.name, device.peaks) for device in cluster.devices]
             groups.append(Group(members, np.array(launch), self._settings.batch_jobs))
@@ -185,11 +189,14 @@ class Planner:
 
     def _learn_typical(self, seconds: Floats) -> float | None:
         """The running mean of what jobs take on the device best for each, these among them."""
-        best = seconds.min(axis=1, initial=math.inf)
-        best = best[best < math.inf]
-        if best.size:
-            mean_s = float(best.mean())
-            kept = math.exp(-best.size / _REMEMBERED) if self._typical_s else 0.0
+        if seconds.size < _FEW:
+            best = [min(row, default=math.inf) for row in seconds.tolist()]
+        else:
+            best = seconds.min(axis=1).tolist()
+        best = [each for each in best if each < math.inf]
+        if best:
+            mean_s = sum(best) / len(best)
+            kept = math.exp(-len(best) / _REMEMBERED) if self._typical_s else 0.0
             self._typical_s = max(kept * self._typical_s + (1 - kept) * mean_s, 1e-12)
         return self._typical_s or None
 

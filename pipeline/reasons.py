@@ -63,12 +63,12 @@ def reason(
     makes_deadline: bool | None = None,
 ) -> Reason:
     """Why a job goes to a device that would have it wait `waits[device]` and then need `seconds[device]`."""
-    later_s = waits[chosen] + seconds[chosen] - min(map(add, waits, seconds))
+    finishes = list(map(add, waits, seconds))
+    later_s = finishes[chosen] - (soonest := min(finishes))
     if later_s < _LEAST_S:
         is_plain = not is_probe and makes_deadline is None and together == 1
         return _FIRST if is_plain else Reason(0.0, -1, is_probe, makes_deadline, together)
-    finishes = list(map(add, waits, seconds))
-    return Reason(float(f"{later_s:.0e}"), finishes.index(min(finishes)), is_probe, makes_deadline, together)
+    return Reason(float(f"{later_s:.0e}"), finishes.index(soonest), is_probe, makes_deadline, together)
 
 
 _FIRST: Final = Reason()

@@ -8,6 +8,7 @@ what fast ones could have done, and the backlog grows although the fleet could c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
@@ -38,13 +39,12 @@ class Externality:
     def place(self, problem: Problem) -> Plan:
         problem = problem.expanded()
         k = self.k / (problem.typical_s or _typical_s(problem.seconds))
-        device = np.full(problem.jobs, UNPLACED, np.intp)
-        wait = np.full(problem.jobs, np.inf)
         if self._is_compiled and problem.seconds.size >= _FEW_COSTS:
+            device, wait = np.full(problem.jobs, UNPLACED, np.intp), np.full(problem.jobs, np.inf)
             ready, slots = problem.ready.astype(np.float64), problem.slots.astype(np.float64)
             _loop()(problem.seconds, ready, slots, k, device, wait)
             return Plan(device, wait)
-        devices, waits = device.tolist(), wait.tolist()
+        devices, waits = [UNPLACED] * problem.jobs, [math.inf] * problem.jobs
         _place(problem.seconds.tolist(), problem.ready.tolist(), problem.slots.tolist(), k, devices, waits)
         return Plan(np.array(devices, np.intp), np.array(waits, np.float64))
 
