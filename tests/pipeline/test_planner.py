@@ -12,6 +12,7 @@ from lepton_ai.device import Announcement, Peaks
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.placement.costs import CostModel
+from lepton_ai.placement.policies.earliest_finish import EarliestFinish
 from lepton_ai.placement.problem import Plan, Problem, planned
 from lepton_ai.settings import Settings
 from pipeline.cluster import Cluster
@@ -134,14 +135,27 @@ def test_the_deep_policy_is_asked_where_jobs_of_several_kinds_wait_for_room(clus
     assert found.decide(mixed, cluster, 0.0, is_deep=True).policy == "earliest_finish"
 
 
-def test_the_deep_policy_rests_so_that_it_takes_a_part_of_the_time_only(cluster: Cluster) -> None:
-    times = iter([0.0, 3.0, 5.0, 12.9, 13.1])  # it takes two seconds, so it is not asked again for eight
-    found = Planner(msgspec.structs.replace(SETTINGS, deep_policy="earliest_finish"), CostModel(), None, times.__next__)
+def test_the_deep_policy_rests_so_that_it_takes_a_part_of_the_time_only(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    found = Planner(
+        msgspec.structs.replace(SETTINGS, deep_policy="earliest_finish"), CostModel(), None, lambda: clock[0]
+    )
     found.wants(DEEP, 10)
     loaded()
+    place = EarliestFinish.place
+
+    def slowly(self: EarliestFinish, problem: Problem) -> Plan:
+        clock[0] += 2.0
+        return place(self, problem)
+
+    monkeypatch.setattr(EarliestFinish, "place", slowly)
     assert found.wants(DEEP, 10)
     found.decide([*jobs(4, ms=10), *jobs(4)], cluster, 0.0, is_deep=True)
+    clock[0] += 7.9  # it took two seconds, so it is not asked again for eight
     assert not found.wants(DEEP, 10)
+    clock[0] += 0.2
     assert found.wants(DEEP, 10)
 
 
