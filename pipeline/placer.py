@@ -68,7 +68,7 @@ class Placer:
             if chosen == UNPLACED:
                 if (note := notes.get((kind, chosen, False))) is None:
                     note = notes[kind, chosen, False] = self._parked(job, pricing.candidates[kind], now)
-                outgoing.note(job, note, written(_nowhere(job)), b"", waits)
+                outgoing.note(job, note, written(self._nowhere(job)), b"", waits)
                 outgoing.park(job)
                 self._cluster.finished(job.id)  # it may have come back from a device that died
                 continue
@@ -119,10 +119,13 @@ class Placer:
         router = self._broker.incarnation
         return Note(Placement(job.id, job.kernel, "parked", "", now, router, candidates=candidates))
 
-
-def _nowhere(job: ClaimedJob) -> str:
-    pinned = f" on {job.options.device}" if job.options.device else ""
-    return f"no live device can run {job.kernel}{pinned}; it waits for one that announces it"
+    def _nowhere(self, job: ClaimedJob) -> str:
+        pin = job.options.device
+        if beyond := [each for each in self._cluster.devices if each.serves(job.kernel, pin)]:
+            told = "; ".join(f"{each.name}: {each.reason}" for each in beyond)
+            return f"every device that can run it is beyond its limits, and it waits for one to come back ({told})"
+        pinned = f" on {pin}" if pin else ""
+        return f"no live device can run {job.kernel}{pinned}; it waits for one that announces it"
 
 
 def _able(candidates: Sequence[Candidate]) -> int:

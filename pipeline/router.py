@@ -28,6 +28,7 @@ from pipeline import intake
 from pipeline.bundles import Bundles
 from pipeline.cluster import Cluster
 from pipeline.credit import Credit
+from pipeline.deadlines import Backlog, backlog_of, judged
 from pipeline.endings import Endings, noted_in
 from pipeline.intake import Dead, Incoming, Refused
 from pipeline.node import Narrator, RemoteControl
@@ -55,6 +56,7 @@ _CLAIM_S = 0.05
 _FULL_S = 0.1
 #: Jobs that are asked to be cancelled are looked for among the scheduled ones so many at a time.
 _ASKED_AT_ONCE = 1024
+_MSGPACK = msgspec.msgpack.Encoder()
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 log = structlog.get_logger()
@@ -128,6 +130,7 @@ class _Session:
         self._placer = Placer(
             self._broker, self._cluster, planner, self._credit, self._probes, self._regret, self._narrator
         )
+        self._lease_ms = round(settings.lease_s * 1000)
         self._due_at = 0.0
         """When the next scheduled job may be due, in monotonic seconds."""
         self._more = True
@@ -280,7 +283,10 @@ class _Session:
         refused: list[tuple[bytes, Refused | Dead]] = []
         added: list[tuple[ClaimedJob, wire.Headers]] = []
         early: list[tuple[bytes, Incoming, float]] = []
-        for message, each in found:
+        for message, read in found:
+            each = read
+            if isinstance(read, Incoming) and read.options.must_meet and claim.kind is Kind.NEW:
+                each = judged(read, message, now, self._backlog(), self._cluster, self._model)
             if not isinstance(each, Incoming):
                 refused.append((message, each))
                 continue
@@ -301,6 +307,9 @@ class _Session:
             self._due_at = 0.0
         self._endings.cancel([job for job, _ in added if job.id in marked and len(job.ids) == 1])
         self._endings.expire([job for job, _ in added if job.deadline_at is not None and job.deadline_at <= now])
+
+    def _backlog(self) -> Backlog:
+        return backlog_of(self._cluster, self._window, self._planner.typical_s)
 
     def _stays_whole(self, found: Incoming | Refused | Dead) -> bool:
         """Whether a message is no bundle, or one that nobody has to split."""
@@ -387,7 +396,7 @@ class _Session:
                 self._due_at = 0.0
             if each.type == "job.cancel_asked":
                 asked.update(each.jobs)
-        if changed:
+        if changed or self._cluster.recovered:
             self._refresh()
         if asked:
             self._cancel_asked(asked)
@@ -430,7 +439,9 @@ class _Session:
         self._fold(self._events.catch_up(self._main))
         for name, depth in zip(names, depths, strict=True):
             self._cluster.reconcile(name, depth)
-        self._main.receive(self._main.send(self._regret.told()))  # a broker that is full does without
+        told = ("SET", topology.backlog(self._incarnation), _MSGPACK.encode(self._backlog()), "PX", self._lease_ms)
+        # A broker that is full does without.
+        self._main.receive(self._main.send([told, *self._regret.told()]))
         self._narrator.beat(len(self._window))
         self._more = True
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 
+import msgspec
 import structlog
 
 from lepton_ai import topology
+from lepton_ai.device import ResourceState
 from lepton_ai.errors import BrokerUnavailable, LeptonError
-from lepton_ai.event import Event
+from lepton_ai.event import Event, Observation
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.settings import Settings
 from pipeline.cluster import Cluster
@@ -43,8 +46,16 @@ def learn(seen: Event, cluster: Cluster, model: CostModel) -> None:
 
 
 def _teach(seen: Event, cluster: Cluster, model: CostModel) -> None:
+    if seen.type == "device.heartbeat":
+        with suppress(msgspec.ValidationError):  # of another release
+            cluster.heard(seen.source, msgspec.convert(seen.data.get("state"), ResourceState))
     if seen.observation is not None and (device := cluster.device(seen.observation.device)) is not None:
-        model.learn(seen.observation, device.peaks)
+        model.learn(_alone(seen.observation, cluster.speed_of(seen.source)), device.peaks)
+
+
+def _alone(seen: Observation, speed: float) -> Observation:
+    """What the launch would have taken without the load of others, which passes: the model learns the device."""
+    return msgspec.structs.replace(seen, transfer_s=seen.transfer_s * speed, run_s=seen.run_s * speed)
 
 
 class Telemetry:

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from lepton_ai import blob, bundle, cancellation, event, results, topology, wire
-from lepton_ai.device import Announcement, Peaks
+from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.direct_protocol import look_commands, push, read_look, writer
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import ids, minute_of, new_id, new_ids, run_of
@@ -95,6 +95,14 @@ class PlayedWorker:
     def go_offline(self) -> None:
         self.broker.resign()
         self.broker.emit(event.encode(Event("device.offline", self.broker.incarnation, device=self.device)))
+
+    def beat(self, share: float = 1.0, reason: str = "", speed: float = 1.0) -> None:
+        """Tells the fleet of its state."""
+        state = ResourceState(0, 0.0, 0.0, 0, 1, speed=speed, share=share, reason=reason)
+        data = {"state": msgspec.to_builtins(state)}
+        self.broker.emit(
+            event.encode(Event("device.heartbeat", self.broker.incarnation, device=self.device, data=data))
+        )
 
     def take(self, limit: int = 1, timeout_s: float = 5.0, *, alone: bool = False) -> list[str]:
         """The ids of the next jobs, oldest first; [] where none came in time. A bundle counts as one."""
@@ -643,6 +651,105 @@ def test_a_device_that_went_offline_is_given_nothing_more(start_router, add_work
     lane.settle()
     (sent,) = lane.send(ms=100)
     assert staying.take() == [sent]
+
+
+# -- devices near and beyond their limits ---------------------------------------------------------------------------
+
+HOT = "temperature at 104%, over its limit of 100%"
+
+
+def test_a_device_beyond_a_limit_is_passed_over_and_the_placement_says_why(
+    start_router, add_worker, lane: Lane
+) -> None:
+    fast, slow = add_worker("gpu", speed=100 * SPEED), add_worker("cpu")
+    start_router()
+    lane.settle()
+    fast.beat(0.0, HOT)
+    lane.settle()
+    (sent,) = lane.send(ms=100)
+    assert slow.take() == [sent]
+    told = {candidate.device: candidate.excluded for candidate in lane.placement(sent).candidates}
+    assert told == {"cpu": None, "gpu": HOT}
+
+
+def test_jobs_that_only_a_device_beyond_its_limits_can_run_wait_with_the_reason_and_run_once_it_is_back(
+    start_router, add_worker, lane: Lane
+) -> None:
+    worker = add_worker("gpu")
+    add_worker("cpu", kernels=(OTHER,))
+    start_router()
+    lane.settle()
+    worker.beat(0.0, HOT)
+    lane.settle()
+    sent = lane.send(3)
+    lane.wait_for("job.parked", 3)
+    placement = lane.placement(sent[0])
+    assert placement.state == "parked"
+    assert f"gpu: {HOT}" in placement.reason
+    worker.beat(0.4)
+    assert worker.serve(3) == sent
+
+
+def test_a_bundle_that_only_a_device_beyond_its_limits_can_run_waits_too(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker("gpu")
+    start_router()
+    lane.settle()
+    worker.beat(0.0, HOT)
+    lane.settle()
+    sent = lane.send_bundle(5)
+    lane.wait_for("job.parked", 5)
+    worker.beat()
+    assert sorted(worker.serve(5)) == sorted(sent)
+
+
+def test_one_worker_beyond_its_limits_does_not_stop_the_device_that_another_serves_too(
+    start_router, add_worker, lane: Lane
+) -> None:
+    ill, well = add_worker("gpu"), add_worker("gpu")
+    start_router()
+    lane.settle()
+    ill.beat(0.0, HOT)
+    lane.settle()
+    (sent,) = lane.send()
+    assert well.take() == [sent]
+
+
+def test_a_device_near_a_limit_is_given_its_share_of_the_work(start_router, add_worker, lane: Lane) -> None:
+    """Two alike: the one of half the share counts as if it had half the slots."""
+    near, well = add_worker("gpu", slots=4), add_worker("fpga", slots=4)
+    start_router()
+    lane.settle()
+    near.beat(0.5, "memory at 93%")
+    lane.settle()
+    lane.send(30, ms=10)
+    lane.wait_for("job.placed", 30)
+    assert near.depth + well.depth == 30
+    assert 5 <= near.depth <= 12
+
+
+def test_a_device_near_a_limit_has_less_credit(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker("gpu", slots=4)
+    start_router(msgspec.structs.replace(PATIENT, credit_s=0.001))
+    lane.settle()
+    worker.beat(0.25, "memory at 94%")
+    lane.settle()
+    lane.send(20, ms=100)
+    lane.settle()
+    assert worker.depth == 2
+
+
+def test_a_device_that_shares_its_host_with_others_is_predicted_to_be_slower(
+    start_router, add_worker, lane: Lane
+) -> None:
+    shared, alone = add_worker("gpu", speed=3 * SPEED), add_worker("cpu", speed=2 * SPEED)
+    start_router()
+    lane.settle()
+    shared.beat(speed=0.5)
+    lane.settle()
+    (sent,) = lane.send(ms=60)
+    assert alone.take() == [sent]
+    run_s = {each.device: each.estimate.run_s for each in lane.placement(sent).candidates}
+    assert run_s == {"cpu": pytest.approx(0.03, rel=0.01), "gpu": pytest.approx(0.04, rel=0.01)}
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\x00", b"{", b"[]", b"null", b'{"body": 3}', b"\xff\xfe", b"[" * 5000])
