@@ -85,7 +85,7 @@ class Planner:
         self._deep: Policy | None = None
         self._deep_at = -math.inf
         self._typical_s = 0.0
-        """Running mean of what the rows of problems take on the device best for each."""
+        """Running mean of what messages take on the device best for each."""
         self._typical_jobs = 1.0
         """And of the jobs in them."""
 
@@ -113,17 +113,19 @@ class Planner:
         is_deep &= len(pricing.candidates) > 1
         groups = self._groups(pricing, jobs, cluster)
         if not groups:
-            plan, name = self._place(problem, jobs, is_deep=is_deep)
+            plan, name = self._place(problem, pricing.problem.seconds, jobs, is_deep=is_deep)
             return Decision(pricing, problem, plan, name, pricing.problem.seconds, [1] * len(jobs))
         count = np.array([len(job.ids) for job in jobs], np.intp)
         batches = batched(problem, count, groups)
-        plan, name = self._place(batches.problem, jobs, is_deep=is_deep)
         seconds = batches.each_s[batches.row] * count[:, np.newaxis]
+        plan, name = self._place(batches.problem, seconds, jobs, is_deep=is_deep)
         return Decision(pricing, problem, batches.plan(plan), name, seconds, batches.size[batches.row].tolist())
 
-    def _place(self, problem: Problem, jobs: Sequence[ClaimedJob], *, is_deep: bool) -> tuple[Plan, str]:
-        """What the policy for a problem says, and its name."""
-        problem = msgspec.structs.replace(problem, typical_s=self._learn_typical(problem.seconds, jobs))
+    def _place(
+        self, problem: Problem, seconds: Floats, jobs: Sequence[ClaimedJob], *, is_deep: bool
+    ) -> tuple[Plan, str]:
+        """What the policy for a problem says, and its name; `seconds` are those of messages, of which it may be made."""
+        problem = msgspec.structs.replace(problem, typical_s=self._learn_typical(seconds, jobs))
         policy = self._policy(problem, is_deep)
         if policy is not self._deep:
             return policy.place(problem), policy.name
@@ -196,7 +198,7 @@ class Planner:
         return msgspec.structs.replace(problem, **changed) if changed else problem
 
     def _learn_typical(self, seconds: Floats, jobs: Sequence[ClaimedJob]) -> float | None:
-        """The running mean of what rows take on the device best for each, with these jobs' rows among them."""
+        """The running mean of what messages take on the device best for each, these among them."""
         if seconds.size < _FEW:
             best = [min(row, default=math.inf) for row in seconds.tolist()]
         else:
@@ -205,7 +207,7 @@ class Planner:
         if best:
             kept = math.exp(-len(best) / _REMEMBERED) if self._typical_s else 0.0
             self._typical_s = max(kept * self._typical_s + (1 - kept) * sum(best) / len(best), 1e-12)
-            jobs_each = max(1.0, sum([len(job.ids) for job in jobs]) / len(seconds))
+            jobs_each = sum([len(job.ids) for job in jobs]) / len(jobs)
             self._typical_jobs = kept * self._typical_jobs + (1 - kept) * jobs_each
         return self._typical_s or None
 

@@ -67,7 +67,8 @@ def batched(problem: Problem, count: Indices, groups: Sequence[Group]) -> Batche
         with np.errstate(invalid="ignore"):
             longer = tail[first] / problem.seconds[first]
         tail = seconds * np.where(np.isfinite(longer), longer, 1.0)
-    weight = None if problem.weight is None else problem.weight[first]
+    # A batch is as much to be hurried as all that is in it.
+    weight = np.bincount(row, problem.weight, len(first)).astype(np.float64)
     deadline = None if problem.deadline is None else problem.deadline[first]
     found = msgspec.structs.replace(problem, seconds=seconds, weight=weight, deadline=deadline, tail=tail)
     return Batches(found, row, size, seconds / size[:, np.newaxis])

@@ -62,6 +62,8 @@ def test_other_jobs_stay_as_they_are_and_where_they_were() -> None:
     problem = Problem(seconds, np.array([0.0, 9.0]), np.ones(2))
     found = batched(problem, np.ones(5, np.intp), [Group([1, 2, 3], LAUNCH, 256)])
     assert found.row.tolist() == [0, 1, 1, 1, 2]
+    assert found.problem.weight is not None
+    assert found.problem.weight.tolist() == [1.0, 3.0, 1.0]
     assert found.problem.seconds.tolist() == [[5.0, 6.0], pytest.approx((LAUNCH + 3 * EACH).tolist()), [7.0, np.inf]]
     assert found.each_s[1].tolist() == pytest.approx((LAUNCH / 3 + EACH).tolist())
 
