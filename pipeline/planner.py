@@ -35,7 +35,7 @@ DEEP: Final = 256
 #: The deep policy may take one part of so many of a router's time.
 _PART: Final = 5
 #: So many groups of jobs that are alike are looked at as batches, each for 0.05 ms.
-_MOST_GROUPS: Final = 8
+_MOST_GROUPS: Final = 4
 #: From so many costs on (jobs times devices) a compiled loop is worth loading Numba for, and until it is there the same
 #: loop runs plain: 0.7 s and 80 MB against 0.3 ms a window (docs/decisions/0023).
 _WORTH_COMPILING: Final = 512
@@ -162,7 +162,7 @@ class Planner:
             if len(members) == 1 and len(job.ids) == 1:
                 continue
             launch = [self._model.launch_s(job.kernel, device.name, device.peaks) for device in cluster.devices]
-            groups.append(Group(members, np.array(launch), self._settings.batch_jobs))
+            groups.append(Group(np.array(members), np.array(launch), self._settings.batch_jobs))
         return groups
 
     def _warm(self) -> None:

@@ -25,7 +25,7 @@ __all__ = ["Batches", "Group", "batched"]
 class Group(msgspec.Struct, frozen=True):
     """Rows of a Problem that may share launches: what a job in them costs is the same."""
 
-    members: Sequence[int]
+    members: Indices
     launch: Floats
     """[device]: what they pay of a launch, however many are in it, in seconds."""
     limit: int
@@ -51,14 +51,19 @@ class Batches(msgspec.Struct, frozen=True):
 def batched(problem: Problem, count: Indices, groups: Sequence[Group]) -> Batches:
     """The problem with each group as few rows. `count[row]` is how many jobs a row of it stands for."""
     row = np.arange(problem.jobs)
+    heads: list[list[int]] = []
     for group in groups:
+        heads.append([])
         for part in _parts(problem, count, group):
             row[part] = part[0]  # a batch stands where its first job stood
-    first, row = np.unique(row, return_inverse=True)
+            heads[-1].append(part[0])
+    is_first = row == np.arange(problem.jobs)
+    first, number = np.flatnonzero(is_first), np.cumsum(is_first) - 1
+    row = number[row]
     size = np.bincount(row, count, len(first)).astype(np.intp)
     seconds = problem.seconds[first] / count[first, np.newaxis] * size[:, np.newaxis]
-    for group in groups:
-        its = np.unique(row[list(group.members)])
+    for group, its_heads in zip(groups, heads, strict=True):
+        its = number[its_heads]
         one = problem.seconds[group.members[0]] / count[group.members[0]]
         launch = _launch(one, group)
         seconds[its] = launch + (one - launch) * size[its, np.newaxis]
@@ -79,20 +84,18 @@ def _launch(one: Floats, group: Group) -> Floats:
     return np.minimum(group.launch, np.where(np.isfinite(one), one, 0.0))
 
 
-def _parts(problem: Problem, count: Indices, group: Group) -> Iterator[list[int]]:
+def _parts(problem: Problem, count: Indices, group: Group) -> Iterator[Indices]:
     """The members of a group, batch by batch."""
     members = group.members
-    one = problem.seconds[members[0]] / count[members[0]]
-    sizes = iter(_sizes(one, _launch(one, group), problem, int(count[list(members)].sum()), group.limit))
-    room = next(sizes)
-    part: list[int] = []
-    for member in members:
-        if part and 2 * room < count[member]:  # more of it would be too much than is lacking
-            yield part
-            room, part = room + next(sizes, 0), []
-        part.append(member)
-        room -= int(count[member])
-    yield part
+    its = count[members]
+    one = problem.seconds[members[0]] / its[0]
+    sizes = _sizes(one, _launch(one, group), problem, int(its.sum()), group.limit)
+    if its.max() == 1:
+        yield from np.split(members, np.cumsum(sizes)[:-1])
+        return
+    # A batch ends where the next member would be more too much than is lacking without it.
+    ends, behind = np.cumsum(sizes), np.cumsum(its) - its / 2
+    yield from (part for part in np.split(members, np.searchsorted(behind, ends[:-1])) if part.size)
 
 
 def _sizes(one: Floats, launch: Floats, problem: Problem, count: int, limit: int) -> list[int]:

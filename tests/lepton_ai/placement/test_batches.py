@@ -22,7 +22,7 @@ def alike(count: int, ready: tuple[float, float] = (0.0, 0.0)) -> Problem:
 
 def joined(problem: Problem, limit: int = 256, launch: np.ndarray = LAUNCH) -> Batches:
     """All of its jobs as one group."""
-    return batched(problem, np.ones(problem.jobs, np.intp), [Group(range(problem.jobs), launch, limit)])
+    return batched(problem, np.ones(problem.jobs, np.intp), [Group(np.arange(problem.jobs), launch, limit)])
 
 
 @pytest.mark.parametrize("policy", [EarliestFinish(), Externality()], ids=lambda policy: policy.name)
@@ -60,7 +60,7 @@ def test_a_batch_has_no_more_jobs_than_it_may() -> None:
 def test_other_jobs_stay_as_they_are_and_where_they_were() -> None:
     seconds = np.array([[5.0, 6.0], *(LAUNCH + EACH).reshape(1, 2).repeat(3, axis=0).tolist(), [7.0, np.inf]])
     problem = Problem(seconds, np.array([0.0, 9.0]), np.ones(2))
-    found = batched(problem, np.ones(5, np.intp), [Group([1, 2, 3], LAUNCH, 256)])
+    found = batched(problem, np.ones(5, np.intp), [Group(np.array([1, 2, 3]), LAUNCH, 256)])
     assert found.row.tolist() == [0, 1, 1, 1, 2]
     assert found.problem.weight is not None
     assert found.problem.weight.tolist() == [1.0, 3.0, 1.0]
@@ -71,7 +71,7 @@ def test_other_jobs_stay_as_they_are_and_where_they_were() -> None:
 def test_messages_of_several_jobs_count_as_so_many() -> None:
     count = np.array([100, 100, 1])
     problem = Problem((LAUNCH + EACH) * count[:, np.newaxis], np.zeros(2), np.ones(2))
-    found = batched(problem, count, [Group([0, 1, 2], LAUNCH, 256)])
+    found = batched(problem, count, [Group(np.array([0, 1, 2]), LAUNCH, 256)])
     assert found.size.tolist() == [200, 1]
     assert found.row.tolist() == [0, 0, 1]
     assert found.problem.seconds[0].tolist() == pytest.approx((LAUNCH + 200 * EACH).tolist())
