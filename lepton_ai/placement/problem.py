@@ -44,6 +44,10 @@ class Problem(msgspec.Struct, frozen=True):
     """[device]: what a second of it costs, in money or joules, for policies whose objective that is."""
     typical_s: float | None = None
     """The mean time that jobs lately took on the device best for each; of these jobs where unset."""
+    pressure: Floats | None = None
+    """[device]: jobs a second that come to delay for each second of delay there, as `Prices` learns it."""
+    price: Floats | None = None
+    """[device]: seconds by which others were lately delayed for each second given to it, as `Prices` learns it."""
 
     @property
     def jobs(self) -> int:
