@@ -1,14 +1,14 @@
 """The fleets of `bench online`: how they are drawn, the measured one, and what each can carry.
 
-**Drawn** (`drawn(number)`, the seed is the number): two to four kinds of device; of each kind four to eight devices, for who
-balances load has several of each; all devices of a kind with one, two or four slots. The jobs are of twelve rows (a kernel
-at a size): log-uniform from 1 to 100 ms on a slot of the slowest kind, their shares of the stream from a flat Dirichlet
-law. A kind is faster than that by a factor log-uniform from 1 to 5, the spread between the devices of the measured fleet.
-Even numbers are consistent: that factor holds for every row. Odd numbers are inconsistent: each row and kind has a
-further log-normal factor (deviation 0.7), and one pair in seven or so (0.15) cannot run at all.
+**Drawn** (`drawn(number)`, the number is the seed): two to four kinds of device; of each kind four to eight devices,
+for who balances load has several of each; all devices of a kind with one, two or four slots. The jobs are of twelve
+rows (a kernel at a size): log-uniform from 1 to 100 ms on a slot of the slowest possible kind, their shares of the
+stream from a flat Dirichlet law. A kind is faster than that by a factor log-uniform from 1 to 5, the spread between the
+devices of the measured fleet. Even numbers are consistent: that factor holds for every row. Odd numbers are
+inconsistent: each row and kind has a further log-normal factor (deviation 0.7), and of such pairs 0.15 cannot run.
 
-**Measured** (`measured(folder)`): the columns of `network_timings.csv` as kinds, four devices of one slot of each, its rows equally
-likely.
+**Measured** (`measured(folder, copies)`): the columns of `network_timings.csv` as kinds, so many devices of one slot of
+each, its rows equally likely.
 
 The capacity of a fleet is the largest arrival rate that some fixed split of each row over the kinds can carry: a linear
 program. A load is a share of it.
@@ -121,8 +121,9 @@ def _best_split(mix: Mix, rate_hz: float | None = None) -> float:
     lp.row_upper_ = np.concatenate([flow, slots])
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = starts, np.concatenate(index), np.concatenate(value)
-    solver = highspy.Highs()
-    solver.silent()
+    # The class above it prints a banner when it is made, before it can be told to be silent.
+    solver = highspy.highs._Highs()
+    solver.setOptionValue("output_flag", False)
     solver.passModel(lp)
     solver.run()
     if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:

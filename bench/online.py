@@ -1,8 +1,8 @@
 """Mean and p99 response of every policy that places jobs as they come, over the time on the best device.
 
-`./lepton bench online [--quick] [--data DIR] [--copies N] [--rounds N] [--json]`. Simulated (lepton_ai/placement/simulate.py): Poisson
-arrivals at 0.5 to 0.95 of what the fleet can carry, the fleets of bench/fleets.py, and the policies themselves, called as
-the router calls them.
+`./lepton bench online [--quick] [--data DIR] [--copies N] [--rounds N] [--json]`. Simulated
+(lepton_ai/placement/simulate.py): Poisson arrivals at 0.5 to 0.95 of what the fleet can carry, the fleets of
+bench/fleets.py, and the policies themselves, called as the router calls them.
 """
 
 from __future__ import annotations

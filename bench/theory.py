@@ -1,4 +1,4 @@
-"""What queueing theory says that the simulator must find: single queues, shared ones, and the better of two at random."""
+"""What queueing theory says that the simulator must find: single queues, shared ones, the better of two at random."""
 
 from __future__ import annotations
 

@@ -78,8 +78,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Jobs that a router may have claimed and not yet dispatched."""
     window_bytes: int = 64 * 1024 * 1024
     """And their messages, together."""
-    policy: str = "earliest_finish"
-    """A file in `lepton_ai/placement/policies/`."""
+    policy: str = "externality"
+    """Where jobs go as they come: a file in `lepton_ai/placement/policies/`."""
+    deep_policy: str = "priced"
+    """Where jobs of several kinds go while hundreds wait; empty for `policy` there too."""
     credit_s: float = 0.25
     """Predicted work that a device queue may hold for each slot before the router waits."""
     batch_jobs: int = 256

@@ -33,6 +33,7 @@ PARKED: Final = "lepton:parked"
 DEVICES: Final = "lepton:devices"
 DEAD: Final = "lepton:dead"
 MODEL: Final = "lepton:model"
+REGRET: Final = "lepton:regret"
 #: How many more jobs wait in each lane, or the first claim behind it, than messages, by the lane.
 BUNDLED: Final = "lepton:bundled"
 CANCELLED: Final = "lepton:cancelled"

@@ -19,6 +19,8 @@ __all__ = ["Cluster", "Offer", "ServedDevice"]
 
 #: Work of a device whose queue is empty is forgotten so long after it was dispatched: its event has been missed.
 _FORGET_S = 30.0
+#: So many jobs are remembered at most, the newest: far more than all devices' credit, unless their ends are not told.
+_MOST_OUTSTANDING = 1_000_000
 #: What another's job is taken to cost where we have none of our own to go by.
 _FOREIGN_S = 1e-3
 
@@ -31,6 +33,13 @@ class ServedDevice(msgspec.Struct, frozen=True):
     slots: int
     peaks: Peaks
     kernels: frozenset[str]
+    share: float = 1.0
+    """How much of its usual work it may be given in the state that it is in; 0 is none."""
+
+    @property
+    def capacity(self) -> float:
+        """How many jobs it may be counted on to run at once: its slots, as far as they may be used."""
+        return self.slots * self.share
 
     def can_run(self, kernel: str, wanted: str | None) -> bool:
         """Whether a job of this kernel, perhaps pinned, may run here."""
@@ -75,7 +84,7 @@ class Cluster:
         self._offers: dict[str, Offer] = {}
         self._outstanding: dict[str, _Outstanding] = {}
         self._loads: defaultdict[str, _Load] = defaultdict(_Load)
-        """Foreign jobs are other routers', or ours in an earlier life."""
+        """Foreign jobs are those that were placed before our time: other routers', or ours in an earlier life."""
 
     def refresh(self, announcements: Iterable[Announcement]) -> bool:
         """Takes over who is alive now; True where that changed what can run."""
@@ -112,6 +121,8 @@ class Cluster:
         """A job was given to a device, and was predicted to take so long there; `share` is its part of its message."""
         if job in self._outstanding:
             self.finished(job)
+        elif len(self._outstanding) >= _MOST_OUTSTANDING:
+            self.finished(next(iter(self._outstanding)))
         self._outstanding[job] = _Outstanding(device, seconds, time.monotonic(), share)
         load = self._loads[device]
         load.seconds += seconds

@@ -22,10 +22,10 @@ from queues.broker import announcements
 from queues.connection import Connection
 from queues.event_stream import EventStream
 
-__all__ = ["Telemetry", "learn"]
+__all__ = ["ENDED", "Telemetry", "learn"]
 
 #: After one of these a job is no work of its device any more.
-_ENDED = tuple(f"job.{end}" for end in ("succeeded", "failed", "cancelled", "expired", "dead", "retried"))
+ENDED = tuple(f"job.{end}" for end in ("succeeded", "failed", "cancelled", "expired", "dead", "retried"))
 _REPORT_S = 10.0
 _RETRY_S = 0.5
 #: It is in no hurry: a busy fleet's events are read so far apart, many together.
@@ -36,7 +36,7 @@ log = structlog.get_logger()
 
 def learn(seen: Event, cluster: Cluster, model: CostModel) -> None:
     """Folds one event into the picture of the fleet and into the cost model."""
-    if seen.type in _ENDED:
+    if seen.type in ENDED:
         for job in seen.jobs:
             cluster.finished(job, seen.device)
     _teach(seen, cluster, model)

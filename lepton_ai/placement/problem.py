@@ -45,9 +45,10 @@ class Problem(msgspec.Struct, frozen=True):
     typical_s: float | None = None
     """The mean time that jobs lately took on the device best for each; of these jobs where unset."""
     pressure: Floats | None = None
-    """[device]: jobs a second that come to delay for each second of delay there, as `Prices` learns it."""
-    price: Floats | None = None
-    """[device]: seconds by which others were lately delayed for each second given to it, as `Prices` learns it."""
+    """[device]: how many jobs a second of what it has to do comes to delay for each second that is added to it, as
+    `Tolls` learns it."""
+    toll: Floats | None = None
+    """[device]: seconds by which a second given to it has lately delayed others, as `Tolls` learns it."""
 
     @property
     def jobs(self) -> int:

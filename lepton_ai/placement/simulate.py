@@ -1,8 +1,8 @@
 """A fleet in seeded simulated time, under the policy code that the router runs.
 
-Jobs arrive, one of several routers places each by `Policy.place`, devices work them off first come, first served. What a
-router knows is what a real one could: predicted seconds (a job's own may differ), what it gave, and what it saw at its last
-look. Replays, benches and scale studies run on this one simulator.
+Jobs arrive, one of several routers places each by `Policy.place`, devices work them off first come, first served. What
+a router knows is what a real one could: predicted seconds (a job's own may differ), what it gave, and what it saw at
+its last look. Replays, benches and scale studies run on this one simulator.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from lepton_ai.placement.prices import Prices
 from lepton_ai.placement.problem import UNPLACED, Floats, Indices, Policy, Problem
+from lepton_ai.placement.tolls import Tolls
 
 __all__ = ["Fleet", "Outcome", "Stream", "poisson", "simulate"]
 
@@ -133,11 +132,11 @@ class _Devices:
 
 
 class _Router:
-    """One router's view of the devices, its window, and what it has learned of their prices."""
+    """One router's view of the devices, its window, and what it has learned of their tolls."""
 
     def __init__(self, devices: _Devices, routers: int, number: int, stale_s: float) -> None:
         self.window: list[int] = []
-        self.prices = Prices(len(devices.slots), 1 / routers)
+        self.tolls = Tolls(len(devices.slots), 1 / routers)
         self._devices = devices
         self._routers = routers
         self._stale_s = stale_s
@@ -226,8 +225,8 @@ class _Run:
 
     def _place(self, router: _Router) -> None:
         """Places what waits with a router, the oldest first, and sends on what its devices have room for."""
-        prices, slots = router.prices, self._devices.slots
-        prices.advance(self.now_s)
+        tolls, slots = router.tolls, self._devices.slots
+        tolls.advance(self.now_s)
         waits = False
         while router.window and not waits:
             window = router.window[:_PIECE]
@@ -236,14 +235,14 @@ class _Run:
                 seconds,
                 router.ready_s(self.now_s),
                 slots,
-                typical_s=prices.typical_s,
-                pressure=prices.pressure,
-                price=prices.price,
+                typical_s=tolls.typical_s,
+                pressure=tolls.pressure,
+                toll=tolls.toll,
             )
             device = self._policy.place(problem).device
             gone = self._send(router, window, seconds, device)
-            prices.placed(problem, device, gone)
-            left = [job for job, sent in zip(window, gone.tolist(), strict=True) if not sent]
+            tolls.placed(problem, device, gone)
+            left = [job for job, sent in zip(window, gone, strict=True) if not sent]
             router.window[:_PIECE] = left
             waits = bool(left)
 
@@ -254,9 +253,9 @@ class _Run:
             return self._fleet.seconds[row : row + 1]
         return self._fleet.seconds[self._row[window]]
 
-    def _send(self, router: _Router, window: list[int], seconds: Floats, device: Indices) -> NDArray[np.bool_]:
+    def _send(self, router: _Router, window: list[int], seconds: Floats, device: Indices) -> list[bool]:
         """Gives jobs to the devices planned for them while these have room; [job]: whether it is gone."""
-        gone = np.ones(len(window), np.bool_)
+        gone = [True] * len(window)
         devices = self._devices
         for place, (job, at) in enumerate(zip(window, device.tolist(), strict=True)):
             if at == UNPLACED:

@@ -225,8 +225,9 @@ class Door:
             return accounts_of(await functions.call(self._redis, "sizes", read=True))
 
     async def metrics(self) -> bytes:
-        """The accounts and the lanes, for Prometheus."""
-        return metrics.text(await self.accounts(), await metrics.lanes(self._redis))
+        """The accounts, the lanes and the regret, for Prometheus."""
+        lanes, regret = await metrics.lanes(self._redis), await metrics.regret(self._redis)
+        return metrics.text(await self.accounts(), lanes, regret)
 
     async def announcements(self) -> list[Announcement]:
         """Every worker that is alive."""
