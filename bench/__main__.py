@@ -12,6 +12,7 @@ _BENCHES = {
     "foreign": "what others' load on a host does to predictions, with and without the correction",
     "http": "jobs a second through the ingest, beside a bare echo",
     "latency": "from submit to result in hand, one job in flight, beside its peers",
+    "online": "response of every policy that places jobs as they come, over the best device's time",
     "payload": "large arrays in, beside ray and a copy in memory",
     "scale": "what a job costs while a million wait",
     "throughput": "jobs a second and CPU a job, beside its peers and the floor",
