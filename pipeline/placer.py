@@ -46,25 +46,30 @@ class Placer:
         """Dispatches those of these jobs whose devices have room, and parks those that have none; returns them all."""
         now = self._broker.now()
         decision = self._planner.decide(jobs, self._cluster, now, is_deep=is_deep)
-        outgoing = self._fill(jobs, decision, now)
+        outgoing, chosen, gone = self._fill(jobs, decision, now)
         if outgoing.left:
             self._broker.dispatch(outgoing.dispatch(self._broker.incarnation, self._narrator))
+        self._planner.placed(jobs, decision, chosen, gone)
         return outgoing.left
 
-    def _fill(self, jobs: Sequence[ClaimedJob], decision: Decision, now: float) -> Outgoing:
+    def _fill(
+        self, jobs: Sequence[ClaimedJob], decision: Decision, now: float
+    ) -> tuple[Outgoing, list[int], list[bool]]:
+        """What is to be sent, the device of each job, and whether it goes."""
         pricing, problem, devices = decision.pricing, decision.problem, self._cluster.devices
-        chosen_by_policy, has_room = decision.plan.device.tolist(), self._credit.has_room
+        planned, has_room = decision.plan.device.tolist(), self._credit.has_room
         names, capacity = [device.name for device in devices], [device.capacity for device in devices]
         outgoing = Outgoing(names, now)
-        probes = self._probes.choose(jobs, pricing, chosen_by_policy, now, lambda at: has_room(devices[at]))
+        probes = self._probes.choose(jobs, pricing, planned, now, lambda at: has_room(devices[at]))
         notes: dict[tuple[int, int, bool], Note] = {}
         reasons: dict[tuple[Reason, int, int], bytes] = {}
         ready = problem.ready.tolist()
         waits = [packed(each) for each in ready]
         tail = None if problem.tail is None else problem.tail.tolist()
         rows, together = decision.seconds.tolist(), decision.together
-        for at, (job, kind, planned) in enumerate(zip(jobs, pricing.kinds, chosen_by_policy, strict=True)):
-            chosen, row = probes.get(at, planned), rows[at]
+        found, gone = [probes.get(at, device) for at, device in enumerate(planned)], [True] * len(jobs)
+        for at, (job, kind, chosen) in enumerate(zip(jobs, pricing.kinds, found, strict=True)):
+            row = rows[at]
             if chosen == UNPLACED:
                 if (note := notes.get((kind, chosen, False))) is None:
                     note = notes[kind, chosen, False] = self._parked(job, pricing.candidates[kind], now)
@@ -93,9 +98,11 @@ class Placer:
                     self._cluster.dispatched(its_id, device.name, each_s, 1 / len(job.ids))
                 if at in probes:
                     self._probes.sent(job, device.name)
+            else:
+                gone[at] = False
             ready[chosen] += need_s / capacity[chosen]
             waits[chosen] = packed(ready[chosen])
-        return outgoing
+        return outgoing, found, gone
 
     def _note(self, job: ClaimedJob, candidates: tuple[Candidate, ...], chosen: int, now: float, policy: str) -> Note:
         """Where a job goes, as if it had not to wait there."""

@@ -23,6 +23,7 @@ from lepton_ai.placement.batches import Group, batched
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.deadlines import in_time
 from lepton_ai.placement.problem import Floats, Plan, Policy, Problem
+from lepton_ai.placement.tolls import Tolls
 from lepton_ai.settings import Settings
 from pipeline.cluster import Cluster
 from pipeline.pricing import Pricing, price
@@ -39,11 +40,9 @@ _MOST_GROUPS: Final = 4
 #: From so many costs on (jobs times devices) a compiled loop is worth loading Numba for, and until it is there the same
 #: loop runs plain: 0.7 s and 80 MB against 0.3 ms a window (docs/decisions/0023).
 _WORTH_COMPILING: Final = 512
-#: Below so many, lists take less time than an array does.
-_FEW: Final = 32
 #: The policy that runs compiled or plain, as asked.
 _COMPILED: Final = "externality"
-#: Jobs after which the mean of what jobs take on their best device has forgotten two thirds of the ones before.
+#: Messages after which the mean of the jobs in them has forgotten two thirds of the ones before.
 _REMEMBERED: Final = 1000
 #: Of log(real / predicted), in standard deviations: what is exceeded once in twenty.
 _P95: Final = 1.75
@@ -82,12 +81,17 @@ class Planner:
         self._wanted = [] if policy is not None else _later(settings)
         """What is loaded once windows are large enough to pay for it."""
         self._compiled: Policy | None = None
+        self._is_plain = True
+        """Whether the tolls' loops are."""
         self._deep: Policy | None = None
         self._deep_at = -math.inf
-        self._typical_s = 0.0
-        """Running mean of what messages take on the device best for each."""
-        self._typical_jobs = 1.0
-        """And of the jobs in them."""
+        self.share = 1.0
+        """The part of all jobs that is placed here, of several routers side by side."""
+        self._devices: list[str] = []
+        self._tolls = Tolls(0, is_compiled=False)
+        """Of these devices."""
+        self._jobs_each = 1.0
+        """Running mean of the jobs in a message."""
 
     @property
     def name(self) -> str:
@@ -97,7 +101,7 @@ class Planner:
     @property
     def typical_s(self) -> float:
         """What a job lately takes on the device best for it, on the mean; 0 before the first."""
-        return self._typical_s / self._typical_jobs
+        return (self._tolls.typical_s or 0.0) / self._jobs_each
 
     def wants(self, waiting: int, room: int) -> bool:
         """Whether the deep policy should look at what waits: more jobs than there is room for, and hundreds."""
@@ -108,24 +112,34 @@ class Planner:
 
     def decide(self, jobs: Sequence[ClaimedJob], cluster: Cluster, now: float, *, is_deep: bool = False) -> Decision:
         """Prices jobs and places them; `now` is in seconds since the epoch."""
+        self._look_at(cluster)
         pricing = price(jobs, cluster, self._model)
         problem = self._with_terms(pricing, jobs, now)
         is_deep &= len(pricing.candidates) > 1
         groups = self._groups(pricing, jobs, cluster)
         if not groups:
-            plan, name = self._place(problem, pricing.problem.seconds, jobs, is_deep=is_deep)
+            plan, name = self._place(problem, is_deep=is_deep)
             return Decision(pricing, problem, plan, name, pricing.problem.seconds, [1] * len(jobs))
         count = np.array([len(job.ids) for job in jobs], np.intp)
         batches = batched(problem, count, groups)
         seconds = batches.each_s[batches.row] * count[:, np.newaxis]
-        plan, name = self._place(batches.problem, seconds, jobs, is_deep=is_deep)
+        plan, name = self._place(batches.problem, is_deep=is_deep)
         return Decision(pricing, problem, batches.plan(plan), name, seconds, batches.size[batches.row].tolist())
 
-    def _place(
-        self, problem: Problem, seconds: Floats, jobs: Sequence[ClaimedJob], *, is_deep: bool
-    ) -> tuple[Plan, str]:
-        """What the policy for a problem says, and its name; `seconds` are those of messages, of which it may be made."""
-        problem = msgspec.structs.replace(problem, typical_s=self._learn_typical(seconds, jobs))
+    def placed(self, jobs: Sequence[ClaimedJob], decision: Decision, device: Sequence[int], gone: list[bool]) -> None:
+        """These jobs went to these devices, but for those that wait to be placed again: it is learned from."""
+        problem = msgspec.structs.replace(decision.pricing.problem, seconds=decision.seconds)
+        if self._compiled is not None and self._is_plain:
+            self._tolls, self._is_plain = self._tolls.compiled(), False
+        self._tolls.placed(problem, np.array(device, np.intp), gone)
+        if jobs:
+            kept = math.exp(-len(jobs) / _REMEMBERED)
+            self._jobs_each = kept * self._jobs_each + (1 - kept) * sum([len(job.ids) for job in jobs]) / len(jobs)
+
+    def _place(self, problem: Problem, *, is_deep: bool) -> tuple[Plan, str]:
+        """What the policy for a problem says, and its name."""
+        tolls = self._tolls
+        problem = msgspec.structs.replace(problem, typical_s=tolls.typical_s, pressure=tolls.pressure, toll=tolls.toll)
         policy = self._policy(problem, is_deep)
         if policy is not self._deep:
             return policy.place(problem), policy.name
@@ -134,6 +148,15 @@ class Planner:
         ended = self._clock()
         self._deep_at = ended + (_PART - 1) * (ended - started)
         return plan, policy.name
+
+    def _look_at(self, cluster: Cluster) -> None:
+        """Brings the tolls up to now; of other devices they are learned anew."""
+        devices = [device.name for device in cluster.devices]
+        if devices != self._devices:
+            self._devices, self._is_plain = devices, self._compiled is None
+            self._tolls = Tolls(len(devices), is_compiled=not self._is_plain)
+        self._tolls.share = self.share
+        self._tolls.advance(self._clock())
 
     def _policy(self, problem: Problem, is_deep: bool) -> Policy:
         """The policy for a problem; one kind goes anywhere in its turn, and deadlines are the online policy's."""
@@ -196,20 +219,6 @@ class Planner:
             changed["tail"] = problem.tail if problem.tail is not None else _tail(pricing)
             return in_time(msgspec.structs.replace(problem, **changed))
         return msgspec.structs.replace(problem, **changed) if changed else problem
-
-    def _learn_typical(self, seconds: Floats, jobs: Sequence[ClaimedJob]) -> float | None:
-        """The running mean of what messages take on the device best for each, these among them."""
-        if seconds.size < _FEW:
-            best = [min(row, default=math.inf) for row in seconds.tolist()]
-        else:
-            best = seconds.min(axis=1).tolist()
-        best = [each for each in best if each < math.inf]
-        if best:
-            kept = math.exp(-len(best) / _REMEMBERED) if self._typical_s else 0.0
-            self._typical_s = max(kept * self._typical_s + (1 - kept) * sum(best) / len(best), 1e-12)
-            jobs_each = sum([len(job.ids) for job in jobs]) / len(jobs)
-            self._typical_jobs = kept * self._typical_jobs + (1 - kept) * jobs_each
-        return self._typical_s or None
 
 
 def _plain(name: str) -> Policy:

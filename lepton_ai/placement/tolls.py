@@ -52,7 +52,7 @@ class Tolls:
         """The mean time of a job on its best device, how many jobs it is the mean of, and the part of what the other
         means remember that there has been."""
         self._mean[2] = _IDLE
-        self._share = share
+        self.share = share
         self._now_s = 0.0
         self._loops = _compiled() if is_compiled else (_advance, _placed)
 
@@ -70,6 +70,14 @@ class Tolls:
     def typical_s(self) -> float | None:
         """`Problem.typical_s`."""
         return float(self._mean[0]) or None
+
+    def compiled(self) -> Tolls:
+        """The same, to go on in compiled loops."""
+        found = Tolls(len(self._toll), self.share)
+        for name in ("_pressure", "_toll", "_rate", "_busy", "_load", "_mean"):
+            getattr(found, name)[:] = getattr(self, name)
+        found._now_s = self._now_s
+        return found
 
     def advance(self, now_s: float) -> None:
         """Time has passed: what waited is worked off, and what is long ago counts less."""
@@ -89,7 +97,7 @@ class Tolls:
         else:
             gone = np.array(gone, np.bool_)
             self._load = problem.ready.astype(np.float64)
-        self._loops[1](seconds, slots, chosen, gone, self._rate, self._busy, self._load, self._mean, self._share)
+        self._loops[1](seconds, slots, chosen, gone, self._rate, self._busy, self._load, self._mean, self.share)
 
 
 def _zeros(count: int) -> list[float]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lepton_ai.device import Announcement, Peaks
+from lepton_ai.event import Observation
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.placement.costs import CostModel
@@ -22,6 +23,8 @@ from queues.broker import Kind
 
 SPIN = KernelSpec("test.spin", {"n": "int64"}, {"y": "int64"}, "n", "0")
 SETTINGS = Settings(deep_policy="")
+#: The devices of the fleet.
+CPU, GPU = 0, 1
 CLAIM = Claim(Kind.NEW, 0, "claim")
 
 
@@ -65,19 +68,42 @@ def test_the_default_is_externality(cluster: Cluster) -> None:
     assert Planner(Settings(), CostModel()).decide(jobs(3), cluster, 0.0).policy == "externality"
 
 
-def test_the_mean_of_the_best_times_runs_on_from_window_to_window(cluster: Cluster) -> None:
-    seen: list[float] = []
+def place(planner: Planner, cluster: Cluster, *window: ClaimedJob, now: float = 0.0) -> list[int]:
+    """Has these placed and dispatched; the devices they go to."""
+    decision = planner.decide(window, cluster, now)
+    device = decision.plan.device.tolist()
+    planner.placed(window, decision, device, [True] * len(window))
+    return device
+
+
+def test_what_is_placed_is_learned_from_and_told_to_the_policy(cluster: Cluster) -> None:
+    clock = [0.0]
+    seen: list[Problem] = []
 
     class Watching(Mine):
         def place(self, problem: Problem) -> Plan:
-            seen.append(problem.typical_s or 0.0)
-            return super().place(problem)
+            seen.append(problem)
+            return planned(problem, np.full(problem.jobs, GPU))
 
-    found = Planner(SETTINGS, CostModel(), Watching())
-    for count, ms in ((1, 100), (500, 1000), (5000, 1000)):
-        found.decide(jobs(count, ms=ms), cluster, 0.0)
-    assert seen[:2] == pytest.approx([0.01, 0.1 + (0.01 - 0.1) * np.exp(-0.5)], rel=1e-6)
-    assert seen[2] == pytest.approx(0.1, rel=0.01)
+    found = Planner(SETTINGS, CostModel(), Watching(), lambda: clock[0])
+    for _ in range(1000):  # 10 ms each, and one comes every 20
+        clock[0] += 0.02
+        place(found, cluster, *jobs(1))
+    assert found.typical_s == pytest.approx(0.01, rel=1e-3)
+    last = seen[-1]
+    assert last.typical_s == pytest.approx(0.01, rel=1e-3)
+    assert last.pressure is not None
+    assert last.pressure.tolist() == pytest.approx([0.0, 50 / (1 - 0.5)], rel=0.05)
+    assert last.toll is not None
+
+
+def test_of_other_devices_it_is_learned_anew(cluster: Cluster) -> None:
+    found = planner()
+    place(found, cluster, *jobs(3))
+    assert found.typical_s > 0
+    cluster.refresh([])
+    found.decide([], cluster, 0.0)
+    assert found.typical_s == 0
 
 
 def test_terms_that_nobody_sets_are_not_in_the_problem(cluster: Cluster) -> None:
@@ -91,13 +117,19 @@ def test_priorities_are_weights(cluster: Cluster) -> None:
     assert found.weight.tolist() == [9 / 5, 1.0, 1 / 5]
 
 
-def test_a_deadline_sends_a_job_where_it_makes_it(cluster: Cluster) -> None:
-    cluster.dispatched("long", "gpu", 0.5)
-    late, early = jobs(1, ms=1000, deadline_at=100.0), jobs(1, ms=300, deadline_at=10.4)
-    found = planner().decide([*late, *early], cluster, 10.0)
-    assert found.plan.device.tolist() == [1, 0]
-    assert found.problem.deadline is not None
-    assert found.problem.deadline.tolist() == pytest.approx([90.0, 0.4])
+def test_a_deadline_sends_a_job_from_what_is_quick_on_the_mean_to_what_is_sure(cluster: Cluster) -> None:
+    model = CostModel()
+    for turn in range(200):  # 10 ms on the mean, but now and then three times as long
+        for name, run_s in (("cpu", 0.02), ("gpu", 0.03 if turn % 4 == 0 else 0.007)):
+            device = cluster.device(name)
+            assert device is not None
+            model.learn(Observation("test.spin", name, 1, 100.0, 0.0, 0.0, run_s), device.peaks)
+    found = Planner(SETTINGS, model)
+    assert found.decide(jobs(1), cluster, 10.0).plan.device.tolist() == [GPU]
+    hurried = found.decide(jobs(1, deadline_at=10.024), cluster, 10.0)
+    assert hurried.plan.device.tolist() == [CPU]
+    assert hurried.problem.deadline is not None
+    assert hurried.problem.deadline.tolist() == pytest.approx([0.024])
 
 
 def test_a_large_window_is_placed_plain_until_it_is_compiled_and_no_otherwise_then(cluster: Cluster) -> None:
@@ -144,11 +176,11 @@ def test_the_deep_policy_rests_so_that_it_takes_a_part_of_the_time_only(
     )
     found.wants(DEEP, 10)
     loaded()
-    place = EarliestFinish.place
+    quickly = EarliestFinish.place
 
     def slowly(self: EarliestFinish, problem: Problem) -> Plan:
         clock[0] += 2.0
-        return place(self, problem)
+        return quickly(self, problem)
 
     monkeypatch.setattr(EarliestFinish, "place", slowly)
     assert found.wants(DEEP, 10)
