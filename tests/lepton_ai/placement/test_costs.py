@@ -89,6 +89,12 @@ def test_the_spread_grows_with_the_noise() -> None:
     assert quiet < 0.02 < some < 0.2 < much < 1.0
 
 
+def test_the_launches_of_each_kernel_on_each_device_are_counted() -> None:
+    model = taught(1.0, 2.0)
+    assert model.launches("k", "d") == 2
+    assert model.launches("k", "other") == model.launches("other", "d") == 0
+
+
 def test_memory_bounds_a_job_of_few_flops() -> None:
     assert predicted(CostModel(), Work(0, 1e9)).run_s == pytest.approx(PEAKS.launch_s + 10 * 0.1)
 
