@@ -14,6 +14,7 @@ from bench.routing import Pins
 from bench.stream import Card, check
 from lepton_ai import Client
 from lepton_ai.handle import JobHandle
+from lepton_ai.job import Cost
 
 __all__ = ["Turn", "arrive", "rush"]
 
@@ -83,9 +84,16 @@ def _ended(start: float, submitted: Submitted) -> Turn:
 
 def _costs(submitted: Submitted) -> Iterable[tuple[Card, str, float]]:
     for job, card in submitted:
-        cost = job.record().cost
-        assert cost is not None
+        cost = _cost(job)
         yield card, cost.device, cost.transfer_s + cost.run_s
+
+
+def _cost(job: JobHandle) -> Cost:
+    """What came with the result; nothing is looked up."""
+    record = job.meta.record if job.meta is not None else None
+    assert record is not None
+    assert record.cost is not None
+    return record.cost
 
 
 def _done_at(job: JobHandle) -> float:
