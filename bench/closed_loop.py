@@ -1,8 +1,8 @@
 """Learned placement against fixed routings of the same stream, on real workers: total time, and p99 as jobs arrive.
 
-`./lepton bench closed-loop [--quick] [--rounds N] [--decks N] [--load SHARE] [--json]`. Three devices: the CPU and the
-emulated FPGA with a core each, and a stand-in for an accelerator (it waits as long as it declares). One stream of real
-kernels of mixed sizes (bench/stream.py) is played in turns: placed by the router, which learns as it goes, and by fixed
+`./lepton bench closed-loop [--quick] [--rounds N] [--decks N] [--load SHARE] [--json]`. Four devices: the CPU and the
+emulated FPGA with a core each, and two stand-ins for accelerators (they wait as long as they declare). One stream of
+real kernels of mixed sizes (bench/stream.py) is played in turns: placed by the router, which learns as it goes, and by fixed
 routings, which pin each job to a device through the very same system.
 
 First the learning: a router that knows nothing plays one deck after the other, and each one's seconds are shown. The

@@ -1,7 +1,7 @@
-"""A stand-in for an accelerator: a driver of declared speed, which waits instead of computing.
+"""Stand-ins for accelerators: a driver of declared speed, which waits instead of computing.
 
 No emulator helps where what counts is an accelerator's speed: it computes on the cores that the other devices need. So
-this one takes exactly as long as it says, and leaves the cores alone meanwhile. What takes time is declared (`Speed`):
+this one takes as long as it says, and leaves the cores alone meanwhile. What takes time is declared (`Speed`):
 a launch, each array's way over the link, and the arithmetic or the memory traffic of the kernel's own formulas. Results
 are right: jobs of the bench's stream are recognised and answered with what the CPU's variant made of them before the
 worker came online, others are computed by the reference, however long that takes.
@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.stream import DECK, expected
-from lepton_ai.device import Peaks
+from lepton_ai.device import Peaks, kind_of
 from lepton_ai.kernel import Kernel, Run
 from tasks.driver import Found
 
-__all__ = ["CARD", "Answers", "DeclaredDriver", "Speed", "open_device", "probe", "variant"]
+__all__ = ["SPEEDS", "Answers", "DeclaredDriver", "Speed", "open_device", "probe", "variant"]
 
 #: Of the first array of a job, so many numbers tell which it is.
 _MARK = 16
@@ -51,36 +51,45 @@ class Speed(msgspec.Struct, frozen=True):
         return self.link_latency_s + size_bytes / self.link_bytes_per_s
 
 
-#: A small card in a narrow slot: ten times the arithmetic of one core of the machine that this was written on (100
-#: Gflop/s), the memory of a card of that size, four lanes of PCIe 3.0 as they are measured, and launches through a
-#: runtime of the kind of XLA's or OpenCL's. The kernels reach the share of its peak that they reach on the CPU.
-CARD = Speed(
-    launch_s=500e-6,
-    flops_per_s=1e12,
-    bytes_per_s=80e9,
-    link_latency_s=20e-6,
-    link_bytes_per_s=3e9,
-    share={"linalg.matmul": 0.9, "medical.median_filter": 0.04, "finance.black_scholes": 0.2},
-)
-#: What its data sheet says, as data sheets do: nothing of the runtime, and the link's theory. It is what is announced,
-#: so the rest has to be learned.
-SHEET = Peaks(flops_per_s=1e12, bytes_per_s=80e9, transfer_bytes_per_s=3.94e9, transfer_latency_s=5e-6, launch_s=10e-6)
+#: What two accelerators of different character might be. `gpu`: a small card in a narrow slot, with ten times the
+#: arithmetic of one core of the machine that this was written on (100 Gflop/s), the memory of a card of that size, and
+#: four lanes of PCIe 3.0 as they are measured; kernels reach the share of its peak that they reach on the CPU. `tpu`: a
+#: unit for products, twice as strong at those and feeble at all else, behind half as fast a link.
+SPEEDS = {
+    "gpu": Speed(
+        launch_s=500e-6,
+        flops_per_s=1e12,
+        bytes_per_s=80e9,
+        link_latency_s=20e-6,
+        link_bytes_per_s=3e9,
+        share={"retrieval.top_k": 0.6, "medical.median_filter": 0.04, "finance.black_scholes": 0.2},
+    ),
+    "tpu": Speed(
+        launch_s=1e-3,
+        flops_per_s=2e12,
+        bytes_per_s=80e9,
+        link_latency_s=20e-6,
+        link_bytes_per_s=1.5e9,
+        share={"retrieval.top_k": 0.6, "medical.median_filter": 0.005, "finance.black_scholes": 0.02},
+    ),
+}
 
 
 class DeclaredDriver:
     """The opened stand-in. It has one set of units: whatever several slots launch is run one after the other."""
 
-    kind = "gpu"
     emulated = True
 
-    def __init__(self, slots: int, speed: Speed = CARD) -> None:
+    def __init__(self, kind: str, slots: int, speed: Speed) -> None:
+        self.kind = kind
         self.slots = slots
         self.speed = speed
         self._unit = threading.Lock()
         self._link = threading.Lock()
 
     def peaks(self) -> Peaks:
-        return SHEET
+        """What a data sheet says: nothing of a runtime's launches, and the link's theory. The rest is to be learned."""
+        return Peaks(self.speed.flops_per_s, self.speed.bytes_per_s, 1.3 * self.speed.link_bytes_per_s, 5e-6, 10e-6)
 
     def upload(self, array: NDArray[Any]) -> NDArray[Any]:
         """The array itself, after the time that the link takes for it."""
@@ -157,13 +166,14 @@ def variant(kernel: Kernel, driver: DeclaredDriver) -> Run:
 
 
 def open_device(device: str, slots: int) -> DeclaredDriver:
-    """The driver, under whatever name."""
-    return DeclaredDriver(slots)
+    """The driver of `gpu.declared` or `tpu.declared`."""
+    kind = kind_of(device)
+    return DeclaredDriver(kind, slots, SPEEDS[kind])
 
 
 def probe() -> Found:
     """It is nowhere."""
-    return Found("gpu", False, "a stand-in that waits, for benches", None, emulated=True)
+    return Found("none", False, "a stand-in that waits, for benches", None, emulated=True)
 
 
 def _wait(until: float) -> None:

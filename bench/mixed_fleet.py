@@ -1,7 +1,7 @@
-"""A fleet of three kinds of device on one machine: a broker, a router, telemetry, and a real worker a device.
+"""A fleet of four kinds of device on one machine: a broker, a router, telemetry, and a real worker a device.
 
-The two emulators compute on the machine's cores, so each has one of its own; the stand-in (bench/declared.py) waits,
-and takes what little it needs where it finds it. So do the broker, the router and the client.
+The two emulators compute on the machine's cores, so each has one of its own; the stand-ins (bench/declared.py)
+wait, and take what little they need where they find it. So do the broker, the router and the client.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ DEVICES = {
     "cpu": ("tasks.worker", 0),
     "fpga": ("tasks.worker", 1),
     "gpu.declared": ("bench.declared_worker", None),
+    "tpu.declared": ("bench.declared_worker", None),
 }
 _SERVICES = ("router", "telemetry")
 _STOP_S = 20.0

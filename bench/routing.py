@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.stream import DECK, Card
+from bench.stream import DECK, KERNELS, Card
 
 __all__ = ["Means", "Pins", "by_kernel", "by_size", "means", "one_device", "round_robin"]
 
@@ -25,13 +26,20 @@ def means(costs: Iterable[tuple[Card, str, float]]) -> Means:
 
 
 def one_device(cards: Sequence[Card], device: str) -> Pins:
-    """`queue="gpu"`, for everything."""
-    return [device] * len(cards)
+    """`queue="gpu"`, for everything that it can run; the rest to the CPU, which can run all."""
+    return [device if can_run(device, card) else "cpu" for card in cards]
 
 
 def round_robin(cards: Sequence[Card], devices: Sequence[str]) -> Pins:
-    """The next job to the next device."""
-    return [devices[number % len(devices)] for number in range(len(cards))]
+    """The next job to the next device that can run it."""
+    turn = itertools.cycle(devices)
+    return [next(device for device in turn if can_run(device, card)) for card in cards]
+
+
+def can_run(device: str, card: Card) -> bool:
+    """Whether a device has a variant of the kernel: a stand-in has one of each."""
+    kind, _, model = device.partition(".")
+    return model == "declared" or kind in KERNELS[card.kernel].kinds
 
 
 def by_kernel(cards: Sequence[Card], devices: Sequence[str], known: Means) -> Pins:
@@ -44,7 +52,7 @@ def by_kernel(cards: Sequence[Card], devices: Sequence[str], known: Means) -> Pi
     def busiest(chosen: tuple[str, ...]) -> tuple[float, float]:
         table, load = dict(zip(kernels, chosen, strict=True)), defaultdict[str, float](float)
         for card in DECK:
-            load[table[card.kernel]] += known[card, table[card.kernel]]
+            load[table[card.kernel]] += known.get((card, table[card.kernel]), math.inf)
         return max(load.values()), sum(load.values())
 
     best = min(itertools.product(devices, repeat=len(kernels)), key=busiest)
@@ -54,4 +62,4 @@ def by_kernel(cards: Sequence[Card], devices: Sequence[str], known: Means) -> Pi
 
 def by_size(cards: Sequence[Card], devices: Sequence[str], known: Means) -> Pins:
     """Each kernel in each size on the device that is fastest for it: a table that somebody has to measure and keep."""
-    return [min(devices, key=lambda device, card=card: known[card, device]) for card in cards]
+    return [min(devices, key=lambda device, card=card: known.get((card, device), math.inf)) for card in cards]

@@ -2,11 +2,11 @@
 
 Sizes are log-uniform, as Downey found the running times of jobs on shared machines to be ("A parallel workload model
 and its implications for processor allocation", HPDC 1997): as many jobs in each octave, so that most are small and the
-few large ones are most of the work. A third of the jobs each are similarities of feature vectors (`linalg.matmul`),
-image filters (`medical.median_filter`) and quotes (`finance.black_scholes`): the kernels of which every device has a
-variant; the third are small always, and take less than their launch. Results are 256 KiB at most, because they travel
-through the broker: with sides up to 1,024 and 262,144 options that took three quarters of the time, wherever the jobs
-ran, and with sides up to 512 still more of the cores than the kernels did.
+few large ones are most of the work. A third of the jobs each are searches in a catalogue (`retrieval.top_k`, so many
+queries at once; no FPGA variant), image filters (`medical.median_filter`) and quotes (`finance.black_scholes`, of so
+many options, which always take less than a launch). They compute much for what they return, because results travel
+through the broker: with products of matrices, and with larger images, that took more of the cores than the kernels
+did, wherever the jobs ran.
 
 Jobs are dealt from decks, each shuffled, that hold every size equally often: whoever plays a deck has the same work.
 """
@@ -21,17 +21,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tasks.kernels.finance import black_scholes
-from tasks.kernels.linalg import matmul
 from tasks.kernels.medical import median_filter
+from tasks.kernels.retrieval import top_k
 from tasks.warmup import IdleContext, difference
 
 __all__ = ["DECK", "KERNELS", "Card", "check", "expected", "stream"]
 
-KERNELS = {kernel.name: kernel for kernel in (matmul, median_filter, black_scholes)}
-#: Vectors on either side, sides of images, and options, a quarter of an octave apart; and the features of a vector.
-SIZES = tuple(round(64 * 2 ** (step / 4)) for step in range(9))
-FEATURES = 2048
+KERNELS = {kernel.name: kernel for kernel in (top_k, median_filter, black_scholes)}
+#: Queries, sides of images and options, half an octave apart.
+SIZES = tuple(round(64 * 2 ** (step / 2)) for step in range(7))
 RADII = (3, 7, 15)
+#: A catalogue of so many items with so many features: 4 MiB.
+ITEMS, FEATURES = 4096, 256
 #: Numbers of an output that are compared with what is expected.
 _LOOKED_AT = 256
 
@@ -49,7 +50,7 @@ class Card(NamedTuple):
 
 
 DECK: tuple[Card, ...] = (
-    *(Card(matmul.name, size) for size in SIZES for _ in RADII),
+    *(Card(top_k.name, size) for size in SIZES for _ in RADII),
     *(Card(median_filter.name, size, radius) for size in SIZES for radius in RADII),
     *(Card(black_scholes.name, size) for size in SIZES for _ in RADII),
 )
@@ -64,11 +65,10 @@ def stream(seed: int, decks: int) -> list[Card]:
 @cache
 def _arguments(card: Card) -> dict[str, Any]:
     chance = np.random.default_rng([*card.kernel.encode(), card.size])
-    if card.kernel == matmul.name:
-        return {
-            "a": chance.standard_normal((card.size, FEATURES), np.float32),
-            "b": chance.standard_normal((FEATURES, card.size), np.float32),
-        }
+    if card.kernel == top_k.name:
+        # Small whole numbers, whose sums are exact in any order.
+        items, queries = (chance.integers(-9, 10, (count, FEATURES)) for count in (ITEMS, card.size))
+        return {"items": items.astype(np.float32), "queries": queries.astype(np.float32), "k": 10}
     if card.kernel == median_filter.name:
         return {"image": chance.random((card.size, card.size), np.float32), "radius": card.radius}
     ranges = {"spot": (50, 150), "strike": (50, 150), "years": (0.1, 2), "volatility": (0.1, 0.5)}

@@ -19,7 +19,7 @@ from lepton_ai.job import Cost
 __all__ = ["Turn", "arrive", "rush"]
 
 #: So many jobs of the stream are handed over together, those of one kernel and one device in one call.
-_SLICE = 27
+_SLICE = 21
 _WAIT_S = 120.0
 
 Submitted = Sequence[tuple[JobHandle, Card]]

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.declared import CARD, DeclaredDriver, Speed, variant
+from bench.declared import SPEEDS, DeclaredDriver, Speed, open_device, variant
 from bench.stream import DECK, KERNELS, Card, expected
 from lepton_ai.errors import InvalidSettings
 from lepton_ai.kernel import Kernel
-from tasks.driver import open_device
+from tasks import driver as drivers
 from tasks.warmup import IdleContext, difference, launch, warm
 
+CARD = SPEEDS["gpu"]
 #: Nothing takes time.
 AT_ONCE = Speed(0.0, np.inf, np.inf, 0.0, np.inf, CARD.share)
 
@@ -24,12 +25,12 @@ def _inputs(card: Card) -> dict[str, Any]:
 
 
 def _run(kernel: Kernel, inputs: dict[str, Any], speed: Speed = AT_ONCE) -> dict[str, Any]:
-    driver = DeclaredDriver(1, speed)
+    driver = DeclaredDriver("gpu", 1, speed)
     return launch(variant(kernel, driver), inputs, driver, IdleContext())
 
 
 def _timed_s(kernel: Kernel, inputs: dict[str, Any], speed: Speed) -> float:
-    driver = DeclaredDriver(1, speed)
+    driver = DeclaredDriver("gpu", 1, speed)
     run = variant(kernel, driver)
     start = time.perf_counter()
     launch(run, inputs, driver, IdleContext())
@@ -70,11 +71,11 @@ def test_concatenated_jobs_are_told_apart() -> None:
 
 
 def test_a_launch_and_the_link_take_what_is_declared() -> None:
-    card = Card("linalg.matmul", 64)
+    card = Card("medical.median_filter", 64, 3)
     kernel, inputs = KERNELS[card.kernel], _inputs(card)
-    flops, moved = 2 * 64 * 64 * 2048, sum(inputs[name].nbytes for name in "ab") + 64 * 64 * 4
-    speed = Speed(0.02, flops / 0.03 / 0.9, np.inf, 0.01, moved / 0.04, CARD.share)
-    due_s = 0.02 + 0.03 + 3 * 0.01 + 0.04
+    flops, moved = 16 * 64 * 64 * 7, 2 * inputs["image"].nbytes
+    speed = Speed(0.02, flops / 0.03 / 0.04, np.inf, 0.01, moved / 0.04, CARD.share)
+    due_s = 0.02 + 0.03 + 2 * 0.01 + 0.04
     assert due_s <= _timed_s(kernel, inputs, speed) < due_s + 0.5
 
 
@@ -89,7 +90,7 @@ def test_a_stack_takes_one_launch_and_the_arithmetic_of_all() -> None:
 
 
 def test_its_variants_warm_up_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = DeclaredDriver(1, AT_ONCE)
+    driver = DeclaredDriver("gpu", 1, AT_ONCE)
     kernels = list(KERNELS.values())
     for kernel in kernels:
         builders = {**kernel._builders, "gpu": lambda opened, kernel=kernel: variant(kernel, opened)}
@@ -101,7 +102,18 @@ def test_its_variants_warm_up_as_any_other(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_user_is_offered_it() -> None:
     try:
-        found = open_device("gpu.declared", 1)
+        found = drivers.open_device("gpu.declared", 1)
     except InvalidSettings:
         return  # there is no gpu here, or no driver for one
     assert not isinstance(found, DeclaredDriver)
+
+
+@pytest.mark.parametrize("kind", SPEEDS)
+def test_it_announces_what_a_data_sheet_says_and_not_what_it_takes(kind: str) -> None:
+    driver = open_device(f"{kind}.declared", 1)
+    peaks = driver.peaks()
+    assert driver.kind == kind
+    assert driver.emulated
+    assert peaks.are_possible()
+    assert peaks.launch_s < driver.speed.launch_s
+    assert peaks.transfer_bytes_per_s > driver.speed.link_bytes_per_s

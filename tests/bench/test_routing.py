@@ -21,27 +21,35 @@ def test_means_are_by_card_and_device() -> None:
 
 
 def test_the_next_job_goes_to_the_next_device() -> None:
-    assert routing.round_robin(DECK[:3], DEVICES) == ["cpu", "fpga", "cpu"]
+    cards = [Card("finance.black_scholes", 64)] * 3
+    assert routing.round_robin(cards, DEVICES) == ["cpu", "fpga", "cpu"]
+
+
+def test_what_a_device_has_no_variant_of_goes_to_one_that_has() -> None:
+    cards = [Card("retrieval.top_k", 64), Card("finance.black_scholes", 64)]
+    assert routing.one_device(cards, "fpga") == ["cpu", "fpga"]
+    assert routing.one_device(cards, "tpu.declared") == ["tpu.declared"] * 2
+    assert routing.round_robin(cards[:1] * 2, DEVICES) == ["cpu", "cpu"]
 
 
 def test_kernels_are_shared_out_so_that_the_busiest_device_has_the_least() -> None:
     """Each kernel is fastest on the CPU, which would have everything."""
     seconds = {}
     for kernel, (on_cpu, on_fpga) in {
-        "linalg.matmul": (2.0, 9.0),
+        "retrieval.top_k": (2.0, 9.0),
         "medical.median_filter": (3.0, 4.0),
         "finance.black_scholes": (1.0, 9.0),
     }.items():
         seconds[kernel, "cpu"], seconds[kernel, "fpga"] = on_cpu, on_fpga
     pins = routing.by_kernel(DECK, DEVICES, _known(seconds))
     assert {(card.kernel, pin) for card, pin in zip(DECK, pins, strict=True)} == {
-        ("linalg.matmul", "cpu"),
+        ("retrieval.top_k", "cpu"),
         ("medical.median_filter", "fpga"),
         ("finance.black_scholes", "cpu"),
     }
 
 
 def test_each_size_goes_where_it_is_fastest() -> None:
-    small, large = Card("linalg.matmul", 64), Card("linalg.matmul", 512)
+    small, large = Card("retrieval.top_k", 64), Card("retrieval.top_k", 512)
     known = {(small, "cpu"): 1.0, (small, "fpga"): 2.0, (large, "cpu"): 9.0, (large, "fpga"): 8.0}
     assert routing.by_size([large, small], DEVICES, known) == ["fpga", "cpu"]
