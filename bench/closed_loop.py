@@ -2,13 +2,13 @@
 
 `./lepton bench closed-loop [--quick] [--rounds N] [--decks N] [--load SHARE] [--json]`. Four devices: the CPU and the
 emulated FPGA with a core each, and two stand-ins for accelerators (they wait as long as they declare). One stream of
-real kernels of mixed sizes (bench/stream.py) is played in turns: placed by the router, which learns as it goes, and by fixed
-routings, which pin each job to a device through the very same system.
+real kernels of mixed sizes (bench/stream.py) is played in turns: placed by the router, which learns as it goes, and by
+fixed routings, which pin each job to a device through the very same system.
 
 First the learning: a router that knows nothing plays one deck after the other, and each one's seconds are shown. The
-fixed routings have a fleet of their own, so whatever the learning router knows it has seen for itself. Then, in every
-round, everybody's turn: all jobs at once (`seconds`), and jobs that arrive at random at a share of what the best fixed
-routing can do (`p99_ms`; a routing that cannot keep up there falls behind for as long as the turn lasts).
+fixed routings have a fleet of their own, so whatever the learning router knows it has seen for itself. Then everybody's
+turns, round after round: all jobs at once (`seconds`), and jobs that arrive at random at a share of what the best fixed
+routing has done at once (`p99_ms`; a routing that cannot keep up there falls behind for as long as the turn lasts).
 `ratio_best_fixed` is learned over best fixed seconds, of the same round; its median and range over the rounds.
 """
 
@@ -47,7 +47,7 @@ def main() -> int:
     parser = report.parser(__doc__, rounds=3)
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--decks", type=int, default=8, metavar="N", help=f"of {len(DECK)} jobs, a turn (default: 8)")
+    parser.add_argument("--decks", type=int, default=5, metavar="N", help=f"of {len(DECK)} jobs, a turn (default: 5)")
     parser.add_argument("--load", type=float, default=0.75, metavar="SHARE", help="of arriving jobs (default: 0.75)")
     options = parser.parse_args()
     return report.play(lambda: _measure(options), _tables, plain=options.json)
@@ -78,12 +78,9 @@ class _Contest:
         self._learner = learner
         self._follower = follower
         self._decks = decks
+        self._load = load
         self._known = self._rehearsed()
         self.names = (LEARNED, *self._routings(()))
-        cards = stream(1000, decks)
-        paces = {name: len(cards) / self._rush(name, cards).seconds for name in self.names if name != LEARNED}
-        self._rate = load * max(paces.values())
-        self._paces = paces
 
     def held(self, rounds: int) -> dict[str, Any]:
         """The report of so many rounds."""
@@ -91,23 +88,30 @@ class _Contest:
         arrivals: dict[str, list[Turn]] = {name: [] for name in self.names}
         for number, name in rotated(self.names, rounds):
             cards = stream(2000 + number, self._decks)
-            rushes[name].append(_told(f"round {number + 1}/{rounds}, {name}", self._rush(name, cards)))
-            chance = random.Random(3000 + number)
-            at_s = list(itertools.accumulate(chance.expovariate(self._rate) for _ in cards))
+            turn = self._play(name, cards, lambda client, pins, cards=cards: rush(client, cards, pins))
+            rushes[name].append(_told(f"round {number + 1}/{rounds}, {name}", turn))
+        rates = {name: self._decks * len(DECK) / _median_s(rushes[name]) for name in self.names if name != LEARNED}
+        rate = self._load * max(rates.values())
+        say(f"now as they arrive, {rate:,.0f} a second")
+        for number, name in rotated(self.names, rounds):
+            cards, chance = stream(3000 + number, self._decks), random.Random(4000 + number)
+            at_s = list(itertools.accumulate(chance.expovariate(rate) for _ in cards))
             turn = self._play(
                 name, cards, lambda client, pins, cards=cards, at_s=at_s: arrive(client, cards, pins, at_s)
             )
             arrivals[name].append(turn)
-            say(f"  as they arrive: p99 {turn.p99_ms():,.0f} ms")
+            say(f"round {number + 1}/{rounds}, {name}: p99 {turn.p99_ms():,.0f} ms")
         for fleet in (self._learner, self._follower):
             if difference := fleet.client.accounts().difference:
                 raise ValueError(f"{difference} jobs are unaccounted for")
-        fixed = [name for name in self.names if name != LEARNED]
-        figures = {name: self._figures(name, rushes[name], arrivals[name]) for name in self.names}
+        fixed = list(rates)
+        figures = {name: _figures(rushes[name], arrivals[name]) for name in self.names}
+        for name in fixed:
+            figures[name]["keeps_up"] = rates[name] > rate
         best = min(fixed, key=lambda name: figures[name]["seconds"])
         calmest = min(fixed, key=lambda name: figures[name]["p99_ms"])
         return {
-            "arrivals_per_s": round(self._rate, 1),
+            "arrivals_per_s": round(rate, 1),
             LEARNED: figures[LEARNED],
             "fixed": {name: figures[name] for name in fixed},
             "best_fixed": best,
@@ -139,9 +143,6 @@ class _Contest:
             "by_size": routing.by_size(cards, devices, self._known),
         }
 
-    def _rush(self, name: str, cards: Sequence[Card]) -> Turn:
-        return self._play(name, cards, lambda client, pins: rush(client, cards, pins))
-
     def _play(self, name: str, cards: Sequence[Card], play: Any) -> Turn:
         fleet, pins = (
             (self._learner, [None] * len(cards)) if name == LEARNED else (self._follower, self._routings(cards)[name])
@@ -149,21 +150,23 @@ class _Contest:
         fleet.settle()
         return play(fleet.client, pins)
 
-    def _figures(self, name: str, rushes: Sequence[Turn], arrivals: Sequence[Turn]) -> dict[str, Any]:
-        seconds = median_and_range([each.seconds for each in rushes], 3)
-        p99_ms = median_and_range([each.p99_ms() for each in arrivals], 1)
-        latencies = np.concatenate([each.latencies_s for each in arrivals])
-        found = {
-            "seconds": seconds["median"],
-            "seconds_range": seconds["range"],
-            "p99_ms": p99_ms["median"],
-            "p99_ms_range": p99_ms["range"],
-            "mean_ms": round(float(latencies.mean()) * 1e3, 1),
-            "jobs_by_device": dict(sum((Counter(each.devices) for each in rushes), Counter())),
-        }
-        if name != LEARNED:
-            found["keeps_up"] = self._paces[name] > self._rate
-        return found
+
+def _figures(rushes: Sequence[Turn], arrivals: Sequence[Turn]) -> dict[str, Any]:
+    seconds = median_and_range([each.seconds for each in rushes], 3)
+    p99_ms = median_and_range([each.p99_ms() for each in arrivals], 1)
+    latencies_s = np.concatenate([each.latencies_s for each in arrivals])
+    return {
+        "seconds": seconds["median"],
+        "seconds_range": seconds["range"],
+        "p99_ms": p99_ms["median"],
+        "p99_ms_range": p99_ms["range"],
+        "mean_ms": round(float(latencies_s.mean()) * 1e3, 1),
+        "jobs_by_device": dict(sum((Counter(each.devices) for each in rushes), Counter())),
+    }
+
+
+def _median_s(turns: Sequence[Turn]) -> float:
+    return statistics.median(each.seconds for each in turns)
 
 
 def _learned(fleet: MixedFleet, cards: Sequence[Card]) -> Turn:
