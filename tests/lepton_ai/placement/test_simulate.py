@@ -57,7 +57,7 @@ def test_one_device_ends_each_job_by_lindleys_recursion(gaps: list[tuple[float, 
 
 
 def test_one_queue_waits_as_erlang_says() -> None:
-    assert theory.single_queue(0.5, 60_000).off == pytest.approx(0, abs=0.02)
+    assert theory.single_queue(0.5, 200_000).off == pytest.approx(0, abs=0.02)
     assert theory.shared_queue(0.8, 4, 200_000).off == pytest.approx(0, abs=0.02)
 
 
