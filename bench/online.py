@@ -36,7 +36,7 @@ ROUTERS = (1, 4)
 _STALE_S = 0.002
 #: The mean that the default must keep to.
 BARS = {0.9: 2.5, 0.95: 4.0}
-_FLEETS, _JOBS, _SEED = 8, 20_000, 6
+_FLEETS, _JOBS, _SEED = 8, 30_000, 6
 
 _HELP = """\
 fleets    eight drawn ones, half of them consistent (a device that is faster is so for every job), half not; and
