@@ -1,10 +1,10 @@
 """What somebody else's load on a worker's host does to predictions, with and without what corrects for it.
 
-A real worker filters images with windows of mixed sizes (5 to 100 ms each); in the middle third of the run as many processes as the
-host has processors do nothing but compute beside it. What the worker told (heartbeats and observations) is then
-replayed, each launch predicted before it is learned, by three models that differ in the speed that they believe in:
-none (others' load is no business of theirs), `1 - foreign` (what others do not use is ours), and what heartbeats tell
-(`tasks.host.fair_speed`).
+A real worker filters images with windows of mixed sizes; in the middle third of the run as many processes as the host
+has processors do nothing but compute beside it. What the worker told (heartbeats and observations) is then replayed,
+each launch predicted before it is learned, by three models that differ in the speed that they believe in: none (others'
+load is no business of theirs), `1 - foreign` (what others do not use is ours), and `told`: what heartbeats say, which
+is how long threads waited for a processor (`tasks.host.Contention`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,15 +34,17 @@ from queues.connection import Connection
 from queues.event_stream import EventStream
 from tasks.driver import cores
 
-_RADII = (1, 2, 4, 6, 8, 12)
-_SIDE = 256
+_RADII = (2, 4, 6, 8, 12, 16)
+_SIDE = 384
+#: What a long launch takes.
+_LONG_S = 0.03
 _WINDOW = 4
 #: How long after others came or went a launch counts as one of the change.
 _CHANGE_S = 3.0
 _CORRECTIONS: dict[str, Callable[[ResourceState], float]] = {
     "none": lambda _: 1.0,
     "1 - foreign": lambda state: max(0.05, 1 - max(0.0, state.host_cpu - state.own_cpu)),
-    "fair share": lambda state: state.speed,
+    "told": lambda state: state.speed,
 }
 
 Seen = list[tuple[float, Event]]
@@ -68,15 +69,18 @@ def main() -> int:
                 _drive(client, asked.phase_s)
             marks.append(time.time())
         seen = _read_all(stream)
-    _tell_speeds(seen, marks)
+    speeds = _speeds(seen, marks)
     found = {name: _replayed(seen, worker, marks, speed) for name, speed in _CORRECTIONS.items()}
     if asked.json:
-        print(json.dumps(found))
+        print(json.dumps({"speeds": speeds, "corrections": found}))
         return 0
-    print(f"{'correction':12}  {'phase':14} {'launches':>8} {'median error':>12} {'bias':>6}")
+    print(f"{'phase':18} {'speed told':>10} {'really':>6}")
+    for phase, each in speeds.items():
+        print(f"{phase:18} {each['told']:10.2f} {each['really']:6.2f} ({each['launches']:.0f} long launches)")
+    print(f"\n{'correction':12} {'phase':18} {'launches':>8} {'median error':>12} {'bias':>6}")
     for name, phases in found.items():
         for phase, each in phases.items():
-            print(f"{name:12}  {phase:14} {each['launches']:8} {each['error']:12.1%} {each['bias']:+6.1%}")
+            print(f"{name:12} {phase:18} {each['launches']:8} {each['error']:12.1%} {each['bias']:+6.1%}")
     return 0
 
 
@@ -150,22 +154,27 @@ def _replayed(
     }
 
 
-def _tell_speeds(seen: Seen, marks: Sequence[float]) -> None:
-    """Of each phase the speed that heartbeats told, and that of launches beside equal ones of the first phase."""
+def _speeds(seen: Seen, marks: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Of each phase the speed that heartbeats told, and that of long launches beside equal ones of the first phase.
+
+    Only the long ones show it: those of a few milliseconds are over before the scheduler gives the processor away.
+    """
     told: dict[str, list[float]] = {}
     took: dict[str, dict[tuple[float, int], list[float]]] = {}
     for at, each in seen:
         if (phase := _phase(at, marks)) is None:
             continue
         if each.type == "device.heartbeat":
-            told.setdefault(phase, []).append(each.data["state"].get("speed", 1.0))
+            told.setdefault(phase, []).append(msgspec.convert(each.data["state"], ResourceState).speed)
         elif (launch := each.observation) is not None:
             took.setdefault(phase, {}).setdefault((launch.flops, launch.jobs), []).append(launch.run_s)
-    alone = {key: statistics.median(found) for key, found in took["alone before"].items()}
-    for phase, found in took.items():
-        real = [alone[key] / each for key, times in found.items() if key in alone for each in times]
-        speed = statistics.mean(told[phase]) if phase in told else math.nan
-        print(f"{phase:18} speed told {speed:.2f}, really {statistics.median(real):.2f}", file=sys.stderr)
+    alone = {key: statistics.median(times) for key, times in took["alone before"].items()}
+    found: dict[str, dict[str, float]] = {}
+    for phase, launches in took.items():
+        long = [(alone[key], each) for key, times in launches.items() if alone.get(key, 0) >= _LONG_S for each in times]
+        really = sum(each for each, _ in long) / sum(each for _, each in long) if long else math.nan
+        found[phase] = {"told": statistics.mean(told.get(phase, [math.nan])), "really": really, "launches": len(long)}
+    return found
 
 
 def _phase(at: float, marks: Sequence[float]) -> str | None:

@@ -93,7 +93,7 @@ class Client:
         `must_meet` refuses the job where it is estimated not to have ended by its `deadline_s`: DeadlineUnattainable,
         over HTTP raised here, straight to the broker by `result()`. The estimate is what is exceeded once in twenty on
         the device where the job would end soonest, with what waits before it. Where a device that can run it has not
-        been measured yet, nobody can say, and it is accepted.
+        been measured twice, nobody can say, and it is accepted.
 
         `key` makes it the only job of that idempotency key (1 to 255 characters): whoever submits the same job with the
         same key, before, now or later, gets the same id and result. So what was perhaps accepted (BrokerUnavailable)

@@ -8,6 +8,7 @@ to whichever device, so each is reckoned as a job of the usual length that all d
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import msgspec
 
@@ -24,7 +25,11 @@ from queues.broker import Kind
 
 __all__ = ["Backlog", "backlog_of", "combined", "judged", "list_number", "unattainable"]
 
-_LISTS = topology.lane_lists()
+#: What a kernel takes on a device is not known before so many launches, as many as a router has probed; and how much
+#: that varies before so many: until then the estimate itself counts, for a first guess is far out.
+_MEASURED: Final = 2
+_VARIED: Final = 5
+_LISTS: Final = topology.lane_lists()
 
 
 class Backlog(msgspec.Struct, frozen=True):
@@ -37,11 +42,11 @@ class Backlog(msgspec.Struct, frozen=True):
     typical_s: float = 0.0
     """What such a job takes on the device best for it, on the mean."""
 
-    def wait_s(self, device: ServedDevice, devices: Sequence[ServedDevice], urgency: int) -> float:
-        """How long a job of this urgency waits for a device."""
+    def shared_s(self, devices: Iterable[ServedDevice], urgency: int) -> float:
+        """How long all devices together take for the jobs that wait and are at least as urgent."""
         before = sum(self.waiting[: list_number(urgency) + 1])
-        shared_s = before * self.typical_s / sum(each.capacity for each in devices)
-        return self.seconds.get(device.name, 0.0) / device.capacity + shared_s
+        capacity = sum(each.capacity for each in devices)
+        return before * self.typical_s / capacity if capacity > 0 else 0.0
 
     def behind(self, jobs: int, urgency: int) -> Backlog:
         """The same with so many more jobs of an urgency that wait."""
@@ -104,20 +109,24 @@ def unattainable(
 ) -> DeadlineUnattainable | None:
     """Why a job that has `left_s` seconds from now, and is not begun before `due_in_s`, cannot end by then.
 
-    None where it can, and where nobody knows: no device can run it now, or it has not been measured on one that can.
+    None where it can, and where nobody knows: no device can run it now, or it has not been measured often enough on one
+    that can.
     `message` is opened where its options do not declare its shapes.
     """
     job = ClaimedJob(("",), kernel, options, message, Claim(Kind.NEW, 0, ""), 0, (options.urgency, kernel, None))
     candidates = price([job], cluster, model).candidates[0]
+    shared_s = backlog.shared_s(cluster.devices, options.urgency)
     waits: dict[str, float] = {}
     ends: dict[str, float] = {}
     for device, candidate in zip(cluster.devices, candidates, strict=True):
         if candidate.estimate is None:
             continue
-        if not model.launches(kernel, device.name):
+        if (launches := model.launches(kernel, device.name)) < _MEASURED:
             return None
-        waits[device.name] = max(due_in_s, backlog.wait_s(device, cluster.devices, options.urgency))
-        ends[device.name] = waits[device.name] + candidate.estimate.tail_s
+        estimate = candidate.estimate
+        own_s = backlog.seconds.get(device.name, 0.0) / device.capacity
+        waits[device.name] = max(due_in_s, own_s + shared_s)
+        ends[device.name] = waits[device.name] + (estimate.tail_s if launches >= _VARIED else estimate.finish_s)
     soonest = min(ends, key=ends.__getitem__, default=None)
     if soonest is None or ends[soonest] <= left_s:
         return None

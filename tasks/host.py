@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,10 +13,13 @@ import psutil
 
 from tasks.driver import cores
 
-__all__ = ["Memory", "Network", "Processors", "Traffic", "Usage", "boot", "fair_speed"]
+__all__ = ["Contention", "Memory", "Network", "Processors", "Traffic", "Usage", "boot"]
 
 #: Processors that are less idle than this are taken to be fought for.
 _IDLE: Final = 0.1
+#: Threads that have run for less in an interval say nothing of what they waited for.
+_ENOUGH_NS: Final = 20_000_000
+_TASKS: Final = Path("/proc/self/task")
 #: However much else runs, a device is taken to be no slower than this: nothing would ever show that it is not.
 _SLOWEST: Final = 0.05
 #: The speeds of interfaces are asked for so often: that is a call of the system for each.
@@ -66,19 +70,47 @@ class Processors:
         return float(found.user + found.system + found.children_user + found.children_system)
 
 
-def fair_speed(processors: int, busy: float, own: float, others: float) -> float:
-    """How fast a thread of ours computes beside others', as a share of what it does without them.
+class Contention:
+    """How much threads of ours have to wait for a processor that others have, from one reading to the next."""
 
-    `busy` of our threads computed on average, and used `own` processors, while others used `others`. A fair scheduler
-    gives each thread that can run the same (Jain, "The Art of Computer Systems Performance Analysis", 1991, ch. 33:
-    processor sharing). So as long as processors are idle nobody is slowed; where none is, each of ours got `own / busy`
-    of one, and so did each of theirs.
-    """
-    each = min(1.0, own / busy) if busy > 0 and own > 0 else 1.0
-    is_full = processors - own - others < _IDLE * processors
-    theirs = others / each if is_full else others
-    ours = max(1.0, busy)
-    return max(_SLOWEST, min(1.0, processors / (ours + theirs)) / min(1.0, processors / ours))
+    def __init__(self, folder: Path = _TASKS) -> None:
+        self._folder = folder
+        self._seen: dict[int, tuple[int, int]] = {}
+
+    def speed(self, threads: Iterable[int], processors: int, others: float) -> float:
+        """How fast these threads (by their native ids) compute, as a share of what they would with nobody beside them.
+
+        The scheduler says how long each has run and how long it could have run and waited. Where they have hardly run,
+        or it does not say, one is taken to get what a fair scheduler would give it: all of a processor while some are
+        idle, else the same as everybody. `others` is how many processors others used: where that is all of them, more
+        threads may want one, and the load average says how many lately did.
+        """
+        ran = waited = 0
+        seen = {}
+        for each in threads:
+            seen[each] = now = self._read(each)
+            before = self._seen.get(each, now)
+            ran += now[0] - before[0]
+            waited += now[1] - before[1]
+        self._seen = seen
+        if ran >= _ENOUGH_NS:
+            return max(_SLOWEST, ran / (ran + max(0, waited)))
+        if others <= (1 - _IDLE) * processors:
+            return 1.0
+        return processors / (1 + max(others, _wanting() * processors))
+
+    def _read(self, thread: int) -> tuple[int, int]:
+        """Nanoseconds that a thread has run, and has waited to (Linux, Documentation/scheduler/sched-stats.rst)."""
+        try:
+            ran, waited, _ = (self._folder / str(thread) / "schedstat").read_bytes().split()
+            return int(ran), int(waited)
+        except (OSError, ValueError):
+            return 0, 0
+
+
+def _wanting() -> float:
+    """How many threads of the host ran or could have run in the last minute, for each of its processors."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
 class Memory(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ import time
 from lepton_ai.device import Announcement, DeviceState, ResourceState
 from lepton_ai.settings import Settings
 from tasks.driver import Telling
-from tasks.host import Memory, Network, Processors, Traffic, Usage, fair_speed
+from tasks.host import Contention, Memory, Network, Processors, Traffic, Usage
 from tasks.nvml import gpu_state
 from tasks.sensors import Sensor, SlowSensor
 from tasks.share import Judge
@@ -26,6 +26,7 @@ class Resources:
         self._judge = Judge(settings)
         self._processors = Sensor("processors", (counted := Processors()).read)
         self.processors = counted.count
+        self._contention = Contention()
         self._memory = Sensor("memory", Memory.read)
         self._network = Sensor("network", Network().read)
         self._device = _device_sensor(slots.driver, announcement.kind, settings.lease_s)
@@ -57,14 +58,14 @@ class Resources:
             foreign_cpu=max(0.0, others - siblings / self.processors),
             foreign_utilization=_foreign(device, busy),
             device=device,
-            speed=self._speed(min(busy, self._slots.count), usage.own, others),
+            speed=self._speed(others),
         )
         return self._judge.judged(state)
 
-    def _speed(self, busy: float, own: float, others: float) -> float:
+    def _speed(self, others: float) -> float:
         if not self._uses_processors:
             return 1.0
-        return fair_speed(self.processors, busy, own * self.processors, others * self.processors)
+        return self._contention.speed(self._slots.threads, self.processors, others * self.processors)
 
 
 def _device_sensor(driver: object, kind: str, patience_s: float) -> SlowSensor[DeviceState] | None:

@@ -91,44 +91,48 @@ def simulate(
 
 
 class _Devices:
-    """What all devices have to do, and the jobs in their queues."""
+    """What all devices have to do: what runs in their slots, and the jobs in their queues."""
 
     def __init__(self, fleet: Fleet, elapsed: bool) -> None:
         count = len(fleet.slots)
         self.slots = fleet.slots.astype(np.float64)
-        self.free = [int(slots) for slots in fleet.slots]
+        self.free = [list(range(int(slots))) for slots in fleet.slots]
+        """[device]: its idle slots."""
         self.queues: list[deque[tuple[int, float]]] = [deque() for _ in range(count)]
+        """[device]: jobs, and what they are predicted to take."""
         self._elapsed = elapsed
-        # A running job counts as its prediction less how long it runs: with `running` jobs that began at instants with
-        # the sum `begun_s`, all of a device at once.
-        self._given_s = np.zeros(count)
-        self._running = np.zeros(count)
-        self._begun_s = np.zeros(count)
+        self._queued_s = np.zeros(count)
+        # [device, slot]: when what runs there is predicted to end, and what it was predicted to take in all.
+        self._until_s = np.full((count, int(fleet.slots.max(initial=1))), -np.inf)
+        self._whole_s = np.zeros(self._until_s.shape)
 
     def ready_s(self, now_s: float) -> Floats:
-        """[device]: predicted seconds until each has worked off what it has."""
-        left_s = self._given_s
-        if self._elapsed:
-            left_s = np.maximum(left_s - (self._running * now_s - self._begun_s), 0.0)
-        found: Floats = left_s / self.slots
+        """[device]: predicted seconds until each has worked off what it has. What runs longer than that ends now."""
+        running_s = np.maximum(self._until_s - now_s, 0.0) if self._elapsed else self._whole_s
+        found: Floats = (self._queued_s + running_s.sum(axis=1)) / self.slots
         return found
 
-    def give(self, at: int, predicted_s: float) -> None:
-        self._given_s[at] += predicted_s
+    def queue(self, at: int, job: int, predicted_s: float) -> None:
+        self.queues[at].append((job, predicted_s))
+        self._queued_s[at] += predicted_s
 
-    def begin(self, at: int, now_s: float) -> None:
-        self.free[at] -= 1
-        self._running[at] += 1
-        self._begun_s[at] += now_s
+    def next(self, at: int) -> tuple[int, float]:
+        job, predicted_s = self.queues[at].popleft()
+        # Exactly nought where nothing is left, so that rounding never adds up.
+        self._queued_s[at] = self._queued_s[at] - predicted_s if self.queues[at] else 0.0
+        return job, predicted_s
 
-    def end(self, at: int, begun_s: float, predicted_s: float) -> None:
-        self.free[at] += 1
-        self._running[at] -= 1
-        if self.queues[at] or self._running[at]:
-            self._given_s[at] -= predicted_s
-            self._begun_s[at] -= begun_s
-        else:  # exactly nought, so that rounding never adds up
-            self._given_s[at] = self._begun_s[at] = 0.0
+    def begin(self, at: int, now_s: float, predicted_s: float) -> int:
+        """The slot that a job takes."""
+        slot = self.free[at].pop()
+        self._until_s[at, slot] = now_s + predicted_s
+        self._whole_s[at, slot] = predicted_s
+        return slot
+
+    def end(self, at: int, slot: int) -> None:
+        self.free[at].append(slot)
+        self._until_s[at, slot] = -np.inf
+        self._whole_s[at, slot] = 0.0
 
 
 class _Router:
@@ -185,8 +189,8 @@ class _Run:
         self._devices = _Devices(fleet, elapsed)
         self._routers = [_Router(self._devices, routers, number, stale_s) for number in range(routers)]
         self._credit_s = credit_s
-        self._ends: list[tuple[float, int, int, float, float]] = []
-        """When, which job, where, when it began, what was predicted: the next first."""
+        self._ends: list[tuple[float, int, int, int]] = []
+        """When, which job, on which device, in which slot: the next first."""
 
     def play(self) -> None:
         at_s, turn, routers = self._at_s, 0, self._routers
@@ -208,20 +212,20 @@ class _Run:
         """Jobs end, and others begin, before this instant or at it."""
         ends, devices = self._ends, self._devices
         while ends and ends[0][0] <= now_s:
-            self.now_s, job, at, begun_s, predicted_s = heapq.heappop(ends)
+            self.now_s, job, at, slot = heapq.heappop(ends)
             self.response_s[job] = self.now_s - self._at_s[job]
-            devices.end(at, begun_s, predicted_s)
+            devices.end(at, slot)
             if devices.queues[at]:
-                self._begin(at, *devices.queues[at].popleft())
+                self._begin(at, *devices.next(at))
             for router in self._routers:
                 if router.window:
                     self._place(router)
 
     def _begin(self, at: int, job: int, predicted_s: float) -> None:
         real_s = predicted_s * self._factor[job]
-        self._devices.begin(at, self.now_s)
+        slot = self._devices.begin(at, self.now_s, predicted_s)
         self.computed_s[at] += real_s
-        heapq.heappush(self._ends, (self.now_s + real_s, job, at, self.now_s, predicted_s))
+        heapq.heappush(self._ends, (self.now_s + real_s, job, at, slot))
 
     def _place(self, router: _Router) -> None:
         """Places what waits with a router, the oldest first, and sends on what its devices have room for."""
@@ -265,15 +269,14 @@ class _Run:
                 continue
             predicted_s = float(seconds[place, at])
             self.device[job] = at
-            devices.give(at, predicted_s)
             router.gave(at, predicted_s)
-            if devices.free[at] > 0:
+            if devices.free[at]:
                 self._begin(at, job, predicted_s)
             else:
-                devices.queues[at].append((job, predicted_s))
+                devices.queue(at, job, predicted_s)
         return gone
 
     def _has_room(self, at: int) -> bool:
-        if self._credit_s == np.inf or self._devices.free[at] > 0:
+        if self._credit_s == np.inf or self._devices.free[at]:
             return True
         return bool(self._devices.ready_s(self.now_s)[at] < self._credit_s)

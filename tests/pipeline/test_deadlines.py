@@ -18,6 +18,7 @@ from pipeline import intake
 from pipeline.cluster import Cluster
 from pipeline.deadlines import Backlog, backlog_of, combined, judged, list_number, unattainable
 from pipeline.intake import Incoming, Refused
+from pipeline.pricing import price
 from pipeline.window import Window
 from queues.broker import Kind
 
@@ -99,8 +100,25 @@ def test_the_device_where_it_ends_soonest_decides(cluster: Cluster, model: CostM
     assert refusal(cluster, model, 0.5, Backlog({"gpu": 3.0})) is not None
 
 
-def test_without_a_measurement_nobody_can_say(cluster: Cluster) -> None:
-    assert refusal(cluster, CostModel(), 1e-9) is None
+@pytest.mark.parametrize(("launches", "is_known"), [(0, False), (1, False), (2, True)])
+def test_without_some_measurements_nobody_can_say(cluster: Cluster, launches: int, is_known: bool) -> None:
+    model = CostModel()
+    for _ in range(launches):
+        model.learn(Observation("test.spin", "cpu", 1, SECOND, 0.0, 1e-9, 1.0), PEAKS)
+    assert (refusal(cluster, model, 1e-9) is not None) is is_known
+
+
+def test_a_device_that_was_only_probed_settles_nothing_by_how_far_out_the_first_guess_was(cluster: Cluster) -> None:
+    """Ten times as slow as announced: that is an error of the announcement, and no spread."""
+    model = CostModel()
+    for _ in range(2):
+        model.learn(Observation("test.spin", "cpu", 1, SECOND, 0.0, 1e-9, 100.0), PEAKS)
+    window = Window("router", 1, 2**20)
+    job = window.add(("job",), "test.spin", options(), b"", window.open_claim(Kind.NEW)[0])
+    estimate = price([job], cluster, model).candidates[0][0].estimate
+    assert estimate is not None
+    assert refusal(cluster, model, 1.01 * estimate.finish_s) is None
+    assert refusal(cluster, model, 0.99 * estimate.finish_s) is not None
 
 
 def test_where_no_device_can_run_it_now_nobody_can_say(cluster: Cluster, model: CostModel) -> None:
@@ -128,7 +146,8 @@ def test_a_later_deadline_is_never_harder_and_more_work_never_easier(left_s: flo
     cluster = Cluster()
     cluster.refresh([Announcement("1", "one", "cpu", "cpu", 2, False, PEAKS, (SPIN,), 0.0)])
     model = CostModel()
-    model.learn(Observation("test.spin", "cpu", 1, SECOND, 0.0, 1e-9, 1.0), PEAKS)
+    for _ in range(10):
+        model.learn(Observation("test.spin", "cpu", 1, SECOND, 0.0, 1e-9, 1.0), PEAKS)
     if refusal(cluster, model, left_s, Backlog({"cpu": work})) is None:
         assert refusal(cluster, model, left_s + more_s, Backlog({"cpu": work})) is None
     else:

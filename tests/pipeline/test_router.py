@@ -27,6 +27,7 @@ from lepton_ai.placement.costs import CostModel
 from lepton_ai.settings import Settings
 from lepton_ai.terms import Terms
 from lepton_ai.topology import PRIORITY_SEPARATOR
+from pipeline.deadlines import Backlog
 from pipeline.router import Router
 from queues import functions
 from queues.broker import CLAIM_LIMIT, LISTS_EACH, WAKE, Broker, Kind
@@ -635,6 +636,81 @@ def test_a_device_that_went_offline_is_given_nothing_more(start_router, add_work
     lane.settle()
     (sent,) = lane.send(ms=100)
     assert staying.take() == [sent]
+
+
+# -- deadlines that must be met --------------------------------------------------------------------------------------
+
+
+def learned(connection: Connection, device: str = "cpu") -> None:
+    """What the telemetry service has kept of a device that takes a millisecond for each of `n`."""
+    model, peaks = CostModel(), Peaks(SPEED, 1e12, float("inf"), 0.0, 0.0)
+    for n in (10, 20, 50, 100, 200) * 50:
+        model.learn(Observation("test.spin", device, 1, float(n), 0.0, 1e-6, n / 1e3), peaks)
+    connection.call("SET", topology.MODEL, model.snapshot())
+
+
+def send_to_meet(lane: Lane, ms: int, deadline_s: float, **options: Any) -> str:
+    terms = Terms(Options(must_meet=True, **options), deadline_s=deadline_s)
+    job = new_id()
+    lane.push([wire.envelope(job, "test.spin", {"n": ms}, terms.options, **terms.times())])
+    return job
+
+
+def end_of(connection: Connection, job: str) -> Any:
+    until(lambda: connection.call("EXISTS", topology.result(job)), "the job ends")
+    return results.read(connection.call("GET", topology.result(job)))
+
+
+def test_a_job_that_cannot_end_by_the_deadline_that_it_must_meet_fails_with_the_estimate(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    learned(connection)
+    worker = add_worker()
+    start_router()
+    refused, meets = send_to_meet(lane, 10_000, 5.0), send_to_meet(lane, 100, 5.0)
+    assert worker.take() == [meets]
+    meta = end_of(connection, refused)
+    assert meta.status == "FAILURE"
+    assert meta.lepton.error["code"] == "deadline_unattainable"
+    assert meta.lepton.error["estimate_s"] == pytest.approx(10, rel=0.3)
+    assert sizes(connection)["difference"] == 0
+
+
+def test_what_the_device_was_given_and_what_waits_count_against_a_deadline(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    learned(connection)
+    add_worker()
+    start_router()
+    lane.send(30, ms=1000)
+    lane.settle()
+    refused = send_to_meet(lane, 100, 10.0)
+    assert end_of(connection, refused).lepton.error["code"] == "deadline_unattainable"
+    urgent = send_to_meet(lane, 100, 10.0, priority=9)
+    lane.settle()
+    assert connection.call("EXISTS", topology.result(urgent)) == 0
+
+
+def test_without_a_measurement_a_job_that_must_meet_its_deadline_is_taken(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker()
+    start_router()
+    sent = send_to_meet(lane, 10_000, 5.0)
+    assert worker.take() == [sent]
+
+
+def test_a_router_tells_what_is_to_be_done_with_each_of_its_heartbeats(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    add_worker(settings=HASTY)
+    start_router(HASTY)
+    lane.send(3, ms=1000)
+    lane.wait_for("job.placed", 1)
+
+    def told() -> list[Backlog]:
+        values = [connection.call("GET", name) for name in connection.call("KEYS", topology.backlog("*"))]
+        return [msgspec.msgpack.decode(value, type=Backlog) for value in values if value is not None]
+
+    until(lambda: any(each.seconds.get("cpu", 0.0) > 1 and sum(each.waiting) == 1 for each in told()), "it tells")
 
 
 # -- devices near and beyond their limits ---------------------------------------------------------------------------

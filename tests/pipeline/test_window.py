@@ -201,3 +201,14 @@ def test_what_a_wake_up_brings_finds_a_claim_even_where_all_are_full() -> None:
         claim, room = window.open_claim(Kind.NEW)
         assert room >= 1
         window.hold(claim, [bytes(8 * MEGABYTE)] * 1)
+
+
+def test_what_waits_is_told_by_its_urgency() -> None:
+    window = Window("router", 10, 2**20)
+    claim = window.open_claim(Kind.NEW)[0]
+    jobs = [
+        window.add(("x",), kernel, Options(priority=priority), b"", claim) for kernel in "ab" for priority in (9, 1)
+    ]
+    assert window.waiting() == {9: 2, 1: 2}
+    window.remove(jobs[:1])
+    assert window.waiting() == {9: 1, 1: 2}

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,45 +13,92 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import host
-from tasks.host import Memory, Network, Processors, boot, fair_speed
-
-SHARES = st.floats(0.0, 1.0)
+from tasks.host import Contention, Memory, Network, Processors, boot
 
 
-def test_alone_a_thread_has_all_of_its_speed() -> None:
-    assert fair_speed(2, 2.0, 2.0, 0.0) == 1.0
+class Scheduler:
+    """What a system says of its threads, in milliseconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def says(self, thread: int, ran_ms: int, waited_ms: int) -> None:
+        (self.folder / str(thread)).mkdir(exist_ok=True)
+        (self.folder / str(thread) / "schedstat").write_text(f"{ran_ms}000000 {waited_ms}000000 7\n")
 
 
-def test_others_that_leave_processors_idle_slow_nobody() -> None:
-    assert fair_speed(8, 2.0, 2.0, 5.0) == 1.0
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Scheduler:
+    return Scheduler(tmp_path)
 
 
-def test_as_many_threads_of_others_as_of_ours_halve_the_speed() -> None:
-    """Two of ours and two of theirs on two processors: each gets half of one."""
-    assert fair_speed(2, 2.0, 1.0, 1.0) == pytest.approx(0.5)
+def test_speed_is_the_share_of_their_time_in_which_threads_that_could_run_did(scheduler: Scheduler) -> None:
+    contention = Contention(scheduler.folder)
+    scheduler.says(1, 1000, 5000)
+    scheduler.says(2, 0, 0)
+    contention.speed([1, 2], 2, 0.0)
+    scheduler.says(1, 1500, 5100)
+    scheduler.says(2, 100, 100)
+    assert contention.speed([1, 2], 2, 2.0) == pytest.approx(0.75)
+    scheduler.says(1, 2000, 5100)
+    assert contention.speed([1, 2], 2, 2.0) == 1.0
 
 
-def test_while_nothing_of_ours_runs_the_speed_is_what_one_thread_would_get() -> None:
-    assert fair_speed(2, 0.0, 0.0, 2.0) == pytest.approx(2 / 3)
-    assert fair_speed(2, 0.0, 0.0, 1.0) == 1.0
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The load average of a host of four processors, in the first place."""
+    found = [0.0]
+    monkeypatch.setattr("os.getloadavg", lambda: (found[0], 99.0, 99.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    return found
 
 
-def test_kernels_that_wait_do_not_make_others_look_like_many() -> None:
-    """Ours got a tenth of a processor because they wanted no more: there are idle ones."""
-    assert fair_speed(4, 2.0, 0.2, 1.0) == 1.0
+def test_threads_that_hardly_ran_are_taken_to_get_what_everybody_gets(scheduler: Scheduler, load: list[float]) -> None:
+    contention = Contention(scheduler.folder)
+    scheduler.says(1, 1000, 5000)
+    contention.speed([1], 2, 0.0)
+    assert contention.speed([1], 2, 2.0) == pytest.approx(2 / 3)
+    assert contention.speed([1], 2, 1.0) == 1.0
 
 
-@given(st.integers(1, 64), st.floats(0.0, 64.0), SHARES, SHARES)
-def test_a_speed_is_a_share_above_nought(processors: int, busy: float, own: float, others: float) -> None:
-    used = own * processors
-    assert 0 < fair_speed(processors, busy, used, others * (processors - used)) <= 1
+def test_where_the_system_says_nothing_of_threads_the_use_of_processors_decides(
+    tmp_path: Path, load: list[float]
+) -> None:
+    contention = Contention(tmp_path)
+    assert contention.speed([1], 4, 4.0) == pytest.approx(0.8)
+    assert contention.speed([], 4, 3.0) == 1.0
 
 
-@given(st.integers(1, 16), st.floats(1.0, 16.0), SHARES, SHARES)
-def test_more_of_others_is_never_quicker(processors: int, busy: float, one: float, other: float) -> None:
-    low, high = sorted((one * processors, other * processors))
-    # Each of ours gets a whole processor, so that only the number of theirs differs.
-    assert fair_speed(processors, busy, busy, low) >= fair_speed(processors, busy, busy, high)
+def test_where_more_threads_want_a_processor_than_there_are_each_gets_less(tmp_path: Path, load: list[float]) -> None:
+    load[0] = 7.0
+    assert Contention(tmp_path).speed([], 4, 4.0) == pytest.approx(0.5)
+    assert Contention(tmp_path).speed([], 2, 2.0) == pytest.approx(2 / 4.5)
+    assert Contention(tmp_path).speed([], 4, 3.0) == 1.0  # that was a minute ago: now some are idle
+
+
+def test_a_thread_that_is_new_counts_from_when_it_was_first_seen(scheduler: Scheduler) -> None:
+    contention = Contention(scheduler.folder)
+    scheduler.says(1, 1000, 9000)
+    assert contention.speed([1], 2, 0.0) == 1.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=2, max_size=5))
+def test_a_speed_is_a_share_above_nought(told: list[tuple[int, int]]) -> None:
+    with TemporaryDirectory() as folder:
+        scheduler = Scheduler(Path(folder))
+        contention = Contention(scheduler.folder)
+        for ran, waited in told:
+            scheduler.says(1, ran, waited)
+            assert 0 < contention.speed([1], 2, 0.5) <= 1
+
+
+def test_our_own_threads_are_found_where_the_system_has_them() -> None:
+    started = time.monotonic()
+    contention, own = Contention(), [threading.get_native_id()]
+    contention.speed(own, 2, 0.0)
+    while time.monotonic() - started < 0.05:
+        pass
+    assert 0 < contention.speed(own, 2, 0.0) <= 1
 
 
 def test_the_use_of_processors_is_told_in_shares() -> None:

@@ -18,12 +18,13 @@ GPU = msgspec.structs.replace(CPU, device="gpu", kind="gpu")
 
 @pytest.fixture
 def slots() -> Any:
-    return SimpleNamespace(busy=0, busy_s=0.0, count=2, driver=None)
+    return SimpleNamespace(busy=0, busy_s=0.0, count=2, driver=None, threads=[])
 
 
 @pytest.fixture(autouse=True)
 def _two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.host.cores", lambda: 2)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def read(slots: Any, usage: Usage, announcement: Announcement = CPU, *, siblings: float = 0.0) -> ResourceState:

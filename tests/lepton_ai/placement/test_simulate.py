@@ -56,15 +56,14 @@ def test_one_device_ends_each_job_by_lindleys_recursion(gaps: list[tuple[float, 
     np.testing.assert_allclose(found.response_s, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("load", [0.5, 0.8])
-def test_one_queue_waits_as_erlang_says(load: float) -> None:
-    assert theory.single_queue(load, 200_000).off == pytest.approx(0, abs=0.02)
-    assert theory.shared_queue(load, 4, 100_000).off == pytest.approx(0, abs=0.02)
+def test_one_queue_waits_as_erlang_says() -> None:
+    assert theory.single_queue(0.5, 200_000).off == pytest.approx(0, abs=0.02)
+    assert theory.shared_queue(0.8, 4, 200_000).off == pytest.approx(0, abs=0.02)
 
 
 @pytest.mark.parametrize("load", [0.5, 0.9])
 def test_the_better_of_two_queues_is_as_long_as_mitzenmacher_says(load: float) -> None:
-    assert theory.two_choices(load, 200, 60_000).off == pytest.approx(0, abs=0.02)
+    assert theory.two_choices(load, 200, 50_000).off == pytest.approx(0, abs=0.02)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
