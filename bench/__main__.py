@@ -6,12 +6,14 @@ import importlib
 import sys
 
 _BENCHES = {
+    "closed-loop": "learned placement against fixed routings, real workers of three kinds",
     "durability": "what it costs that an acceptance is on the disk",
     "efficiency": "how much of the machine the kernels get",
     "faults": "kills, freezes and cuts what Lepton runs on, and counts what is lost",
     "foreign": "what others' load on a host does to predictions, with and without the correction",
     "http": "jobs a second through the ingest, beside a bare echo",
     "latency": "from submit to result in hand, one job in flight, beside its peers",
+    "online": "response of every policy that places jobs as they come, over the best device's time",
     "payload": "large arrays in, beside ray and a copy in memory",
     "placement": "how near each policy comes to the optimum, and in how many milliseconds",
     "scale": "what a job costs while a million wait",
@@ -23,7 +25,7 @@ def main() -> int:
     name = next(iter(sys.argv[1:]), "--help")
     if name in _BENCHES:
         sys.argv = [f"lepton bench {name}", *sys.argv[2:]]
-        return int(importlib.import_module(f"bench.{name}").main() or 0)
+        return int(importlib.import_module(f"bench.{name.replace('-', '_')}").main() or 0)
     asked = name in ("-h", "--help")
     print("usage: lepton bench NAME [ARGUMENT...]\n", file=sys.stdout if asked else sys.stderr)
     for each, what in _BENCHES.items():

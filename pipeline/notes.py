@@ -1,4 +1,4 @@
-"""How placements are noted: those that differ in their job and their waits only are written from one encoding."""
+"""How placements are noted: those that differ in their job, reason and waits only are written from one encoding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 
 from lepton_ai.job import Estimate, Placement
 
-__all__ = ["Note", "packed"]
+__all__ = ["Note", "packed", "written"]
 
 _MSGPACK = msgspec.msgpack.Encoder()
 _FLOAT: Final = struct.Struct(">d")
@@ -24,23 +24,34 @@ def packed(seconds: float) -> bytes:
     return _FLOAT.pack(seconds)
 
 
+def written(text: str) -> bytes:
+    """A reason as `Note.of` takes it."""
+    return _MSGPACK.encode(text)
+
+
 class Note:
-    """A Placement that many jobs share but for the job and the waits: of its own device, and of each candidate."""
+    """A Placement that many jobs share but for the job, the reason and the waits.
+
+    These are of its own device, and of each candidate.
+    """
 
     def __init__(self, placement: Placement) -> None:
         candidates = [msgspec.structs.replace(each, estimate=_blank(each.estimate)) for each in placement.candidates]
         estimate = _blank(placement.estimate)
-        blank = msgspec.structs.replace(placement, job="", estimate=estimate, candidates=tuple(candidates))
-        # The job comes first, so the first empty text is its own.
-        self._head, _, rest = _MSGPACK.encode(blank).partition(_MSGPACK.encode(""))
-        self._first, *pieces = rest.split(_BLANK)
+        blank = msgspec.structs.replace(placement, job="", reason="", estimate=estimate, candidates=tuple(candidates))
+        # The job comes first, so the first empty text is its own; and no text has the mark of an empty one in it.
+        empty = _MSGPACK.encode("")
+        self._head, _, rest = _MSGPACK.encode(blank).partition(empty)
+        before, name, rest = rest.partition(b"reason" + empty)
+        self._first = before + name.removesuffix(empty)
+        self._second, *pieces = rest.split(_BLANK)
         self._own = pieces.pop(0) if estimate is not None else None
         waiting = [at for at, each in enumerate(candidates) if each.estimate is not None]
         self._pieces = list(zip(waiting, pieces, strict=True))
 
-    def of(self, job: str, wait: bytes, waits: Sequence[bytes]) -> bytes:
-        """The encoded Placement of a job: with the wait of its own device, and those of all candidates."""
-        parts = [self._head, _MSGPACK.encode(job), self._first]
+    def of(self, job: str, reason: bytes, wait: bytes, waits: Sequence[bytes]) -> bytes:
+        """The encoded Placement of a job: why, with the wait of its own device, and those of all candidates."""
+        parts = [self._head, _MSGPACK.encode(job), self._first, reason, self._second]
         if self._own is not None:
             parts += (wait, self._own)
         for at, piece in self._pieces:

@@ -63,13 +63,15 @@ class Outgoing:
         if job.deadline_at is not None:
             step.deadlines[job.kernel] = min(job.deadline_at, step.deadlines.get(job.kernel, job.deadline_at))
 
-    def note(self, job: ClaimedJob, note: Note, wait: bytes, waits: Sequence[bytes]) -> None:
-        """Keeps where the jobs of a message go, and how they wait: of their own device, and of each candidate."""
+    def note(self, job: ClaimedJob, note: Note, reason: bytes, wait: bytes, waits: Sequence[bytes]) -> None:
+        """Keeps where the jobs of a message go, why, and how they wait: of their device, and of each candidate."""
         here = self._step.placements.setdefault(noted_in(job.id, self._now), {})
-        if (shared := bundle.noted_as(job.id, job.options)) is not None:
-            here[shared] = bundle.shared_note(note.of(job.id, wait, waits), len(job.ids))
+        if job.options.bundle is None:
+            here[job.id] = note.of(job.id, reason, wait, waits)
+        elif (shared := bundle.noted_as(job.id, job.options)) is not None:
+            here[shared] = bundle.shared_note(note.of(job.id, reason, wait, waits), len(job.ids))
         else:
-            here |= {its_id: note.of(its_id, wait, waits) for its_id in job.ids}
+            here |= {its_id: note.of(its_id, reason, wait, waits) for its_id in job.ids}
 
     def _leaves(self, job: ClaimedJob) -> None:
         self.left.append(job)

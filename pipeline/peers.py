@@ -22,15 +22,15 @@ _BACK: Final = ("job.parked", "job.scheduled")
 
 
 class Peers:
-    """True while there are other routers. Used by the router's thread."""
+    """As many as there are. Used by the router's thread."""
 
     def __init__(self, incarnation: str, cluster: Cluster) -> None:
         self._incarnation = incarnation
         self._cluster = cluster
         self._alive: set[str] = set()
 
-    def __bool__(self) -> bool:
-        return bool(self._alive)
+    def __len__(self) -> int:
+        return len(self._alive)
 
     def alive(self, routers: Iterable[str]) -> None:
         """These hold a lease now, ours among them."""

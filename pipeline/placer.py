@@ -9,7 +9,7 @@ from lepton_ai.placement.problem import UNPLACED
 from pipeline.cluster import Cluster
 from pipeline.credit import Credit
 from pipeline.node import Narrator
-from pipeline.notes import Note, packed
+from pipeline.notes import Note, packed, written
 from pipeline.outgoing import Outgoing
 from pipeline.planner import Decision, Planner
 from pipeline.probes import Probes
@@ -46,89 +46,94 @@ class Placer:
         """Dispatches those of these jobs whose devices have room, and parks those that have none; returns them all."""
         now = self._broker.now()
         decision = self._planner.decide(jobs, self._cluster, now, is_deep=is_deep)
-        outgoing = self._fill(jobs, decision, now)
+        outgoing, chosen, gone = self._fill(jobs, decision, now)
         if outgoing.left:
             self._broker.dispatch(outgoing.dispatch(self._broker.incarnation, self._narrator))
+        self._planner.placed(jobs, decision, chosen, gone)
         return outgoing.left
 
-    def _fill(self, jobs: Sequence[ClaimedJob], decision: Decision, now: float) -> Outgoing:
+    def _fill(
+        self, jobs: Sequence[ClaimedJob], decision: Decision, now: float
+    ) -> tuple[Outgoing, list[int], list[bool]]:
+        """What is to be sent, the device of each job, and whether it goes."""
         pricing, problem, devices = decision.pricing, decision.problem, self._cluster.devices
-        chosen_by_policy = decision.plan.device.tolist()
-        outgoing = Outgoing([device.name for device in devices], now)
-        probes = self._probes.choose(
-            jobs, pricing, chosen_by_policy, now, lambda at: self._credit.has_room(devices[at])
-        )
-        notes: dict[tuple[str, int, int, bool, Reason], Note] = {}
+        planned, has_room = decision.plan.device.tolist(), self._credit.has_room
+        names, capacity = [device.name for device in devices], [device.capacity for device in devices]
+        outgoing = Outgoing(names, now)
+        probes = self._probes.choose(jobs, pricing, planned, now, lambda at: has_room(devices[at]))
+        notes: dict[tuple[int, int, bool], Note] = {}
+        reasons: dict[tuple[Reason, int, int], bytes] = {}
         ready = problem.ready.tolist()
         waits = [packed(each) for each in ready]
         tail = None if problem.tail is None else problem.tail.tolist()
-        rows = pricing.problem.seconds.tolist()
-        for at, (job, kind, planned) in enumerate(zip(jobs, pricing.kinds, chosen_by_policy, strict=True)):
-            chosen, row = probes.get(at, planned), rows[at]
+        rows, together = decision.seconds.tolist(), decision.together
+        found, gone = [probes.get(at, device) for at, device in enumerate(planned)], [True] * len(jobs)
+        for at, (job, kind, chosen) in enumerate(zip(jobs, pricing.kinds, found, strict=True)):
+            row = rows[at]
             if chosen == UNPLACED:
-                self._cluster.finished(job.id)  # it may have come back from a device that died
-                alike = (job.kernel, kind, chosen, False, Reason())
-                if (note := notes.get(alike)) is None:
-                    note = notes[alike] = Note(self._parked(job, pricing.candidates[kind], now))
-                outgoing.note(job, note, b"", waits)
+                if (note := notes.get((kind, chosen, False))) is None:
+                    note = notes[kind, chosen, False] = self._parked(job, pricing.candidates[kind], now)
+                outgoing.note(job, note, written(self._nowhere(job)), b"", waits)
                 outgoing.park(job)
+                self._cluster.finished(job.id)  # it may have come back from a device that died
                 continue
             device, need_s = devices[chosen], row[chosen]
-            if not self._credit.has_room(device):
-                ready[chosen] += need_s / device.capacity
-                waits[chosen] = packed(ready[chosen])
-                continue
-            is_in_time = None
-            if job.deadline_at is not None:
-                late_s = need_s if tail is None else tail[at][chosen]
-                is_in_time = ready[chosen] + late_s <= job.deadline_at - now
-            why = reason(chosen, ready, row, is_probe=at in probes, makes_deadline=is_in_time)
-            alike = (job.kernel, kind, chosen, job.sent_at > 0, why)
-            if (note := notes.get(alike)) is None:
-                self._regret.watch(job.id, chosen, ready, row)
-                note = notes[alike] = Note(self._placed(job, pricing.candidates[kind], chosen, now, why, decision))
-            outgoing.note(job, note, waits[chosen], waits)
-            each_s = need_s / len(job.ids)
-            outgoing.give(job, chosen, each_s)
-            ready[chosen] += need_s / device.capacity
+            if has_room(device):
+                is_in_time = None
+                if job.deadline_at is not None:
+                    late_s = need_s if tail is None else tail[at][chosen]
+                    is_in_time = ready[chosen] + late_s <= job.deadline_at - now
+                why = reason(chosen, ready, row, together[at], is_probe=at in probes, makes_deadline=is_in_time)
+                alike = (kind, chosen, job.sent_at > 0)
+                if (note := notes.get(alike)) is None:
+                    self._regret.watch(job.id, chosen, ready, row)
+                    note = notes[alike] = self._note(job, pricing.candidates[kind], chosen, now, decision.policy)
+                if (text := reasons.get((why, kind, chosen))) is None:
+                    told = why.text(names, job.kernel, chosen, _able(pricing.candidates[kind]), decision.policy)
+                    text = reasons[why, kind, chosen] = written(told)
+                outgoing.note(job, note, text, waits[chosen], waits)
+                each_s = need_s / len(job.ids)
+                outgoing.give(job, chosen, each_s)
+                for its_id in job.ids:
+                    self._cluster.dispatched(its_id, device.name, each_s, 1 / len(job.ids))
+                if at in probes:
+                    self._probes.sent(job, device.name)
+            else:
+                gone[at] = False
+            ready[chosen] += need_s / capacity[chosen]
             waits[chosen] = packed(ready[chosen])
-            for its_id in job.ids:
-                self._cluster.dispatched(its_id, device.name, each_s, 1 / len(job.ids))
-            if at in probes:
-                self._probes.sent(job, device.name)
-        return outgoing
+        return outgoing, found, gone
 
-    def _placed(
-        self,
-        job: ClaimedJob,
-        candidates: tuple[Candidate, ...],
-        chosen: int,
-        now: float,
-        why: Reason,
-        decision: Decision,
-    ) -> Placement:
-        """Where a job goes and why, as if it had not to wait there."""
+    def _note(self, job: ClaimedJob, candidates: tuple[Candidate, ...], chosen: int, now: float, policy: str) -> Note:
+        """Where a job goes, as if it had not to wait there."""
         best = candidates[chosen]
-        able = sum(candidate.estimate is not None for candidate in candidates)
-        names = [candidate.device for candidate in candidates]
-        return Placement(
+        placement = Placement(
             job.id,
             job.kernel,
             "placed",
-            why.text(names, job.kernel, chosen, able, decision.policy),
+            "",
             now,
             self._broker.incarnation,
             best.device,
             best.estimate,
             candidates,
-            decision.policy,
+            policy,
             job.sent_at > 0,
         )
+        return Note(placement)
 
-    def _parked(self, job: ClaimedJob, candidates: tuple[Candidate, ...], now: float) -> Placement:
-        pinned = f" on {job.options.device}" if job.options.device else ""
-        text = f"no live device can run {job.kernel}{pinned}; it waits for one that announces it"
-        if beyond := [each for each in self._cluster.devices if each.serves(job.kernel, job.options.device)]:
+    def _parked(self, job: ClaimedJob, candidates: tuple[Candidate, ...], now: float) -> Note:
+        router = self._broker.incarnation
+        return Note(Placement(job.id, job.kernel, "parked", "", now, router, candidates=candidates))
+
+    def _nowhere(self, job: ClaimedJob) -> str:
+        pin = job.options.device
+        if beyond := [each for each in self._cluster.devices if each.serves(job.kernel, pin)]:
             told = "; ".join(f"{each.name}: {each.reason}" for each in beyond)
-            text = f"every device that can run it is beyond its limits, and it waits for one to come back ({told})"
-        return Placement(job.id, job.kernel, "parked", text, now, self._broker.incarnation, candidates=candidates)
+            return f"every device that can run it is beyond its limits, and it waits for one to come back ({told})"
+        pinned = f" on {pin}" if pin else ""
+        return f"no live device can run {job.kernel}{pinned}; it waits for one that announces it"
+
+
+def _able(candidates: Sequence[Candidate]) -> int:
+    return sum(candidate.estimate is not None for candidate in candidates)

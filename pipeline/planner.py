@@ -19,9 +19,11 @@ import structlog
 from lepton_ai import topology
 from lepton_ai.job import Estimate
 from lepton_ai.placement import policies
+from lepton_ai.placement.batches import Group, batched
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.deadlines import in_time
 from lepton_ai.placement.problem import Floats, Plan, Policy, Problem
+from lepton_ai.placement.tolls import Tolls
 from lepton_ai.settings import Settings
 from pipeline.cluster import Cluster
 from pipeline.pricing import Pricing, price
@@ -33,12 +35,14 @@ __all__ = ["Decision", "Planner"]
 DEEP: Final = 256
 #: The deep policy may take one part of so many of a router's time.
 _PART: Final = 5
+#: So many groups of jobs that are alike are looked at as batches, each for 0.05 ms.
+_MOST_GROUPS: Final = 4
 #: From so many costs on (jobs times devices) a compiled loop is worth loading Numba for, and until it is there the same
 #: loop runs plain: 0.7 s and 80 MB against 0.3 ms a window (docs/decisions/0023).
 _WORTH_COMPILING: Final = 512
 #: The policy that runs compiled or plain, as asked.
 _COMPILED: Final = "externality"
-#: Jobs after which the mean of what jobs take on their best device has forgotten two thirds of the ones before.
+#: Messages after which the mean of the jobs in them has forgotten two thirds of the ones before.
 _REMEMBERED: Final = 1000
 #: Of log(real / predicted), in standard deviations: what is exceeded once in twenty.
 _P95: Final = 1.75
@@ -47,13 +51,17 @@ log = structlog.get_logger()
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """What was known of some jobs, and the device for each."""
+    """What was known of some messages, and the device for each."""
 
     pricing: Pricing
     problem: Problem
-    """The pricing's, with the terms of jobs and devices in it."""
+    """The pricing's, with the terms that the jobs set."""
     plan: Plan
     policy: str
+    seconds: Floats
+    """[message, device]: what it takes there, with its share of the launch."""
+    together: Sequence[int]
+    """[message]: how many jobs go along in its batch, or the 1 that it is."""
 
 
 class Planner:
@@ -66,15 +74,24 @@ class Planner:
         policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._settings = settings
         self._model = model
         self._clock = clock
         self._online = policy or _plain(settings.policy)
         self._wanted = [] if policy is not None else _later(settings)
         """What is loaded once windows are large enough to pay for it."""
         self._compiled: Policy | None = None
+        self._is_plain = True
+        """Whether the tolls' loops are."""
         self._deep: Policy | None = None
         self._deep_at = -math.inf
-        self._typical_s = 0.0
+        self.share = 1.0
+        """The part of all jobs that is placed here, of several routers side by side."""
+        self._devices: list[str] = []
+        self._tolls = Tolls(0, is_compiled=False)
+        """Of these devices."""
+        self._jobs_each = 1.0
+        """Running mean of the jobs in a message."""
 
     @property
     def name(self) -> str:
@@ -84,7 +101,7 @@ class Planner:
     @property
     def typical_s(self) -> float:
         """What a job lately takes on the device best for it, on the mean; 0 before the first."""
-        return self._typical_s
+        return (self._tolls.typical_s or 0.0) / self._jobs_each
 
     def wants(self, waiting: int, room: int) -> bool:
         """Whether the deep policy should look at what waits: more jobs than there is room for, and hundreds."""
@@ -95,20 +112,81 @@ class Planner:
 
     def decide(self, jobs: Sequence[ClaimedJob], cluster: Cluster, now: float, *, is_deep: bool = False) -> Decision:
         """Prices jobs and places them; `now` is in seconds since the epoch."""
+        self._look_at(cluster)
         pricing = price(jobs, cluster, self._model)
         problem = self._with_terms(pricing, jobs, now)
-        # One kind goes anywhere in its turn, and deadlines are the online policy's.
-        if self._deep is not None and is_deep and len(pricing.candidates) > 1 and problem.deadline is None:
-            started = self._clock()
-            plan = self._deep.place(problem)
-            ended = self._clock()
-            self._deep_at = ended + (_PART - 1) * (ended - started)
-            return Decision(pricing, problem, plan, self._deep.name)
-        policy = self._online
-        if problem.seconds.size >= _WORTH_COMPILING:
-            self._warm()
-            policy = self._compiled or policy
-        return Decision(pricing, problem, policy.place(problem), policy.name)
+        is_deep &= len(pricing.candidates) > 1
+        groups = self._groups(pricing, jobs, cluster)
+        if not groups:
+            plan, name = self._place(problem, is_deep=is_deep)
+            return Decision(pricing, problem, plan, name, pricing.problem.seconds, [1] * len(jobs))
+        count = np.array([len(job.ids) for job in jobs], np.intp)
+        batches = batched(problem, count, groups)
+        seconds = batches.each_s[batches.row] * count[:, np.newaxis]
+        plan, name = self._place(batches.problem, is_deep=is_deep)
+        return Decision(pricing, problem, batches.plan(plan), name, seconds, batches.size[batches.row].tolist())
+
+    def placed(self, jobs: Sequence[ClaimedJob], decision: Decision, device: Sequence[int], gone: list[bool]) -> None:
+        """These jobs went to these devices, but for those that wait to be placed again: it is learned from."""
+        problem = msgspec.structs.replace(decision.pricing.problem, seconds=decision.seconds)
+        if self._compiled is not None and self._is_plain:
+            self._tolls, self._is_plain = self._tolls.compiled(), False
+        self._tolls.placed(problem, np.array(device, np.intp), gone)
+        if jobs:
+            kept = math.exp(-len(jobs) / _REMEMBERED)
+            self._jobs_each = kept * self._jobs_each + (1 - kept) * sum([len(job.ids) for job in jobs]) / len(jobs)
+
+    def _place(self, problem: Problem, *, is_deep: bool) -> tuple[Plan, str]:
+        """What the policy for a problem says, and its name."""
+        tolls = self._tolls
+        problem = msgspec.structs.replace(problem, typical_s=tolls.typical_s, pressure=tolls.pressure, toll=tolls.toll)
+        policy = self._policy(problem, is_deep)
+        if policy is not self._deep:
+            return policy.place(problem), policy.name
+        started = self._clock()
+        plan = policy.place(problem)
+        ended = self._clock()
+        self._deep_at = ended + (_PART - 1) * (ended - started)
+        return plan, policy.name
+
+    def _look_at(self, cluster: Cluster) -> None:
+        """Brings the tolls up to now; of other devices they are learned anew."""
+        devices = [device.name for device in cluster.devices]
+        if devices != self._devices:
+            self._devices, self._is_plain = devices, self._compiled is None
+            self._tolls = Tolls(len(devices), is_compiled=not self._is_plain)
+        self._tolls.share = self.share
+        self._tolls.advance(self._clock())
+
+    def _policy(self, problem: Problem, is_deep: bool) -> Policy:
+        """The policy for a problem; one kind goes anywhere in its turn, and deadlines are the online policy's."""
+        if self._deep is not None and is_deep and problem.deadline is None:
+            return self._deep
+        if problem.seconds.size < _WORTH_COMPILING:
+            return self._online
+        self._warm()
+        return self._compiled or self._online
+
+    def _groups(self, pricing: Pricing, jobs: Sequence[ClaimedJob], cluster: Cluster) -> list[Group]:
+        """Which of these jobs may share launches, and are alike: the largest groups."""
+        if len(jobs) == 1 and len(jobs[0].ids) == 1:
+            return []  # it goes at once, and alone
+        offers = {kernel: cluster.offer(kernel) for kernel in {job.kernel for job in jobs}}
+        sharing = {kernel for kernel, offer in offers.items() if offer is not None and offer.spec.batch is not None}
+        if not sharing:
+            return []
+        found: dict[tuple[int, int], list[int]] = {}
+        for at, (job, kind) in enumerate(zip(jobs, pricing.kinds, strict=True)):
+            if job.kernel in sharing and job.deadline_at is None and not job.alone:
+                found.setdefault((kind, job.line[0]), []).append(at)
+        groups = []
+        for members in sorted(found.values(), key=len, reverse=True)[:_MOST_GROUPS]:
+            job = jobs[members[0]]
+            if len(members) == 1 and len(job.ids) == 1:
+                continue
+            launch = [self._model.launch_s(job.kernel, device.name, device.peaks) for device in cluster.devices]
+            groups.append(Group(np.array(members), np.array(launch), self._settings.batch_jobs))
+        return groups
 
     def _warm(self) -> None:
         """Has what is wanted loaded and compiled, while the plain loop serves."""
@@ -131,7 +209,7 @@ class Planner:
 
     def _with_terms(self, pricing: Pricing, jobs: Sequence[ClaimedJob], now: float) -> Problem:
         problem = pricing.problem
-        changed: dict[str, object] = {"typical_s": self._learn_typical(problem.seconds)}
+        changed: dict[str, object] = {}
         if any(job.options.priority is not None for job in jobs):
             urgencies = np.array([job.options.urgency for job in jobs], np.float64)
             changed["weight"] = urgencies / topology.DEFAULT_PRIORITY
@@ -139,18 +217,8 @@ class Planner:
             left = [math.inf if job.deadline_at is None else job.deadline_at - now for job in jobs]
             changed["deadline"] = np.array(left, np.float64)
             changed["tail"] = problem.tail if problem.tail is not None else _tail(pricing)
-        problem = msgspec.structs.replace(problem, **changed)
-        return problem if problem.deadline is None else in_time(problem)
-
-    def _learn_typical(self, seconds: Floats) -> float | None:
-        """The running mean of what jobs take on the device best for each, these among them."""
-        best = seconds.min(axis=1, initial=math.inf)
-        best = best[best < math.inf]
-        if best.size:
-            mean_s = float(best.mean())
-            kept = math.exp(-best.size / _REMEMBERED) if self._typical_s else 0.0
-            self._typical_s = max(kept * self._typical_s + (1 - kept) * mean_s, 1e-12)
-        return self._typical_s or None
+            return in_time(msgspec.structs.replace(problem, **changed))
+        return msgspec.structs.replace(problem, **changed) if changed else problem
 
 
 def _plain(name: str) -> Policy:

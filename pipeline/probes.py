@@ -23,6 +23,8 @@ ENOUGH: Final = 2
 #: A job is a probe where it would end within so many times its best, or within so many seconds.
 _TIMES: Final = 4.0
 _CHEAP_S: Final = 0.002
+#: So many jobs of a kernel are looked at in a step.
+_LOOKED_AT: Final = 8
 #: A first prediction may be out by this much: a job with a deadline must be in time even so.
 _CAUTION: Final = 10.0
 
@@ -66,11 +68,13 @@ class Probes:
         if not any(wanted.values()):
             return found
         ready = pricing.problem.ready
+        looked = dict.fromkeys(wanted, 0)
         for at, job in enumerate(jobs):
             lacking = wanted.get(job.kernel)
-            if not lacking or device[at] == UNPLACED or not self._can_afford(job):
+            if not lacking or device[at] == UNPLACED or looked[job.kernel] >= _LOOKED_AT:
                 continue
-            if self._launches(job.kernel, device[at]) < ENOUGH:
+            looked[job.kernel] += 1
+            if not self._can_afford(job) or self._launches(job.kernel, device[at]) < ENOUGH:
                 continue
             finish = ready + pricing.problem.seconds[at]
             most_s = max(_TIMES * finish.min(), _CHEAP_S)

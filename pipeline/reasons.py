@@ -27,10 +27,13 @@ class Reason(msgspec.Struct, frozen=True):
     is_probe: bool = False
     makes_deadline: bool | None = None
     """Whether it ends in time nineteen times in twenty; None where it has no deadline."""
+    together: int = 1
+    """With how many jobs it is to share launches, itself counted."""
 
     def text(self, devices: Sequence[str], kernel: str, chosen: int, able: int, policy: str) -> str:
         """A sentence for whoever asks why."""
-        return f"{self._choice(devices, kernel, chosen, able, policy)}{_DEADLINE[self.makes_deadline]}"
+        batch = f", {self.together} jobs together" if self.together > 1 else ""
+        return f"{self._choice(devices, kernel, chosen, able, policy)}{batch}{_DEADLINE[self.makes_deadline]}"
 
     def _choice(self, devices: Sequence[str], kernel: str, chosen: int, able: int, policy: str) -> str:
         if able == 1:
@@ -54,16 +57,18 @@ def reason(
     chosen: int,
     waits: Sequence[float],
     seconds: Sequence[float],
+    together: int = 1,
     *,
     is_probe: bool = False,
     makes_deadline: bool | None = None,
 ) -> Reason:
     """Why a job goes to a device that would have it wait `waits[device]` and then need `seconds[device]`."""
-    later_s = waits[chosen] + seconds[chosen] - min(map(add, waits, seconds))
-    if is_probe or later_s < _LEAST_S:
-        return _FIRST if not is_probe and makes_deadline is None else Reason(0.0, -1, is_probe, makes_deadline)
     finishes = list(map(add, waits, seconds))
-    return Reason(float(f"{later_s:.0e}"), finishes.index(min(finishes)), is_probe, makes_deadline)
+    later_s = finishes[chosen] - (soonest := min(finishes))
+    if later_s < _LEAST_S:
+        is_plain = not is_probe and makes_deadline is None and together == 1
+        return _FIRST if is_plain else Reason(0.0, -1, is_probe, makes_deadline, together)
+    return Reason(float(f"{later_s:.0e}"), finishes.index(soonest), is_probe, makes_deadline, together)
 
 
 _FIRST: Final = Reason()

@@ -431,6 +431,7 @@ class _Session:
         self._endings.expire(self._window.expired(self._broker.now()))
         self._refresh()
         self._peers.alive(routers(self._main))
+        self._planner.share = 1 / (1 + len(self._peers))
         names = [device.name for device in self._cluster.devices]
         if moved := self._broker.take_back(names):
             log.warning("messages_taken_back", count=moved, live=names)

@@ -125,6 +125,10 @@ class CostModel:
         """How many launches of a kernel on a device were learned from."""
         return line.n if (line := self._runs.get((kernel, device))) is not None else 0
 
+    def launch_s(self, kernel: str, device: str, peaks: Peaks) -> float:
+        """What a launch takes however many jobs are in it."""
+        return (self._runs.get((kernel, device)) or _first_run(peaks)).fixed * _FIXED_S
+
     def learn(self, seen: Observation, peaks: Peaks) -> None:
         """Folds in one launch. What is no time or no bound (nought, negative, absurd, not finite) is left out."""
         if seen.jobs < 1:

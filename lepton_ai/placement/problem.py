@@ -44,6 +44,11 @@ class Problem(msgspec.Struct, frozen=True):
     """[device]: what a second of it costs, in money or joules, for policies whose objective that is."""
     typical_s: float | None = None
     """The mean time that jobs lately took on the device best for each; of these jobs where unset."""
+    pressure: Floats | None = None
+    """[device]: how many jobs a second of what it has to do comes to delay for each second that is added to it, as
+    `Tolls` learns it."""
+    toll: Floats | None = None
+    """[device]: seconds by which a second given to it has lately delayed others, as `Tolls` learns it."""
 
     @property
     def jobs(self) -> int:

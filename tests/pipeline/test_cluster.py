@@ -252,3 +252,12 @@ def test_share_and_speed_stay_between_the_least_and_the_most_of_the_workers(
     assert min(shares) - 1e-9 <= device.share <= max(shares) + 1e-9
     assert min(speeds) - 1e-9 <= device.speed <= max(speeds) + 1e-9
     assert (device.share == 0) == (max(shares) == 0)
+
+
+def test_jobs_whose_ends_are_never_told_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.cluster._MOST_OUTSTANDING", 3)
+    found = cluster(worker("1", "cpu"))
+    for job in "abcde":
+        found.dispatched(job, "cpu", 1.0)
+    found.dispatched("e", "cpu", 2.0)  # is known, and so no more than there were
+    assert (found.outstanding_jobs("cpu"), found.outstanding_s("cpu")) == (3, 4.0)

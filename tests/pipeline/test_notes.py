@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lepton_ai.job import Candidate, Estimate, Placement
-from pipeline.notes import Note, packed
+from pipeline.notes import Note, packed, written
 
 numbers = st.floats(0, 1e12)
 estimates = st.builds(Estimate, st.just(0.0), numbers, numbers, numbers)
@@ -30,13 +30,16 @@ def waiting(estimate: Estimate | None, wait_s: float) -> Estimate | None:
     return None if estimate is None else msgspec.structs.replace(estimate, wait_s=wait_s)
 
 
-@given(placements, st.text(max_size=300), st.lists(numbers, min_size=5, max_size=5))
-def test_a_note_is_the_placement_of_its_job_with_its_waits(placement: Placement, job: str, waits: list[float]) -> None:
+@given(placements, st.text(max_size=300), st.text(max_size=300), st.lists(numbers, min_size=5, max_size=5))
+def test_a_note_is_the_placement_of_its_job_with_its_reason_and_its_waits(
+    placement: Placement, job: str, reason: str, waits: list[float]
+) -> None:
     own, *others = waits
-    found = Note(placement).of(job, packed(own), [packed(each) for each in others])
+    found = Note(placement).of(job, written(reason), packed(own), [packed(each) for each in others])
     meant = msgspec.structs.replace(
         placement,
         job=job,
+        reason=reason,
         estimate=waiting(placement.estimate, own),
         candidates=tuple(
             msgspec.structs.replace(each, estimate=waiting(each.estimate, wait_s))

@@ -101,3 +101,38 @@ def test_asking_again_before_the_answer_asks_once(broker: Broker, link: Connecti
     emit(broker, "one")
     assert names(stream.answer()) == ["one"]
     assert link.call("PING") == b"PONG"
+
+
+def test_what_has_come_is_caught_up_with_while_the_stream_is_waited_on_and_is_not_told_again(
+    broker: Broker, link: Connection, connection: Connection
+) -> None:
+    stream = EventStream(link)
+    stream.ask()
+    assert stream.catch_up(connection) == []
+    emit(broker, "first")
+    emit(broker, "second", "third")
+    assert names(stream.catch_up(connection)) == ["first", "second", "third"]
+    assert stream.answer() == []  # the first woke it
+    stream.ask()
+    emit(broker, "fourth")
+    assert names(stream.answer()) == ["fourth"]
+    assert stream.catch_up(connection) == []
+
+
+def test_what_came_after_the_catching_up_is_told_by_the_answer(
+    broker: Broker, link: Connection, connection: Connection
+) -> None:
+    stream = EventStream(link)
+    emit(broker, "first")
+    stream.catch_up(connection)
+    stream.ask()
+    emit(broker, "second")
+    assert names(stream.answer()) == ["second"]
+
+
+def test_thousands_of_entries_are_caught_up_with_at_once(
+    broker: Broker, link: Connection, connection: Connection
+) -> None:
+    stream = EventStream(link)
+    connection.many([event_command(event.encode(happened(str(number))), 10_000) for number in range(1500)])
+    assert names(stream.catch_up(connection)) == [str(number) for number in range(1500)]
