@@ -79,6 +79,11 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         return topology.DEFAULT_PRIORITY if self.priority is None else self.priority
 
 
+#: So many standard deviations of its log above its estimate is what a run exceeds once in twenty. Of a normal law it
+#: would be 1.645; runs have heavier tails.
+TAIL: Final = 1.75
+
+
 class Estimate(msgspec.Struct, frozen=True):
     """What a device was predicted to need for a job, in seconds."""
 
@@ -91,6 +96,11 @@ class Estimate(msgspec.Struct, frozen=True):
     @property
     def finish_s(self) -> float:
         return self.wait_s + self.transfer_s + self.run_s
+
+    @property
+    def tail_s(self) -> float:
+        """What transfer and run together exceed once in twenty: what deadlines go by."""
+        return self.transfer_s + self.run_s * math.exp(TAIL * self.spread)
 
 
 class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
