@@ -10,6 +10,7 @@ _BENCHES = {
     "durability": "what it costs that an acceptance is on the disk",
     "efficiency": "how much of the machine the kernels get",
     "faults": "kills, freezes and cuts what Lepton runs on, and counts what is lost",
+    "foreign": "what others' load on a host does to predictions, with and without the correction",
     "http": "jobs a second through the ingest, beside a bare echo",
     "latency": "from submit to result in hand, one job in flight, beside its peers",
     "learning": "how well, and how soon, costs are predicted",

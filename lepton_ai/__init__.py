@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lepton_ai.async_handle import AsyncJobHandle
     from lepton_ai.client import Client
     from lepton_ai.dead import DeadLetter
-    from lepton_ai.device import Announcement, Peaks
+    from lepton_ai.device import Announcement, DeviceState, Peaks, ResourceState
     from lepton_ai.errors import LeptonError
     from lepton_ai.event import CloudEvent
     from lepton_ai.handle import JobHandle
@@ -28,6 +28,7 @@ __all__ = [
     "CloudEvent",
     "Cost",
     "DeadLetter",
+    "DeviceState",
     "Estimate",
     "JobHandle",
     "Kernel",
@@ -35,6 +36,7 @@ __all__ = [
     "LeptonError",
     "Peaks",
     "Placement",
+    "ResourceState",
     "job_id",
 ]
 
@@ -50,6 +52,7 @@ _MODULES = {
     "CloudEvent": "event",
     "Cost": "job",
     "DeadLetter": "dead",
+    "DeviceState": "device",
     "Estimate": "job",
     "JobHandle": "handle",
     "Kernel": "kernel",
@@ -57,6 +60,7 @@ _MODULES = {
     "LeptonError": "errors",
     "Peaks": "device",
     "Placement": "job",
+    "ResourceState": "device",
     "job_id": "idempotency",
 }
 

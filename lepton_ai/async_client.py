@@ -71,9 +71,10 @@ class AsyncClient:
         delay_s: float | None = None,
         deadline_s: float | None = None,
         limit_s: float | None = None,
+        must_meet: bool = False,
     ) -> AsyncJobHandle:
         """Submits one job; when this returns, the broker has it: see `Client.submit`."""
-        terms = asked(priority, device, delay_s, deadline_s, limit_s)
+        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet)
         return (await self._connection.submit(kernel, [arguments], terms, None if key is None else [key]))[0]
 
     async def submit_many(
@@ -87,9 +88,10 @@ class AsyncClient:
         delay_s: float | None = None,
         deadline_s: float | None = None,
         limit_s: float | None = None,
+        must_meet: bool = False,
     ) -> list[AsyncJobHandle]:
         """Submits one job for each row of arguments, many of them to a round trip."""
-        terms = asked(priority, device, delay_s, deadline_s, limit_s)
+        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet)
         return await self._connection.submit(kernel, rows, terms, keys, patient=True)
 
     def map(
@@ -103,6 +105,7 @@ class AsyncClient:
         delay_s: float | None = None,
         deadline_s: float | None = None,
         limit_s: float | None = None,
+        must_meet: bool = False,
     ) -> AsyncGenerator[AsyncJobHandle, None]:
         """Submits a job for each row as there is room, and hands out each once it has ended: see `Client.map`.
 
@@ -111,7 +114,9 @@ class AsyncClient:
         landed while the caller does something else, up to the window. Leaving early ends that: at once by
         `contextlib.aclosing(lepton.map(...))` or `aclose()`, soon after where the iterator is only dropped.
         """
-        return self._connection.map(kernel, rows, asked(priority, device, delay_s, deadline_s, limit_s), window)
+        return self._connection.map(
+            kernel, rows, asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet), window
+        )
 
     def job(self, job_id: str) -> AsyncJobHandle:
         """The handle of a job by its id, whoever submitted it."""

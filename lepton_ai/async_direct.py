@@ -21,7 +21,7 @@ from lepton_ai.async_events import AsyncEvents, EventWays
 from lepton_ai.async_flight import AsyncFlight, Part, Rows, cancelled
 from lepton_ai.async_handle import AsyncJobHandle
 from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
-from lepton_ai.device import Announcement, read_leases
+from lepton_ai.device import Announcement, read_workers, worker_keys
 from lepton_ai.direct_protocol import (
     CONNECTION,
     FIRST_LOOK_S,
@@ -210,13 +210,11 @@ class AsyncDirect:
         return self._following(follow_job(job_id, timeout_s=timeout_s))
 
     async def announcements(self) -> list[Announcement]:
-        """Every worker that is alive, in the order of their devices' names."""
+        """Every worker that is alive, in the order of their devices' names, and its state."""
         with self._asking():
-            incarnations = await self._redis.smembers(topology.HOLDERS)
-            leases = await self._redis.mget(
-                [topology.lease(name.decode(errors="replace")) for name in incarnations] or [topology.LANE]
-            )
-        return read_leases(leases)
+            holders = await self._redis.smembers(topology.HOLDERS)
+            values = await self._redis.mget(worker_keys(holders))
+        return read_workers(values)
 
     async def dead(self, limit: int, job: str | None) -> list[DeadLetter]:
         with self._asking():

@@ -80,6 +80,7 @@ class Client:
         delay_s: float | None = None,
         deadline_s: float | None = None,
         limit_s: float | None = None,
+        must_meet: bool = False,
     ) -> JobHandle:
         """Submits one job; when this returns, the broker has it.
 
@@ -89,6 +90,11 @@ class Client:
         `delay_s`: it is not run before (at most 30 days from now). `deadline_s`: where it has not begun to run by then,
         it expires, and `result()` raises JobExpired. `limit_s`: where it runs longer, TimeLimitExceeded.
 
+        `must_meet` refuses the job where it is estimated not to have ended by its `deadline_s`: DeadlineUnattainable,
+        over HTTP raised here, straight to the broker by `result()`. The estimate is what is exceeded once in twenty on
+        the device where the job would end soonest, with what waits before it. Where a device that can run it has not
+        been measured a few times, nobody can say, and it is accepted.
+
         `key` makes it the only job of that idempotency key (1 to 255 characters): whoever submits the same job with the
         same key, before, now or later, gets the same id and result. So what was perhaps accepted (BrokerUnavailable)
         may be submitted again. A key is remembered until its job's result is forgotten. Raises KeyConflict where it
@@ -97,7 +103,7 @@ class Client:
         Over HTTP raises QuotaExceeded where too much of this tenant waits already, and Overloaded where too much does
         altogether; their `retry_after_s` says when to try again.
         """
-        terms = asked(priority, device, delay_s, deadline_s, limit_s)
+        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet)
         return self._connection.submit(kernel, [arguments], terms, None if key is None else [key])[0]
 
     def submit_many(
@@ -111,6 +117,7 @@ class Client:
         delay_s: float | None = None,
         deadline_s: float | None = None,
         limit_s: float | None = None,
+        must_meet: bool = False,
     ) -> list[JobHandle]:
         """Submits one job for each row of arguments, many of them to a round trip: see `submit`.
 
@@ -118,7 +125,7 @@ class Client:
         refused, the error is raised, and rows before it may have been accepted. Where an ingest takes no more for now
         (QuotaExceeded, Overloaded), it goes on trying until nothing was accepted for 30 s.
         """
-        terms = asked(priority, device, delay_s, deadline_s, limit_s)
+        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet)
         return self._connection.submit(kernel, rows, terms, keys, patient=True)
 
     def job(self, job_id: str) -> JobHandle:
@@ -136,6 +143,7 @@ class Client:
         delay_s: float | None = None,
         deadline_s: float | None = None,
         limit_s: float | None = None,
+        must_meet: bool = False,
     ) -> Generator[JobHandle, None, None]:
         """Submits a job for each row as there is room, and hands out each job once it has ended, in any order.
 
@@ -151,7 +159,7 @@ class Client:
         (over HTTP at once where rows are just being sent), and over HTTP UnknownKernel, and QuotaExceeded or Overloaded
         where for 30 s no row was accepted and no job ended.
         """
-        terms = asked(priority, device, delay_s, deadline_s, limit_s)
+        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet)
         return self._connection.map(kernel, rows, terms, window)
 
     def cancel(self, job_id: str) -> bool:
@@ -256,9 +264,12 @@ def asked(
     delay_s: float | None,
     deadline_s: float | None,
     limit_s: float | None,
+    *,
+    must_meet: bool = False,
 ) -> Terms:
     """What a caller of either client asks; OptionNotSupported names what is out of range."""
-    return Terms(Options(priority=priority, device=device, limit_s=limit_s), delay_s, deadline_s).checked()
+    options = Options(priority=priority, device=device, limit_s=limit_s, must_meet=must_meet)
+    return Terms(options, delay_s, deadline_s).checked()
 
 
 def ring_bytes() -> int:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 import msgspec
 
+from lepton_ai import topology
 from lepton_ai.errors import InvalidSettings
 from lepton_ai.kernel import DEVICE_KINDS, KernelSpec
 
-__all__ = ["Announcement", "Peaks", "ResourceState", "kind_of", "read_leases"]
+__all__ = [
+    "Announcement",
+    "DeviceState",
+    "Peaks",
+    "ResourceState",
+    "kind_of",
+    "read_leases",
+    "read_workers",
+    "worker_keys",
+]
 
 
 class Peaks(msgspec.Struct, frozen=True):
@@ -35,8 +45,22 @@ class Peaks(msgspec.Struct, frozen=True):
         )
 
 
+class DeviceState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a device with memory and sensors of its own says of itself; None for what it does not tell."""
+
+    utilization: float | None = None
+    """Share of the last interval in which anybody's kernel ran on it, 0 to 1."""
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    temperature_c: float | None = None
+    temperature_limit_c: float | None = None
+    """Where it slows itself down."""
+    power_w: float | None = None
+    power_limit_w: float | None = None
+
+
 class ResourceState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How loaded a worker and its host are: what a heartbeat carries."""
+    """How loaded a worker, its device and its host are, and what follows from that: what a heartbeat carries."""
 
     busy_slots: int
     utilization: float
@@ -46,6 +70,24 @@ class ResourceState(msgspec.Struct, frozen=True, omit_defaults=True):
     memory_used_bytes: int
     memory_total_bytes: int
     network_bytes_per_s: float = 0.0
+    """Sent and received, over all interfaces but the loopback."""
+    network_speed_bytes_per_s: float | None = None
+    """What the busiest interface can do in one direction; None where none says so."""
+    network_utilization: float | None = None
+    """And how much of that was used, in its busier direction."""
+    own_cpu: float = 0.0
+    """Share of the processors that the worker may use, and did use, 0 to 1."""
+    foreign_cpu: float = 0.0
+    """Share of them in use by neither this nor another worker of its host: load that Lepton has not caused."""
+    foreign_utilization: float | None = None
+    """Share of the device's own time that others took at least; None where the device does not tell."""
+    device: DeviceState | None = None
+    speed: float = 1.0
+    """How fast the device computes beside what else its host does, as a share of what it can alone."""
+    share: float = 1.0
+    """How much of its usual work the device may be given: 1 within its limits, 0 beyond one of them."""
+    reason: str = ""
+    """Why that is less than all of it."""
 
 
 class Announcement(msgspec.Struct, frozen=True):
@@ -63,9 +105,12 @@ class Announcement(msgspec.Struct, frozen=True):
     """Seconds since the epoch."""
     memory: str | None = None
     """The memory that its processes share with others of its host (`lepton_ai.ring.memory`)."""
+    state: ResourceState | None = None
+    """As of its last heartbeat, where somebody asks for it; it does not stand in the lease."""
 
 
 _ANNOUNCEMENT = msgspec.msgpack.Decoder(Announcement)
+_STATE = msgspec.msgpack.Decoder(ResourceState)
 
 
 def read_leases(leases: Iterable[bytes | None]) -> list[Announcement]:
@@ -74,12 +119,41 @@ def read_leases(leases: Iterable[bytes | None]) -> list[Announcement]:
     A router's lease is empty, a lapsed one is None, and one that does not decode is a worker of another release, which
     this one can neither price nor check: all three are left out.
     """
+    return _sorted(each for lease in leases if (each := _read(lease)) is not None)
+
+
+def worker_keys(holders: Iterable[bytes]) -> list[str]:
+    """What to read (in one MGET) to know of these holders of leases which are workers, and how they are."""
+    names = [each.decode(errors="replace") for each in holders]
+    # Without one there is still something to read: no MGET is empty.
+    return [*map(topology.lease, names), *map(topology.state, names)] or [topology.LANE]
+
+
+def read_workers(values: Sequence[bytes | None]) -> list[Announcement]:
+    """What stands at `worker_keys`: see `read_leases`, and each with its state."""
+    half = len(values) // 2
     found = []
-    for lease in filter(None, leases):
-        with suppress(msgspec.DecodeError, InvalidSettings):
-            each = _ANNOUNCEMENT.decode(lease)
-            if each.slots > 0 and each.peaks.are_possible() and kind_of(each.device) == each.kind:
-                found.append(each)
+    for lease, state in zip(values[:half], values[half:], strict=False):
+        if (each := _read(lease)) is not None:
+            found.append(msgspec.structs.replace(each, state=_read_state(state)))
+    return _sorted(found)
+
+
+def _read(lease: bytes | None) -> Announcement | None:
+    with suppress(msgspec.DecodeError, InvalidSettings):
+        each = _ANNOUNCEMENT.decode(lease or b"")
+        if each.slots > 0 and each.peaks.are_possible() and kind_of(each.device) == each.kind:
+            return each
+    return None
+
+
+def _read_state(value: bytes | None) -> ResourceState | None:
+    with suppress(msgspec.DecodeError):  # there is none yet, or it is another release's
+        return _STATE.decode(value or b"")
+    return None
+
+
+def _sorted(found: Iterable[Announcement]) -> list[Announcement]:
     return sorted(found, key=lambda each: (each.device, each.worker))
 
 

@@ -16,7 +16,7 @@ from redis.retry import Retry
 from lepton_ai import blob, cancellation, topology, wire
 from lepton_ai.accounts import ASK, Accounts, accounts_of, sizes_command
 from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
-from lepton_ai.device import Announcement, read_leases
+from lepton_ai.device import Announcement, read_workers, worker_keys
 from lepton_ai.direct_protocol import (
     CONNECTION,
     FIRST_LOOK_S,
@@ -228,13 +228,11 @@ class Direct:
         return self._following(follow_job(job_id, timeout_s=timeout_s))
 
     def announcements(self) -> list[Announcement]:
-        """Every worker that is alive, in the order of their devices' names."""
+        """Every worker that is alive, in the order of their devices' names, and its state."""
         with self._asking():
-            incarnations: Any = self._redis.smembers(topology.HOLDERS)
-            leases: Any = self._redis.mget(
-                [topology.lease(name.decode(errors="replace")) for name in incarnations] or [topology.LANE]
-            )
-        return read_leases(leases)
+            holders: Any = self._redis.smembers(topology.HOLDERS)
+            values: Any = self._redis.mget(worker_keys(holders))
+        return read_workers(values)
 
     def dead(self, limit: int, job: str | None) -> list[DeadLetter]:
         return self._settled(listed(limit=limit, job=job))

@@ -17,6 +17,7 @@ LeptonError                     anything of ours
 │   ├── KernelFailed            its kernel raised
 │   ├── JobCancelled            it was revoked before it finished
 │   ├── JobExpired              its deadline passed before it could run
+│   ├── DeadlineUnattainable    it must meet its deadline, and is estimated not to
 │   ├── TimeLimitExceeded       it ran longer than it may
 │   ├── JobDead                 it killed the workers that ran it, or its retries are used up
 │   ├── BlobLost                an argument or result that was kept outside the message is gone
@@ -39,6 +40,7 @@ from typing import Any, ClassVar, Final
 __all__ = [
     "BlobLost",
     "BrokerUnavailable",
+    "DeadlineUnattainable",
     "Fenced",
     "InvalidArguments",
     "InvalidKernel",
@@ -176,6 +178,20 @@ class JobExpired(JobFailed):
     status = 409
 
 
+class DeadlineUnattainable(JobFailed):
+    """`estimate_s` is when it would end at the soonest, nineteen times in twenty: seconds from when it was asked."""
+
+    code = "deadline_unattainable"
+    status = 409
+
+    def __init__(self, message: str = "", field: str | None = None, *, estimate_s: float | None = None) -> None:
+        super().__init__(message, field)
+        self.estimate_s = estimate_s
+
+    def to_wire(self) -> dict[str, Any]:
+        return super().to_wire() | ({} if self.estimate_s is None else {"estimate_s": self.estimate_s})
+
+
 class TimeLimitExceeded(JobFailed):
     code = "time_limit"
     status = 409
@@ -249,5 +265,8 @@ def from_wire(wire: Any) -> LeptonError:
     if not isinstance(wire, dict):
         return JobFailed(str(wire))
     cls = _BY_CODE.get(str(wire.get("code")), JobFailed)
-    field = wire.get("field")
-    return cls(str(wire.get("message", "")), None if field is None else str(field))
+    field, estimate_s = wire.get("field"), wire.get("estimate_s")
+    error = cls(str(wire.get("message", "")), None if field is None else str(field))
+    if isinstance(error, DeadlineUnattainable) and isinstance(estimate_s, int | float):
+        error.estimate_s = float(estimate_s)
+    return error

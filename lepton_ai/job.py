@@ -49,6 +49,8 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     result: str | None = None
     #: The longest that it may run, in seconds; its kernel's own limit where it is unset.
     limit_s: float | None = None
+    #: It is refused where it is not likely to end by its deadline (`expires`), nineteen times in twenty.
+    must_meet: bool = False
     #: The places of the arrays that are kept outside the message, so that whoever ends the job need not open its body.
     blobs: tuple[str, ...] | None = None
     #: How many jobs are in the message (lepton_ai/bundle.py); `shapes` hold for all, numbers as the largest of them.
@@ -70,6 +72,8 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             raise OptionNotSupported(f"limit_s must be above 0 and finite, not {self.limit_s}", "limit_s")
         if self.blobs is not None:
             blob.check_places(self.blobs)
+        if self.must_meet and self.bundle is not None:
+            raise OptionNotSupported("a job that must meet its deadline has a message of its own", "must_meet")
         if self.bundle is not None and not 2 <= self.bundle <= topology.MOST_BUNDLED:
             raise OptionNotSupported(f"bundle is 2 to {topology.MOST_BUNDLED} jobs, not {self.bundle}", "bundle")
         return self

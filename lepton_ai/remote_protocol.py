@@ -102,6 +102,7 @@ class JobRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True)
     delay_s: float | None = None
     deadline_s: float | None = None
     limit_s: float | None = None
+    must_meet: bool | None = None
 
 
 class Chosen(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -150,6 +151,7 @@ def request(kernel: str, row: Mapping[str, Any], terms: Terms, key: str | None =
         "delay_s": terms.delay_s,
         "deadline_s": terms.deadline_s,
         "limit_s": options.limit_s,
+        "must_meet": options.must_meet or None,
     }
     return wire.pack(
         {
@@ -200,7 +202,7 @@ def error_of(status: int, content: bytes, retry_after: str = "") -> LeptonError:
         problem = {}
     code = problem.get("code", "internal")
     message = problem.get("detail") or f"HTTP {status}"
-    error = from_wire({"code": code, "message": message, "field": problem.get("field")})
+    error = from_wire({**problem, "code": code, "message": message})
     if isinstance(error, Unavailable) and retry_after.isdecimal():
         error.retry_after_s = float(retry_after[:9])
     return error

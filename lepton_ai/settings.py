@@ -78,8 +78,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Jobs that a router may have claimed and not yet dispatched."""
     window_bytes: int = 64 * 1024 * 1024
     """And their messages, together."""
-    policy: str = "earliest_finish"
-    """A file in `lepton_ai/placement/policies/`."""
+    policy: str = "externality"
+    """Where jobs go as they come: a file in `lepton_ai/placement/policies/`."""
+    deep_policy: str = "priced"
+    """Where jobs of several kinds go while hundreds wait; empty for `policy` there too."""
     credit_s: float = 0.25
     """Predicted work that a device queue may hold for each slot before the router waits."""
     batch_jobs: int = 256
@@ -87,6 +89,19 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Predicted work that a slot takes at once."""
     batch_bytes: int = 1024 * 1024
     """And its messages, as large as they have been lately; one is always taken."""
+    memory_limit: float = 0.95
+    """The share of its host's memory, and of its own, in use by anybody, at which a device is given no more jobs; from
+    `limit_band` below it is given ever fewer. 0, here and below, for no limit."""
+    network_limit: float = 0.95
+    """And of its host's busiest network interface, where that tells its speed."""
+    temperature_limit: float = 1.0
+    """And of the temperature at which the device slows itself down."""
+    utilization_limit: float = 0.0
+    """And of its processors' time that goes to others than workers of ours. Unset because a device that has to share
+    them is slower, and chosen less for that."""
+    power_limit: float = 0.0
+    """And of the power that it may draw. Unset because a device that works hard draws all of it."""
+    limit_band: float = 0.05
     events_kept: int = 20_000
     """Entries in the event stream before the oldest go."""
     celery_events_hz: float = 1000.0
@@ -143,6 +158,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise InvalidSettings(
                     f"{_PREFIX}{name.upper()} must be above 0 and finite, not {getattr(self, name)}", name
                 )
+        for name in ("memory_limit", "network_limit", "temperature_limit", "utilization_limit", "power_limit"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidSettings(
+                    f"{_PREFIX}{name.upper()} is a share such as 0.95, or 0 for no limit, not {getattr(self, name)}",
+                    name,
+                )
+        if not 0 < self.limit_band <= 1:
+            raise InvalidSettings(f"{_PREFIX}LIMIT_BAND is above 0 and at most 1, not {self.limit_band}", "limit_band")
         for name, most in _MOST.items():
             if getattr(self, name) > most:
                 raise InvalidSettings(f"{_PREFIX}{name.upper()} is at most {most:g}, not {getattr(self, name)}", name)

@@ -43,6 +43,8 @@ class Terms(msgspec.Struct, frozen=True):
                 f"deadline_s is above 0 and at most {_LONGEST_DEADLINE_S} (ten years), not {self.deadline_s:g}",
                 "deadline_s",
             )
+        if self.options.must_meet and self.deadline_s is None:
+            raise OptionNotSupported("must_meet needs a deadline to meet: give deadline_s", "must_meet")
         if self.delay_s is not None and self.deadline_s is not None and self.deadline_s <= self.delay_s:
             raise OptionNotSupported(
                 f"deadline_s ({self.deadline_s:g}) must be above delay_s ({self.delay_s:g}): the job could never run",

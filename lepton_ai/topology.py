@@ -33,6 +33,7 @@ PARKED: Final = "lepton:parked"
 DEVICES: Final = "lepton:devices"
 DEAD: Final = "lepton:dead"
 MODEL: Final = "lepton:model"
+REGRET: Final = "lepton:regret"
 #: How many more jobs wait in each lane, or the first claim behind it, than messages, by the lane.
 BUNDLED: Final = "lepton:bundled"
 CANCELLED: Final = "lepton:cancelled"
@@ -92,8 +93,23 @@ def held(incarnation: str, slot: int) -> str:
     return f"lepton:held:{incarnation}:{slot}"
 
 
+def backlog(incarnation: str) -> str:
+    """What a router knows of the work that is to be done, as of its last heartbeat; it lapses as the lease does."""
+    return f"lepton:backlog:{incarnation}"
+
+
 def lease(incarnation: str) -> str:
     return f"lepton:lease:{incarnation}"
+
+
+def state(incarnation: str) -> str:
+    """The ResourceState of a worker as of its last heartbeat; it lapses as the lease does."""
+    return f"lepton:state:{incarnation}"
+
+
+def host(name: str) -> str:
+    """What each worker of a host uses of its processors, by incarnation."""
+    return f"lepton:host:{name}"
 
 
 def jobs(minute: int) -> str:

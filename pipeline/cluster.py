@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 
 import msgspec
 
-from lepton_ai.device import Announcement, Peaks
+from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.errors import InvalidKernel
 from lepton_ai.formula import Formula
 from lepton_ai.kernel import KernelSpec
@@ -19,6 +19,8 @@ __all__ = ["Cluster", "Offer", "ServedDevice"]
 
 #: Work of a device whose queue is empty is forgotten so long after it was dispatched: its event has been missed.
 _FORGET_S = 30.0
+#: So many jobs are remembered at most, the newest: far more than all devices' credit, unless their ends are not told.
+_MOST_OUTSTANDING = 1_000_000
 #: What another's job is taken to cost where we have none of our own to go by.
 _FOREIGN_S = 1e-3
 
@@ -31,9 +33,24 @@ class ServedDevice(msgspec.Struct, frozen=True):
     slots: int
     peaks: Peaks
     kernels: frozenset[str]
+    share: float = 1.0
+    """How much of its usual work it may be given in the state that it is in; 0 is none."""
+    reason: str = ""
+    """Why that is less than all."""
+    speed: float = 1.0
+    """How fast it computes beside what else its hosts do, as a share of what it can alone."""
+
+    @property
+    def capacity(self) -> float:
+        """How many jobs it may be counted on to run at once: its slots, as far as they may be used."""
+        return self.slots * self.share
 
     def can_run(self, kernel: str, wanted: str | None) -> bool:
-        """Whether a job of this kernel, perhaps pinned, may run here."""
+        """Whether a job of this kernel, perhaps pinned, may run here now."""
+        return self.share > 0 and self.serves(kernel, wanted)
+
+    def serves(self, kernel: str, wanted: str | None) -> bool:
+        """As `can_run`, were it within its limits."""
         return kernel in self.kernels and self.matches(wanted)
 
     def matches(self, wanted: str | None) -> bool:
@@ -72,17 +89,23 @@ class Cluster:
     def __init__(self) -> None:
         self.devices: tuple[ServedDevice, ...] = ()
         self._workers: dict[str, Announcement] = {}
+        self._states: dict[str, ResourceState] = {}
+        """By incarnation, as of the last heartbeat."""
+        self.recovered = False
+        """A device that was beyond its limits is back since the last refresh: what was parked for it can run."""
         self._offers: dict[str, Offer] = {}
         self._outstanding: dict[str, _Outstanding] = {}
         self._loads: defaultdict[str, _Load] = defaultdict(_Load)
-        """Foreign jobs are other routers', or ours in an earlier life."""
+        """Foreign jobs are those that were placed before our time: other routers', or ours in an earlier life."""
 
     def refresh(self, announcements: Iterable[Announcement]) -> bool:
         """Takes over who is alive now; True where that changed what can run."""
         workers = {each.incarnation: each for each in announcements}
-        if workers.keys() == self._workers.keys():
+        if workers.keys() == self._workers.keys() and not self.recovered:
             return False
+        self.recovered = False
         self._workers = workers
+        self._states = {incarnation: each for incarnation, each in self._states.items() if incarnation in workers}
         self._offers = {}
         for spec in itertools.chain.from_iterable(each.kernels for each in workers.values()):
             if spec.name not in self._offers:
@@ -92,9 +115,32 @@ class Cluster:
                     continue  # a worker of another release: its kernel cannot be priced here, so it is not offered
         by_device = sorted(workers.values(), key=lambda each: each.device)
         self.devices = tuple(
-            self._served(name, list(group)) for name, group in itertools.groupby(by_device, lambda each: each.device)
+            self._in_its_state(self._served(name, list(group)))
+            for name, group in itertools.groupby(by_device, lambda each: each.device)
         )
         return True
+
+    def heard(self, worker: str, state: ResourceState) -> None:
+        """A worker, by its incarnation, has told of its state."""
+        if (announced := self._workers.get(worker)) is None:
+            return
+        self._states[worker] = state
+        found = list(self.devices)
+        at = next(at for at, each in enumerate(found) if each.name == announced.device)
+        before = found[at].share
+        found[at] = self._in_its_state(found[at])
+        self.devices = tuple(found)
+        self.recovered |= before <= 0 < found[at].share
+
+    def speed_of(self, worker: str) -> float:
+        """How fast a worker, by its incarnation, computes beside what else its host does; 1 where it is unknown."""
+        state = self._states.get(worker)
+        return 1.0 if state is None else state.speed
+
+    def share(self, device: str) -> float:
+        """How much of its usual work a device may be given, 0 to 1; 1 where it is unknown."""
+        found = self.device(device)
+        return 1.0 if found is None else found.share
 
     @property
     def kernels(self) -> Collection[str]:
@@ -112,6 +158,8 @@ class Cluster:
         """A job was given to a device, and was predicted to take so long there; `share` is its part of its message."""
         if job in self._outstanding:
             self.finished(job)
+        elif len(self._outstanding) >= _MOST_OUTSTANDING:
+            self.finished(next(iter(self._outstanding)))
         self._outstanding[job] = _Outstanding(device, seconds, time.monotonic(), share)
         load = self._loads[device]
         load.seconds += seconds
@@ -160,6 +208,21 @@ class Cluster:
         kernels = frozenset(self._offers).intersection(*each_runs)
         slots = sum(each.slots for each in workers)
         return ServedDevice(name, workers[0].kind, slots, workers[0].peaks, kernels)
+
+    def _in_its_state(self, device: ServedDevice) -> ServedDevice:
+        """The device as its workers last told, each by its part of the slots; one that told nothing is well."""
+        share = speed = 0.0
+        reasons: list[str] = []
+        for each in self._workers.values():
+            if each.device != device.name:
+                continue
+            state = self._states.get(each.incarnation)
+            share += each.slots * (1.0 if state is None else state.share)
+            speed += each.slots * (1.0 if state is None else state.speed)
+            if state is not None and state.reason and state.reason not in reasons:
+                reasons.append(state.reason)
+        told = "; ".join(reasons)
+        return msgspec.structs.replace(device, share=share / device.slots, speed=speed / device.slots, reason=told)
 
 
 def _offer(spec: KernelSpec) -> Offer:

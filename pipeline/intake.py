@@ -10,7 +10,7 @@ from lepton_ai.errors import InvalidArguments, JobCancelled, JobExpired, LeptonE
 from lepton_ai.job import LATEST_S, Options
 from queues.steps import Outcome
 
-__all__ = ["Dead", "Incoming", "Refused", "cancelled", "expired", "read"]
+__all__ = ["Dead", "Incoming", "Refused", "cancelled", "expired", "read", "refused"]
 
 
 class Incoming(msgspec.Struct, frozen=True):
@@ -71,6 +71,12 @@ def read(message: bytes, now: float) -> Incoming | Refused | Dead:
     if options.priority is None and (priority := _celery_priority(envelope.properties.priority)) is not None:
         options = msgspec.structs.replace(options, priority=priority)
     return Incoming(options, headers, ids, due_at, deadline_at)
+
+
+def refused(found: Incoming, error: LeptonError) -> Refused:
+    """How a job ends that this fleet does not take."""
+    outcome = _outcome(found.headers.id, "failed", error, found.options, "json")
+    return Refused(found.headers, outcome, error, found.options)
 
 
 def cancelled(job_id: str, options: Options, serializer: str) -> Outcome:

@@ -20,7 +20,7 @@ from lepton_ai.tensor import DTYPES
 from pipeline.cluster import Cluster, Offer, ServedDevice
 from pipeline.window import ClaimedJob
 
-__all__ = ["Pricing", "price"]
+__all__ = ["Pricing", "predicted", "price", "quickest_s"]
 
 #: A body larger than this is not opened for its shapes; its job is priced as if it had no work.
 _OPEN_LIMIT_BYTES = 1 << 20
@@ -55,8 +55,10 @@ def price(jobs: Sequence[ClaimedJob], cluster: Cluster, model: CostModel) -> Pri
     table = [[_seconds(candidate.estimate) for candidate in row] for row in candidates]
     seconds = np.array(table, np.float64).reshape(len(table), len(devices))[kinds]
     seconds *= np.array([len(job.ids) for job in jobs], np.float64)[:, np.newaxis]
-    slots = np.array([device.slots for device in devices], np.float64)
-    ready = np.array([cluster.outstanding_s(device.name) / device.slots for device in devices], np.float64)
+    # A device that may be given less works its backlog off as if it had fewer slots; one that may be given nothing
+    # has no finite cost.
+    slots = np.array([device.capacity or device.slots for device in devices], np.float64)
+    ready = np.array([cluster.outstanding_s(device.name) for device in devices], np.float64) / slots
     return Pricing(Problem(seconds, ready, slots), kinds, candidates)
 
 
@@ -70,12 +72,21 @@ def quickest_s(kernel: str, options: Options, cluster: Cluster, model: CostModel
         return None
     work, transfer_bytes = _work(options.shapes, offer)
     found = [
-        model.predict(kernel, device.name, work, device.peaks, transfer_bytes)
+        predicted(kernel, device, work, transfer_bytes, model)
         for device in cluster.devices
         if device.can_run(kernel, options.device)
     ]
     fastest = min(found, key=_seconds, default=None)
     return None if fastest is None or not fastest.spread else _seconds(fastest)
+
+
+def predicted(kernel: str, device: ServedDevice, work: Work, transfer_bytes: float, model: CostModel) -> Estimate:
+    """The estimate for one job that starts at once, at the speed that the device has beside what else its hosts do."""
+    alone = model.predict(kernel, device.name, work, device.peaks, transfer_bytes)
+    if device.speed == 1:
+        return alone
+    transfer_s, run_s = alone.transfer_s / device.speed, alone.run_s / device.speed
+    return Estimate(0.0, transfer_s, run_s, alone.spread)
 
 
 def _shapes(job: ClaimedJob, offer: Offer | None) -> tuple[dict[str, Any] | None, Hashable]:
@@ -105,9 +116,10 @@ def _candidates(
             found.append(Candidate(device.name, excluded=f"announces no {job.kernel}"))
         elif not device.matches(job.options.device):
             found.append(Candidate(device.name, excluded=f"the job is pinned to {job.options.device}"))
+        elif device.share <= 0:
+            found.append(Candidate(device.name, excluded=device.reason))
         else:
-            estimate = model.predict(job.kernel, device.name, work, device.peaks, transfer_bytes)
-            found.append(Candidate(device.name, estimate))
+            found.append(Candidate(device.name, predicted(job.kernel, device, work, transfer_bytes, model)))
     return tuple(found)
 
 

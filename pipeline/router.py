@@ -10,51 +10,53 @@ import secrets
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from itertools import chain
 
 import msgspec
 import structlog
 
-from lepton_ai import bundle, event, topology, wire
+from lepton_ai import event, topology, wire
 from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError
 from lepton_ai.event import Event
-from lepton_ai.job import Candidate, Placement
-from lepton_ai.placement import policies
+from lepton_ai.job import Placement
 from lepton_ai.placement.costs import CostModel
-from lepton_ai.placement.problem import UNPLACED, Policy
+from lepton_ai.placement.problem import Policy
 from lepton_ai.settings import Settings
 from pipeline import intake
-from pipeline.bundles import Bundles, counted
-from pipeline.cluster import Cluster, ServedDevice
-from pipeline.endings import Endings, leave, noted_in
+from pipeline.bundles import Bundles
+from pipeline.cluster import Cluster
+from pipeline.credit import Credit
+from pipeline.deadlines import Backlog, backlog_of, judged
+from pipeline.endings import Endings, noted_in
 from pipeline.intake import Dead, Incoming, Refused
 from pipeline.node import Narrator, RemoteControl
-from pipeline.notes import Note, packed
-from pipeline.pricing import price
+from pipeline.peers import Peers
+from pipeline.placer import Placer
+from pipeline.planner import Planner
+from pipeline.probes import Probes
+from pipeline.regret import Regret
 from pipeline.sequels import Sequels
-from pipeline.telemetry import learn
+from pipeline.telemetry import ENDED, learn
 from pipeline.window import Claim, ClaimedJob, Window
 from queues import functions, recovery
-from queues.broker import Broker, Kind, announcements
+from queues.broker import ROUTER, Broker, Kind, announcements, routers
 from queues.connection import Connection
 from queues.event_stream import EventStream
-from queues.steps import Dispatch
 
 __all__ = ["Router"]
 
 #: Jobs that are priced and placed in one step; the rest of a deep window waits for the next.
 _STEP = 512
 _RETRY_S = (0.05, 2.0)
-#: A device that has been filled is filled again once it has less than this part of what it may have.
-_REFILL = 0.75
 #: So long it claims at a stretch before it places what it has and renews its lease.
 _CLAIM_S = 0.05
 #: How often a broker whose memory is full is asked, which tells nobody of anything.
 _FULL_S = 0.1
 #: Jobs that are asked to be cancelled are looked for among the scheduled ones so many at a time.
 _ASKED_AT_ONCE = 1024
+_MSGPACK = msgspec.msgpack.Encoder()
 _PLACEMENT = msgspec.msgpack.Decoder(Placement)
 
 log = structlog.get_logger()
@@ -66,8 +68,8 @@ class Router:
     def __init__(self, settings: Settings, url: str, policy: Policy | None = None) -> None:
         self._settings = settings
         self._url = url
-        self._policy = policy or policies.load(settings.policy)
         self._model = CostModel()
+        self._planner = Planner(settings, self._model, policy)
         self._left: list[str] = []
         """Earlier incarnations of ours whose sessions ended without giving back what they had claimed."""
 
@@ -77,7 +79,7 @@ class Router:
         while not stop.is_set():
             try:
                 self._give_back()
-                session = _Session(self._settings, self._url, self._policy, self._model)
+                session = _Session(self._settings, self._url, self._planner, self._model)
                 self._left.append(session.incarnation)
                 pause_s = _RETRY_S[0]
                 if session.serve(stop):
@@ -104,23 +106,13 @@ class Router:
                 log.info("claims_given_back", router=self._left.pop(), messages=moved)
 
 
-class _Placed(msgspec.Struct):
-    """What one step gives to one device."""
-
-    messages: dict[str, list[bytes]]
-    """By kernel, but for suspects."""
-    jobs: list[ClaimedJob]
-    seconds: list[float]
-    """[job]: predicted transfer and run time."""
-
-
 class _Session:
-    def __init__(self, settings: Settings, url: str, policy: Policy, model: CostModel) -> None:
+    def __init__(self, settings: Settings, url: str, planner: Planner, model: CostModel) -> None:
         self._settings = settings
         self._url = url
-        self._policy = policy
+        self._planner = planner
         self._model = model
-        self.incarnation = self._incarnation = f"router-{secrets.token_hex(8)}"
+        self.incarnation = self._incarnation = f"{ROUTER}{secrets.token_hex(8)}"
         self._main = Connection(url, self._incarnation)
         self._wake = Connection(url, f"{self._incarnation}-wake")
         self._events = EventStream(Connection(url, f"{self._incarnation}-events"))
@@ -131,8 +123,14 @@ class _Session:
         self._narrator = Narrator(url, settings, self._main)
         self._endings = Endings(self._broker, self._window, self._cluster, self._narrator, self._sequels, settings)
         self._bundles = Bundles(self._broker, self._window, self._cluster, self._model, self._narrator)
-        self._filled: set[str] = set()
-        """Devices that have been filled, and are drawing on it."""
+        self._credit = Credit(self._cluster, settings)
+        self._peers = Peers(self.incarnation, self._cluster)
+        self._probes = Probes(self._cluster, model)
+        self._regret = Regret(self._cluster, model)
+        self._placer = Placer(
+            self._broker, self._cluster, planner, self._credit, self._probes, self._regret, self._narrator
+        )
+        self._lease_ms = round(settings.lease_s * 1000)
         self._due_at = 0.0
         """When the next scheduled job may be due, in monotonic seconds."""
         self._more = True
@@ -151,7 +149,7 @@ class _Session:
         self._broker.emit(event.encode(Event("router.online", self._incarnation)))
         self._narrator.beat(0, "online")
         remote_control = RemoteControl(self._url, self._settings, self._window, self._incarnation)
-        log.info("router_online", router=self._incarnation, policy=self._policy.name)
+        log.info("router_online", router=self._incarnation, policy=self._planner.name)
         try:
             self._loop(stop)
         finally:
@@ -214,7 +212,7 @@ class _Session:
         """Takes the answer of the wake connection. A message that is alone goes from the wake claim to its device."""
         woken = self._broker.woke(self._wake)
         devices = self._cluster.devices
-        is_free = woken.is_all and not len(self._window) and all(map(self._has_room, devices))
+        is_free = woken.is_all and not len(self._window) and all(map(self._credit.has_room, devices))
         if woken.message is not None and is_free:
             found = self._seen([woken.message])
             if self._stays_whole(found[0][1]):
@@ -285,7 +283,10 @@ class _Session:
         refused: list[tuple[bytes, Refused | Dead]] = []
         added: list[tuple[ClaimedJob, wire.Headers]] = []
         early: list[tuple[bytes, Incoming, float]] = []
-        for message, each in found:
+        for message, read in found:
+            each = read
+            if isinstance(read, Incoming) and read.options.must_meet and claim.kind is Kind.NEW:
+                each = judged(read, message, now, self._backlog(), self._cluster, self._model)
             if not isinstance(each, Incoming):
                 refused.append((message, each))
                 continue
@@ -306,6 +307,9 @@ class _Session:
             self._due_at = 0.0
         self._endings.cancel([job for job, _ in added if job.id in marked and len(job.ids) == 1])
         self._endings.expire([job for job, _ in added if job.deadline_at is not None and job.deadline_at <= now])
+
+    def _backlog(self) -> Backlog:
+        return backlog_of(self._cluster, self._window, self._planner.typical_s)
 
     def _stays_whole(self, found: Incoming | Refused | Dead) -> bool:
         """Whether a message is no bundle, or one that nobody has to split."""
@@ -336,8 +340,12 @@ class _Session:
     def _place(self) -> None:
         """Places jobs, most urgent first, until no device has room for more."""
         while len(self._window):
-            count = min(_STEP, self._room()) or _STEP
-            jobs, left = self._step(count)
+            if self._peers:
+                self._fold(self._events.catch_up(self._main))
+            room = self._credit.jobs()
+            is_deep = self._planner.wants(len(self._window), room)
+            count = _STEP if is_deep else min(_STEP, room) or _STEP
+            jobs, left = self._step(count, is_deep=is_deep)
             if not left and jobs == count < _STEP:  # they all wait for a device that is full, and others may not
                 count = _STEP
                 jobs, left = self._step(count)
@@ -345,13 +353,13 @@ class _Session:
                 break
         self._more |= self._full and self._window.room > 0
 
-    def _step(self, count: int) -> tuple[int, int]:
+    def _step(self, count: int, *, is_deep: bool = False) -> tuple[int, int]:
         """Looks at so many jobs and dispatches what has room; returns how many it looked at, and how many have left."""
         jobs = self._window.first(count, self._worth_placing())
         if homeless := [job for job in jobs if len(job.ids) > 1 and not self._can_run(job)]:
             self._set_apart(homeless)  # each is parked by itself
             jobs = self._window.first(count, self._worth_placing())
-        left = self._dispatch(jobs)
+        left = self._placer.place(jobs, is_deep=is_deep)
         self._window.left(left)
         return min(count, _jobs_in(jobs)), _jobs_in(left)
 
@@ -364,140 +372,13 @@ class _Session:
         The others stay out of the step, so that many jobs for a full device do not keep an idle one from theirs.
         """
         devices = self._cluster.devices
-        free = [device for device in devices if self._has_room(device)]
+        free = [device for device in devices if self._credit.has_room(device)]
 
         def may_go(kernel: str, pin: str | None) -> bool:
             able = any(device.can_run(kernel, pin) for device in devices)
             return not able or any(device.can_run(kernel, pin) for device in free)
 
         return may_go
-
-    def _dispatch(self, jobs: Sequence[ClaimedJob]) -> list[ClaimedJob]:
-        pricing = price(jobs, self._cluster, self._model)
-        plan = self._policy.place(pricing.problem)
-        devices, now = self._cluster.devices, self._broker.now()
-        step = Dispatch({}, {})
-        left: list[ClaimedJob] = []
-        placed = [_Placed({}, [], []) for _ in devices]
-        notes: dict[tuple[str, int, int, bool], Note] = {}
-        ready = pricing.problem.ready.tolist()
-        waits = [packed(each) for each in ready]
-        seconds, wait = pricing.problem.seconds.tolist(), plan.wait.tolist()
-        for at, (job, kind, chosen) in enumerate(zip(jobs, pricing.kinds, plan.device.tolist(), strict=True)):
-            if chosen != UNPLACED and not self._has_room(devices[chosen]):
-                ready[chosen] += seconds[at][chosen] / devices[chosen].slots
-                waits[chosen] = packed(ready[chosen])
-                continue
-            alike = (job.kernel, kind, chosen, job.sent_at > 0)
-            if (note := notes.get(alike)) is None:
-                note = notes[alike] = Note(self._placement(job, pricing.candidates[kind], chosen, now))
-            notes_here = step.placements.setdefault(noted_in(job.id, now), {})
-            if (shared := bundle.noted_as(job.id, job.options)) is not None:
-                notes_here[shared] = bundle.shared_note(note.of(job.id, packed(wait[at]), waits), len(job.ids))
-            else:
-                notes_here |= {its_id: note.of(its_id, packed(wait[at]), waits) for its_id in job.ids}
-            left.append(job)
-            if len(job.ids) > 1 and job.claim.kind is Kind.NEW:
-                counted(step, job)
-            if chosen == UNPLACED:
-                self._cluster.finished(job.id)  # it may have come back from a device that died
-                (step.parked_alone if job.alone else step.parked).setdefault(job.kernel, []).append(job.message)
-                if job.deadline_at is not None:
-                    step.deadlines[job.kernel] = min(job.deadline_at, step.deadlines.get(job.kernel, job.deadline_at))
-                continue
-            device, need_s, here = devices[chosen], seconds[at][chosen], placed[chosen]
-            each_s = need_s / len(job.ids)
-            ready[chosen] += need_s / device.slots
-            waits[chosen] = packed(ready[chosen])
-            if job.alone:
-                step.alone.setdefault(device.name, []).append(job.message)
-            else:
-                here.messages.setdefault(job.kernel, []).append(job.message)
-            here.jobs.append(job)
-            here.seconds += [each_s] * len(job.ids)
-            for its_id in job.ids:
-                self._cluster.dispatched(its_id, device.name, each_s, 1 / len(job.ids))
-        if left:
-            going = {device.name: here for device, here in zip(devices, placed, strict=True) if here.jobs}
-            self._send(step, left, going)
-        return left
-
-    def _send(self, step: Dispatch, left: Sequence[ClaimedJob], placed: Mapping[str, _Placed]) -> None:
-        leave(step, ((job.claim, job.message) for job in left))
-        events = []
-        for device, here in placed.items():
-            if here.messages:  # those of one kernel side by side, so that a worker can batch them
-                step.queued[device] = list(chain.from_iterable(here.messages.values()))
-            jobs = tuple([its_id for job in here.jobs for its_id in job.ids])
-            events.append(
-                Event("job.placed", self._incarnation, device=device, jobs=jobs, data={"seconds": here.seconds})
-            )
-        count = sum(_jobs_in(here.jobs) for here in placed.values())
-        step.counts |= {"placed": count, "parked": _jobs_in(left) - count}
-        if count < _jobs_in(left):
-            going = {id(job) for here in placed.values() for job in here.jobs}
-            parked = [job for job in left if id(job) not in going]
-            events.append(Event("job.parked", self._incarnation, jobs=tuple(job.id for job in parked)))
-            log.warning("jobs_parked", jobs=len(parked), kernels=sorted({job.kernel for job in parked}))
-        step.event = event.encode(*events)
-        step.told = self._narrator.placed({device: here.jobs for device, here in placed.items()})
-        self._broker.dispatch(step)
-
-    def _has_room(self, device: ServedDevice) -> bool:
-        """A device may have `credit_s` of predicted work a slot, but always two jobs, and never over two batches.
-
-        One that has all of that is left to work some of it off, so that it is sent many jobs at a time.
-        """
-        name, slots, settings = device.name, device.slots, self._settings
-        jobs = self._cluster.outstanding_jobs(name)
-        if jobs < 2 * slots:
-            return True
-        of_jobs = jobs / (2 * settings.batch_jobs * slots)
-        share = max(of_jobs, self._cluster.outstanding_s(name) / (settings.credit_s * slots))
-        if share >= 1:
-            self._filled.add(name)
-        elif share <= _REFILL:
-            self._filled.discard(name)
-        return name not in self._filled
-
-    def _room(self) -> int:
-        """How many more jobs devices may have, if they take as long as those that each has already."""
-        found = 0
-        for device in self._cluster.devices:
-            if not self._has_room(device):
-                continue
-            jobs, seconds = self._cluster.outstanding_jobs(device.name), self._cluster.outstanding_s(device.name)
-            room = 2 * self._settings.batch_jobs * device.slots - jobs
-            if jobs and seconds > 0:
-                room = min(room, int((self._settings.credit_s * device.slots - seconds) / seconds * jobs) + 1)
-            found += max(room, 2 * device.slots - jobs)
-        return found
-
-    def _placement(self, job: ClaimedJob, candidates: tuple[Candidate, ...], chosen: int, now: float) -> Placement:
-        """Where a job goes and why, as if it had not to wait there."""
-        if chosen == UNPLACED:
-            return self._park(job, candidates, now)
-        best = candidates[chosen]
-        able = sum(candidate.estimate is not None for candidate in candidates)
-        reason = f"finishes first of {able} able devices" if able > 1 else "the only device that can run it"
-        return Placement(
-            job.id,
-            job.kernel,
-            "placed",
-            reason,
-            now,
-            self._incarnation,
-            best.device,
-            best.estimate,
-            candidates,
-            self._policy.name,
-            job.sent_at > 0,
-        )
-
-    def _park(self, job: ClaimedJob, candidates: tuple[Candidate, ...], now: float) -> Placement:
-        pinned = f" on {job.options.device}" if job.options.device else ""
-        reason = f"no live device can run {job.kernel}{pinned}; it waits for one that announces it"
-        return Placement(job.id, job.kernel, "parked", reason, now, self._incarnation, candidates=candidates)
 
     # -- learn --------------------------------------------------------------------------------------------------
 
@@ -506,12 +387,16 @@ class _Session:
         asked: set[str] = set()
         for _, each in seen:
             learn(each, self._cluster, self._model)
+            self._peers.heard(each)
+            if each.type in ENDED:
+                self._probes.ended(each.jobs)
+                self._regret.ended(each)
             changed |= each.type in ("device.online", "device.offline")
             if each.type == "job.retried":
                 self._due_at = 0.0
             if each.type == "job.cancel_asked":
                 asked.update(each.jobs)
-        if changed:
+        if changed or self._cluster.recovered:
             self._refresh()
         if asked:
             self._cancel_asked(asked)
@@ -545,11 +430,18 @@ class _Session:
             self._broker.unpark(kernel)
         self._endings.expire(self._window.expired(self._broker.now()))
         self._refresh()
+        self._peers.alive(routers(self._main))
         names = [device.name for device in self._cluster.devices]
         if moved := self._broker.take_back(names):
             log.warning("messages_taken_back", count=moved, live=names)
-        for name, depth in zip(names, self._broker.depths(names), strict=True):
+        depths = self._broker.depths(names)
+        # What came into a queue before it was looked at must be known when the rest of it is taken to be older.
+        self._fold(self._events.catch_up(self._main))
+        for name, depth in zip(names, depths, strict=True):
             self._cluster.reconcile(name, depth)
+        told = ("SET", topology.backlog(self._incarnation), _MSGPACK.encode(self._backlog()), "PX", self._lease_ms)
+        # A broker that is full does without.
+        self._main.receive(self._main.send([told, *self._regret.told()]))
         self._narrator.beat(len(self._window))
         self._more = True
 
@@ -557,6 +449,7 @@ class _Session:
         """Looks who is alive, and takes jobs out of the parking that can run now."""
         if not self._cluster.refresh(announcements(self._main)):
             return
+        self._probes.refresh()
         log.info("fleet_changed", devices={device.name: device.slots for device in self._cluster.devices})
         for kernel in self._broker.parked_kernels():
             if self._cluster.offer(kernel) is not None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 
+import msgspec
 import structlog
 
 from lepton_ai import topology
+from lepton_ai.device import ResourceState
 from lepton_ai.errors import BrokerUnavailable, LeptonError
-from lepton_ai.event import Event
+from lepton_ai.event import Event, Observation
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.settings import Settings
 from pipeline.cluster import Cluster
@@ -22,10 +25,10 @@ from queues.broker import announcements
 from queues.connection import Connection
 from queues.event_stream import EventStream
 
-__all__ = ["Telemetry", "learn"]
+__all__ = ["ENDED", "Telemetry", "learn"]
 
 #: After one of these a job is no work of its device any more.
-_ENDED = tuple(f"job.{end}" for end in ("succeeded", "failed", "cancelled", "expired", "dead", "retried"))
+ENDED = tuple(f"job.{end}" for end in ("succeeded", "failed", "cancelled", "expired", "dead", "retried"))
 _REPORT_S = 10.0
 _RETRY_S = 0.5
 #: It is in no hurry: a busy fleet's events are read so far apart, many together.
@@ -36,15 +39,23 @@ log = structlog.get_logger()
 
 def learn(seen: Event, cluster: Cluster, model: CostModel) -> None:
     """Folds one event into the picture of the fleet and into the cost model."""
-    if seen.type in _ENDED:
+    if seen.type in ENDED:
         for job in seen.jobs:
             cluster.finished(job, seen.device)
     _teach(seen, cluster, model)
 
 
 def _teach(seen: Event, cluster: Cluster, model: CostModel) -> None:
+    if seen.type == "device.heartbeat":
+        with suppress(msgspec.ValidationError):  # of another release
+            cluster.heard(seen.source, msgspec.convert(seen.data.get("state"), ResourceState))
     if seen.observation is not None and (device := cluster.device(seen.observation.device)) is not None:
-        model.learn(seen.observation, device.peaks)
+        model.learn(_alone(seen.observation, cluster.speed_of(seen.source)), device.peaks)
+
+
+def _alone(seen: Observation, speed: float) -> Observation:
+    """What the launch would have taken without the load of others, which passes: the model learns the device."""
+    return msgspec.structs.replace(seen, transfer_s=seen.transfer_s * speed, run_s=seen.run_s * speed)
 
 
 class Telemetry:

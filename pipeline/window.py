@@ -151,6 +151,13 @@ class Window:
         self._mean_jobs += _WEIGHT * (len(ids) - self._mean_jobs)
         return job
 
+    def waiting(self) -> dict[int, int]:
+        """How many messages wait, by their urgency."""
+        found: dict[int, int] = {}
+        for (urgency, _, _), line in self._lines.items():
+            found[urgency] = found.get(urgency, 0) + len(line)
+        return found
+
     def expired(self, now: float) -> list[ClaimedJob]:
         """The jobs whose deadline has passed."""
         return [job for job in self.jobs() if job.deadline_at is not None and job.deadline_at <= now]

@@ -32,11 +32,24 @@ from queues.connection import Command, CommandError, Connection
 from queues.recovery import LISTS_EACH, Recovered, Sequels
 from queues.steps import Commit, Dispatch, Moves, Outcome
 
-__all__ = ["CLAIM_LIMIT", "LISTS_EACH", "WAKE", "Broker", "Kind", "Woken", "announcements", "event_command"]
+__all__ = [
+    "CLAIM_LIMIT",
+    "LISTS_EACH",
+    "ROUTER",
+    "WAKE",
+    "Broker",
+    "Kind",
+    "Woken",
+    "announcements",
+    "event_command",
+    "routers",
+]
 
 CLAIM_LIMIT: Final = 256
 #: The claim that a wake-up lands in; the others are numbered below it.
 WAKE: Final = LISTS_EACH - 1
+#: How the incarnations of routers begin.
+ROUTER: Final = "router-"
 _MOVED_AT_ONCE: Final = 64
 _MARKED_AT_ONCE: Final = 1024
 _LOOKED_AT_ONCE: Final = 256
@@ -676,6 +689,13 @@ def announcements(connection: Connection) -> list[Announcement]:
     """Every worker that is alive now."""
     holders = _names(connection.call("SMEMBERS", topology.HOLDERS))
     return read_leases(connection.call("MGET", *map(topology.lease, holders)) if holders else [])
+
+
+def routers(connection: Connection) -> set[str]:
+    """The incarnations of every router that is alive now."""
+    holders = [name for name in _names(connection.call("SMEMBERS", topology.HOLDERS)) if name.startswith(ROUTER)]
+    leases = connection.call("MGET", *map(topology.lease, holders)) if holders else []
+    return {name for name, lease in zip(holders, leases, strict=True) if lease is not None}
 
 
 def _grouped(outcomes: Iterable[Outcome]) -> list[str | bytes | int]:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from lepton_ai import event, topology
-from lepton_ai.event import Event
+from lepton_ai.event import Cursor, Event
 from queues.connection import Connection
 
 __all__ = ["EventStream"]
@@ -25,6 +25,8 @@ class EventStream:
         self.is_behind = False
         """The last answer was as long as one can be, so there may be more already."""
         self._is_asked = False
+        self._is_overtaken = False
+        """What `ask` brings may have been seen by `catch_up` since."""
 
     def ask(self, block_ms: int = 0) -> None:
         """Asks for what comes next; `answer` collects it once the connection is readable."""
@@ -39,16 +41,32 @@ class EventStream:
         (reply,) = self.connection.receive(1, timeout_s)
         self._is_asked = False
         self.is_behind = any(len(entries) == _ENTRIES_AT_ONCE for entries in (reply or {}).values())
-        return list(self._events(reply))
+        after = self.position if self._is_overtaken else None
+        self._is_overtaken = False
+        return list(self._events(reply, after))
+
+    def catch_up(self, connection: Connection) -> list[tuple[str, Event]]:
+        """What has come by now, read over another connection while `ask` may still wait on ours: one round trip."""
+        command = ("XREAD", "COUNT", _ENTRIES_AT_ONCE, "STREAMS", topology.EVENTS)
+        found: list[tuple[str, Event]] = []
+        while reply := connection.call(*command, self.position):
+            self._is_overtaken |= self._is_asked
+            found += self._events(reply)
+            if all(len(entries) < _ENTRIES_AT_ONCE for entries in reply.values()):
+                break
+        return found
 
     def read(self, block_ms: int) -> list[tuple[str, Event]]:
         """Waits up to `block_ms` for what comes next."""
         self.ask(block_ms)
         return self.answer(block_ms / 1000 + 30)
 
-    def _events(self, reply: Any) -> Iterator[tuple[str, Event]]:
+    def _events(self, reply: Any, after: str | None = None) -> Iterator[tuple[str, Event]]:
+        seen = None if after is None else Cursor.parse(after)
         for entries in (reply or {}).values():
             for entry_id, fields in entries:
+                if seen is not None and Cursor.parse(entry_id.decode()) <= seen:
+                    continue
                 self.position = entry_id.decode()
                 try:
                     found = event.decode(fields[1])

@@ -9,16 +9,16 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import msgspec
 from numpy.typing import NDArray
 
-from lepton_ai.device import Peaks, kind_of
+from lepton_ai.device import DeviceState, Peaks, kind_of
 from lepton_ai.errors import InvalidSettings
 from lepton_ai.kernel import DEVICE_KINDS
 
-__all__ = ["Driver", "Found", "best_s", "cores", "open_device", "probe"]
+__all__ = ["Driver", "Found", "Telling", "best_s", "cores", "open_device", "probe"]
 
 _REPEATS = 5
 
@@ -44,6 +44,14 @@ class Driver(Protocol):
 
     def close(self) -> None:
         """Gives the device back. Nothing may be called after it."""
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A driver whose device has sensors, which may be added to the contract."""
+
+    def state(self) -> DeviceState:
+        """What the device says of itself now. Asked once a heartbeat, from a thread of its own, so it may take long."""
 
 
 class Found(msgspec.Struct, frozen=True):

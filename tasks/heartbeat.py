@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
 
 import msgspec
-import psutil
 import structlog
 
-from lepton_ai import event, ring
+from lepton_ai import event, ring, topology
 from lepton_ai.device import Announcement, ResourceState
 from lepton_ai.errors import LeptonError
 from lepton_ai.event import Event
 from lepton_ai.settings import Settings
 from queues.broker import Broker
 from queues.connection import CommandError, Connection
+from tasks.resources import Resources
+from tasks.siblings import Siblings
 from tasks.slots import Slots
 
 __all__ = ["Heartbeat"]
@@ -40,7 +40,8 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._broker: Broker | None = None
         self._announced = False
-        self._seen = (time.monotonic(), 0.0, 0)
+        self._resources = Resources(settings, announcement, slots)
+        self._siblings = Siblings(announcement.incarnation, settings.lease_s)
         self._swept_at = time.monotonic()
 
     def start(self) -> None:
@@ -48,7 +49,6 @@ class Heartbeat:
 
         Call it again where it raises: BrokerUnavailable (the broker is away) or CommandError (it refuses a lease).
         """
-        psutil.cpu_percent(None)
         self._beat()
         self._thread.start()
 
@@ -95,7 +95,10 @@ class Heartbeat:
     def _beat(self) -> None:
         broker = self._connected()
         if broker.renew():
-            self._emit(broker, "device.heartbeat", {"state": msgspec.to_builtins(self._state())})
+            state = self._resources.read(self._siblings.processors)
+            self._emit(broker, "device.heartbeat", {"state": msgspec.to_builtins(state)})
+            self._keep(broker, state)
+            self._siblings.tell(broker, state.own_cpu * self._resources.processors)
             self._slots.heed(broker)
             return
         if self._announced:
@@ -131,19 +134,8 @@ class Heartbeat:
         except CommandError as error:
             log.warning("event_not_told", type=kind, reason=error.message)
 
-    def _state(self) -> ResourceState:
-        now, busy_s = time.monotonic(), self._slots.busy_s
-        counters: Any = psutil.net_io_counters()  # None where the machine has no network at all
-        moved = counters.bytes_sent + counters.bytes_recv if counters else 0
-        then, busy_before, moved_before = self._seen
-        self._seen = (now, busy_s, moved)
-        elapsed = max(1e-6, now - then)
-        memory = psutil.virtual_memory()
-        return ResourceState(
-            busy_slots=self._slots.busy,
-            utilization=min(1.0, (busy_s - busy_before) / elapsed / self._slots.count),
-            host_cpu=psutil.cpu_percent(None) / 100,
-            memory_used_bytes=memory.total - memory.available,
-            memory_total_bytes=memory.total,
-            network_bytes_per_s=max(0.0, (moved - moved_before) / elapsed) if moved_before else 0.0,
-        )
+    def _keep(self, broker: Broker, state: ResourceState) -> None:
+        """Keeps the state where it can be looked up; a broker that is full does without."""
+        command = ("SET", topology.state(self._announcement.incarnation), msgspec.msgpack.encode(state), "PX")
+        lease_ms = round(self._settings.lease_s * 1000)
+        broker.connection.receive(broker.connection.send([(*command, lease_ms)]))

@@ -141,6 +141,11 @@ class Slots:
         return {slot.number: slot.messages for slot in self._slots if slot.messages}
 
     @property
+    def threads(self) -> list[int]:
+        """The threads that compute, by the ids that the system has for them."""
+        return [thread.native_id for thread in self._threads if thread.native_id is not None]
+
+    @property
     def busy(self) -> int:
         """How many slots are computing now."""
         return sum(slot.busy for slot in self._slots)

@@ -33,11 +33,16 @@ _SILENCE_S = 1.0
 
 
 def devices(*, url: Url = None, json: Json = False) -> int:
-    """List the workers that are alive: device, slots, measured peaks.
+    """List the workers that are alive: device, slots, measured peaks, state.
+
+    `speed` is how fast it computes beside what else its host does, `share` how
+    much of its usual work it is given: less near one of its limits, nothing
+    beyond it (LEPTON_MEMORY_LIMIT and its kin, in the worker's environment).
 
     For example:
 
-      lepton devices --json | jq '.[].device'
+      lepton devices
+      lepton devices --json | jq '.[] | [.device, .state.share]'
     """
     with connected(url) as client:
         found = client.devices()

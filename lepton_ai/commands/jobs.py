@@ -82,6 +82,10 @@ def submit(
         float | None,
         Parameter(help="The longest that it may run.", metavar="SECONDS", validator=validators.Number(gt=0)),
     ] = None,
+    must_meet: Annotated[
+        bool,
+        Parameter(help="Refused where it is estimated not to end by its deadline.", negative="", show_default=False),
+    ] = False,
     tenant: Annotated[str | None, Parameter(help="For whom: jobs of a tenant wait in a lane of its own.")] = None,
     wait: Wait = None,
     out: Out = None,
@@ -131,6 +135,7 @@ def submit(
             delay_s=delay,
             deadline_s=deadline,
             limit_s=limit,
+            must_meet=must_meet,
         )
         if spec is None:
             shown.tell(f"no live worker announces {kernel!r}: the job is parked until one does")

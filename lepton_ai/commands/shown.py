@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from lepton_ai.dead import DeadLetter
-from lepton_ai.device import Announcement
+from lepton_ai.device import Announcement, ResourceState
 from lepton_ai.event import CloudEvent
 from lepton_ai.job import Record
 from lepton_ai.kernel import KernelSpec
@@ -218,28 +218,58 @@ def devices(found: Sequence[Announcement]) -> Table:
     table = _table(
         "device",
         "worker",
-        "slots",
+        "busy",
         "kernels",
         "GFLOP/s",
         "GB/s",
         "transfer GB/s",
         "launch us",
+        "speed",
+        "share",
         "since",
-        numbers=slice(2, 8),
+        "told",
+        numbers=slice(2, 10),
     )
     for each in found:
-        peaks = each.peaks
+        peaks, state = each.peaks, each.state
         rates = (peaks.flops_per_s, peaks.bytes_per_s, peaks.transfer_bytes_per_s)
         table.add_row(
             f"{each.device} (emulated)" if each.emulated else each.device,
             each.worker,
-            str(each.slots),
+            f"{'?' if state is None else state.busy_slots}/{each.slots}",
             str(len(each.kernels)),
             *(f"{rate / 1e9:,.1f}" if math.isfinite(rate) else "–" for rate in rates),
             f"{peaks.launch_s * 1e6:.1f}",
+            *(["?", "?"] if state is None else [f"{state.speed:.0%}", f"{state.share:.0%}"]),
             time.strftime("%m-%d %H:%M:%S", time.localtime(each.started_at)),
+            _state(state),
         )
     return table
+
+
+def _state(state: ResourceState | None) -> str:
+    """How a worker, its host and its device are; and first why it may be given less than usual."""
+    if state is None:
+        return "its state is not known yet"
+    told = [state.reason] if state.reason else []
+    told.append(f"cpu {state.host_cpu:.0%} ({state.foreign_cpu:.0%} others')")
+    told.append(f"memory {_gib(state.memory_used_bytes)} of {_gib(state.memory_total_bytes)} GiB")
+    speed = state.network_speed_bytes_per_s
+    told.append(f"network {state.network_bytes_per_s / 1e6:,.1f} MB/s" + (f" of {speed / 1e6:,.0f}" if speed else ""))
+    if (device := state.device) is not None:
+        if device.utilization is not None:
+            told.append(f"device {device.utilization:.0%}")
+        if device.memory_used_bytes is not None and device.memory_total_bytes is not None:
+            told.append(f"its memory {_gib(device.memory_used_bytes)} of {_gib(device.memory_total_bytes)} GiB")
+        if device.temperature_c is not None:
+            told.append(f"{device.temperature_c:.0f} °C")
+        if device.power_w is not None:
+            told.append(f"{device.power_w:.0f} W")
+    return ", ".join(told)
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f}"
 
 
 def kernels(found: Iterable[tuple[KernelSpec, Sequence[str]]]) -> Table:

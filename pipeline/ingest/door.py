@@ -17,7 +17,7 @@ from lepton_ai import cancellation, idempotency, topology, wire
 from lepton_ai.accounts import Accounts, accounts_of
 from lepton_ai.async_direct import settled
 from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
-from lepton_ai.device import Announcement, read_leases
+from lepton_ai.device import Announcement, read_workers, worker_keys
 from lepton_ai.errors import BrokerUnavailable, LeptonError, TooLarge, UnknownJob, UnknownKernel
 from lepton_ai.event import FINAL_EVENTS, Cursor
 from lepton_ai.identity import made_at, new_id, new_ids
@@ -30,6 +30,7 @@ from lepton_ai.terms import Terms, check_tenant
 from pipeline.ingest import functions, metrics
 from pipeline.ingest.admission import Admission, Arrival
 from pipeline.ingest.feed import Feed, Wanted
+from pipeline.ingest.outlook import Outlook
 from pipeline.ingest.redispy import broker_errors, end
 from pipeline.ingest.replies import Replies
 from pipeline.ingest.view import Known, find, placed, view
@@ -63,6 +64,7 @@ class Door:
         self._events_kept = settings.events_kept
         self.feed = Feed(url)
         self.replies = Replies(redis.Redis.from_url(url, **times), self._source)
+        self._outlook = Outlook(self._redis)
         self._admission = Admission(self._redis, settings, self._source)
         self._kernels: dict[str, tuple[KernelSpec, Signature]] = {}
         """Every kernel ever seen: one whose workers are just restarting is still accepted, and parked."""
@@ -225,19 +227,16 @@ class Door:
             return accounts_of(await functions.call(self._redis, "sizes", read=True))
 
     async def metrics(self) -> bytes:
-        """The accounts and the lanes, for Prometheus."""
-        return metrics.text(await self.accounts(), await metrics.lanes(self._redis))
+        """The accounts, the lanes and the regret, for Prometheus."""
+        lanes, regret = await metrics.lanes(self._redis), await metrics.regret(self._redis)
+        return metrics.text(await self.accounts(), lanes, regret)
 
     async def announcements(self) -> list[Announcement]:
-        """Every worker that is alive."""
+        """Every worker that is alive, and its state."""
         async with broker_errors():
-            names = await self._redis.smembers(topology.HOLDERS)
-            leases = (
-                await self._redis.mget([topology.lease(name.decode(errors="replace")) for name in names])
-                if names
-                else []
-            )
-        return read_leases(leases)
+            holders = await self._redis.smembers(topology.HOLDERS)
+            values = await self._redis.mget(worker_keys(holders))
+        return read_workers(values)
 
     async def kernels(self) -> list[KernelSpec]:
         """Every kernel that has been announced, by name."""
@@ -255,7 +254,7 @@ class Door:
     async def _arrivals(self, requests: Sequence[JobRequest], tenant: str | None) -> list[Arrival]:
         """The jobs of a request, each checked and ready to be published."""
         check_tenant(tenant)
-        checked = [await self._check(request, index) for index, request in enumerate(requests)]
+        checked = [await self._check(request, index, tenant) for index, request in enumerate(requests)]
         lane, fresh = topology.lane(tenant), iter(new_ids(len(requests)))
         jobs = []
         for index, (request, terms) in enumerate(zip(requests, checked, strict=True)):
@@ -272,7 +271,7 @@ class Door:
             jobs.append(Arrival(job_id, request.kernel, options.urgency, message, request.key, fingerprint))
         return jobs
 
-    async def _check(self, request: JobRequest, index: int) -> Terms:
+    async def _check(self, request: JobRequest, index: int, tenant: str | None) -> Terms:
         with _of(index):
             options = Options(
                 priority=request.priority,
@@ -281,11 +280,25 @@ class Door:
                 shapes=shapes_of(request.arguments),
                 result="msgpack",
                 limit_s=request.limit_s,
+                must_meet=bool(request.must_meet),
             )
             terms = Terms(options, request.delay_s, request.deadline_s).checked()
             _, signature = await self._spec(request.kernel)
             signature.bind(request.arguments)
+            if terms.options.must_meet:
+                terms = await self._meeting(request, terms, tenant, index)
         return terms
+
+    async def _meeting(self, request: JobRequest, terms: Terms, tenant: str | None, before: int) -> Terms:
+        """The terms of a job that can meet its deadline: once it is accepted nobody refuses it for that any more.
+
+        DeadlineUnattainable where it cannot, unless it is there already.
+        """
+        error = await self._outlook.unattainable(request.kernel, terms, before)
+        is_there = error and request.key and await self._has_key(idempotency.job_id(request.key, tenant))
+        if error is not None and not is_there:
+            raise error
+        return msgspec.structs.replace(terms, options=msgspec.structs.replace(terms.options, must_meet=False))
 
     async def _spec(self, kernel: str) -> tuple[KernelSpec, Signature]:
         if kernel not in self._kernels:

@@ -1,14 +1,15 @@
-"""What Prometheus reads at `/metrics`: the accounts, and what waits in each lane, as they are at that moment."""
+"""What Prometheus reads at `/metrics`: the accounts, what waits in each lane, and what placements cost in hindsight."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -17,8 +18,9 @@ from lepton_ai.accounts import ENDS, Accounts
 from lepton_ai.errors import LeptonError
 from lepton_ai.identity import made_at
 from pipeline.ingest.redispy import broker_errors
+from pipeline.regret import RATIOS
 
-__all__ = ["CONTENT_TYPE", "Lanes", "lanes", "text"]
+__all__ = ["CONTENT_TYPE", "Lanes", "lanes", "regret", "text"]
 
 #: Litestar adds the charset.
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")
@@ -65,10 +67,18 @@ async def lanes(client: Any) -> Lanes:
     return Lanes(told, max(ages, default=0.0))
 
 
-def text(accounts: Accounts, waiting: Lanes) -> bytes:
+async def regret(client: Any) -> dict[str, float]:
+    """What the routers have told of jobs that have ended (pipeline/regret.py); BrokerUnavailable as above."""
+    async with broker_errors():
+        found = await client.hgetall(topology.REGRET)
+    return {name.decode(errors="replace"): float(value) for name, value in found.items()}
+
+
+def text(accounts: Accounts, waiting: Lanes, regret: Mapping[str, float]) -> bytes:
     """All of it in Prometheus's own format."""
     registry = CollectorRegistry()
     registry.register(_Snapshot(accounts, waiting))
+    registry.register(_Regret(regret))
     return generate_latest(registry)
 
 
@@ -102,6 +112,40 @@ class _Snapshot(Collector):
         for name, count in self._lanes.jobs.items():
             waiting.add_metric([name], count)
         yield waiting
+
+
+class _Regret(Collector):
+    def __init__(self, sums: Mapping[str, float]) -> None:
+        self._sums = sums
+
+    def collect(self) -> Iterator[Metric]:
+        told = self._sums.get
+        yield CounterMetricFamily(
+            "lepton_regret_jobs", "Jobs whose end was held against another device.", told("jobs", 0.0)
+        )
+        yield CounterMetricFamily(
+            "lepton_regret_real_seconds", "What these took, from their dispatch to their end.", told("real_s", 0.0)
+        )
+        yield CounterMetricFamily(
+            "lepton_regret_seconds",
+            "By how much they ended later than they were predicted to on the best other device.",
+            told("regret_s", 0.0),
+        )
+        yield CounterMetricFamily(
+            "lepton_hindsight_regret_seconds",
+            "What their launches took beyond what the best other device would have, by what is known now.",
+            told("hindsight_s", 0.0),
+        )
+        counts = [told(f"ratio_{most:g}", 0.0) for most in RATIOS]
+        buckets = [
+            (f"{most:g}" if most < math.inf else "+Inf", sum(counts[: at + 1])) for at, most in enumerate(RATIOS)
+        ]
+        yield HistogramMetricFamily(
+            "lepton_hindsight_ratio",
+            "Seconds of a launch over those of the best other device, by what is known now; above 1 is regret.",
+            buckets=buckets,
+            sum_value=told("ratios", 0.0),
+        )
 
 
 def _age_s(message: bytes) -> float | None:

@@ -21,7 +21,10 @@ log = structlog.get_logger()
 
 
 class Problem(msgspec.Struct, omit_defaults=True):
-    """What went wrong. `field` names the argument, option or parameter; `index` the job of a list."""
+    """What went wrong. `field` names the argument, option or parameter; `index` the job of a list.
+
+    `estimate_s`: when a job would end that cannot meet its deadline, in seconds from now.
+    """
 
     title: str
     status: int
@@ -30,6 +33,7 @@ class Problem(msgspec.Struct, omit_defaults=True):
     type: str = "about:blank"
     field: str | None = None
     index: int | None = None
+    estimate_s: float | None = None
 
 
 def _respond(problem: Problem, headers: dict[str, str] | None = None) -> Response[bytes]:
@@ -42,7 +46,9 @@ def _ours(request: Request[Any, Any, Any], error: LeptonError) -> Response[bytes
     index = getattr(error, "index", None)
     headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, Unavailable) else None
     log.info("request_refused", path=request.url.path, status=error.status, code=error.code, field=error.field)
-    return _respond(Problem(title, error.status, error.message, error.code, field=error.field, index=index), headers)
+    problem = Problem(title, error.status, error.message, error.code, field=error.field, index=index)
+    problem.estimate_s = getattr(error, "estimate_s", None)
+    return _respond(problem, headers)
 
 
 def _parameter(request: Request[Any, Any, Any], error: ValidationException) -> Response[bytes]:

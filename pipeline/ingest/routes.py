@@ -220,7 +220,7 @@ async def accounts(request: Request[Any, Any, Any], door: TheDoor) -> Response[b
 
 @get("/v1/devices", tags=["fleet"], operation_class=openapi.DEVICES)
 async def devices(request: Request[Any, Any, Any], door: TheDoor) -> Response[bytes]:
-    """Every worker that is alive: its device, slots, measured peaks and kernels."""
+    """Every worker that is alive: its device, slots, measured peaks, kernels and state."""
     return _respond(request, await door.announcements(), 200)
 
 

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from lepton_ai.device import Peaks
+from lepton_ai.device import DeviceState, Peaks
 from tasks.driver import Found, best_s, cores
 
 __all__ = ["CpuDriver", "open_device", "probe"]
 
 _MATMUL_SIZE = 512
 _COPY_BYTES = 16 * 2**20
+#: The kernel's names for what measures a processor: Intel's, AMD's, and that of small boards.
+_THERMOMETERS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 _INFO = Path("/proc/cpuinfo")
 
 
@@ -75,6 +78,17 @@ class CpuDriver:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+    def state(self) -> DeviceState:
+        """The hottest part of the processor, beside what it may not exceed, where the system tells both."""
+        found = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+        known = [
+            (each.current, each.critical) for chip in _THERMOMETERS for each in found.get(chip, ()) if each.critical
+        ]
+        if not known:
+            return DeviceState()
+        current, critical = max(known, key=lambda each: each[0] / each[1])
+        return DeviceState(temperature_c=current, temperature_limit_c=critical)
 
 
 def open_device(device: str, slots: int) -> CpuDriver:

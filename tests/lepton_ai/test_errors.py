@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lepton_ai import errors
 from lepton_ai.errors import (
     BrokerUnavailable,
+    DeadlineUnattainable,
     InvalidRequest,
     JobFailed,
     LeptonError,
@@ -93,3 +94,16 @@ def test_what_is_quoted_of_millions_of_characters_is_shortened() -> None:
     assert error.message.endswith("... (6000027 characters)")
     assert len(error.to_wire()["field"]) == 200
     assert errors.from_wire(error.to_wire()).message == error.message
+
+
+def test_an_estimate_comes_back_from_the_wire() -> None:
+    found = errors.from_wire(DeadlineUnattainable("too late", "deadline_s", estimate_s=2.5).to_wire())
+    assert isinstance(found, DeadlineUnattainable)
+    assert found.estimate_s == 2.5
+
+
+@pytest.mark.parametrize("estimate", [None, "soon", [1]])
+def test_what_is_no_estimate_is_left_out(estimate: Any) -> None:
+    found = errors.from_wire({"code": "deadline_unattainable", "estimate_s": estimate})
+    assert isinstance(found, DeadlineUnattainable)
+    assert found.estimate_s is None

@@ -132,3 +132,19 @@ def test_settings_do_not_change() -> None:
 
 def test_kernel_modules_are_split_at_commas() -> None:
     assert Settings.read({"LEPTON_KERNELS": "my.kernels, yours ,,"}).kernel_modules == ("my.kernels", "yours")
+
+
+@pytest.mark.parametrize(
+    "name", ["memory_limit", "network_limit", "temperature_limit", "utilization_limit", "power_limit"]
+)
+@pytest.mark.parametrize("value", ["-0.1", "inf", "nan"])
+def test_a_limit_of_a_device_is_a_share_or_nought(name: str, value: str) -> None:
+    with pytest.raises(InvalidSettings, match=r"a share such as 0\.95, or 0 for no limit"):
+        Settings.read({f"LEPTON_{name.upper()}": value})
+    assert getattr(Settings.read({f"LEPTON_{name.upper()}": "0"}), name) == 0
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "nan"])
+def test_the_band_below_a_limit_is_a_share_above_nought(value: str) -> None:
+    with pytest.raises(InvalidSettings, match="LEPTON_LIMIT_BAND is above 0 and at most 1"):
+        Settings.read({"LEPTON_LIMIT_BAND": value})

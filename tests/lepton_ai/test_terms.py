@@ -28,6 +28,7 @@ DAY_S = 86_400
         ({"deadline_s": float("nan")}, "deadline_s"),
         ({"deadline_s": 1e300}, "deadline_s"),
         ({"delay_s": 5, "deadline_s": 5}, "deadline_s"),
+        ({"options": Options(must_meet=True)}, "must_meet"),
         ({"options": Options(limit_s=0)}, "limit_s"),
     ],
 )
@@ -102,9 +103,16 @@ def test_rows_have_them_too(broker_url: str, connection: Connection) -> None:
         thread.join(10)
 
 
+def test_that_a_deadline_must_be_met_is_an_option_of_ours(broker_url: str, connection: Connection) -> None:
+    with Client(broker_url) as client:
+        client.submit_many("a.b", [{"x": 1}] * 10, deadline_s=90, must_meet=True)
+    for _ in range(10):
+        assert wire.read_options(message(connection).headers).must_meet
+
+
 def test_nothing_is_sent_where_a_term_is_wrong(broker_url: str, connection: Connection) -> None:
     with Client(broker_url) as client:
-        for wrong in ({"delay_s": -1.0}, {"deadline_s": 0.0}, {"limit_s": 0.0}):
+        for wrong in ({"delay_s": -1.0}, {"deadline_s": 0.0}, {"limit_s": 0.0}, {"must_meet": True}):
             with pytest.raises(OptionNotSupported):
                 client.submit("a.b", {}, **wrong)
             with pytest.raises(OptionNotSupported):

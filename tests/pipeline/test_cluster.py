@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lepton_ai.device import Announcement, Peaks
+from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.kernel import KernelSpec
 from pipeline.cluster import Cluster
 
@@ -167,3 +167,88 @@ def test_young_work_of_a_device_stays_though_its_queue_is_empty() -> None:
     found.dispatched("a", "cpu", 1.5)
     found.reconcile("cpu", 0)
     assert found.outstanding_s("cpu") == 1.5
+
+
+# -- the state of devices -------------------------------------------------------------------------------------------
+
+
+def state(share: float = 1.0, reason: str = "", speed: float = 1.0) -> ResourceState:
+    return ResourceState(0, 0.0, 0.0, 0, 1, speed=speed, share=share, reason=reason)
+
+
+def test_a_device_that_has_told_nothing_may_be_given_all_of_its_work() -> None:
+    found = cluster(worker("1", "cpu"))
+    assert (found.share("cpu"), found.devices[0].speed, found.devices[0].reason) == (1.0, 1.0, "")
+
+
+def test_a_device_is_as_its_worker_told_last() -> None:
+    found = cluster(worker("1", "cpu", slots=4), worker("2", "gpu"))
+    found.heard("1", state(0.2, "memory at 94%"))
+    found.heard("1", state(0.5, "memory at 93%", 0.8))
+    device = found.devices[0]
+    assert (device.share, device.reason, device.speed, device.capacity) == (0.5, "memory at 93%", 0.8, 2.0)
+    assert found.share("gpu") == 1.0
+
+
+def test_the_workers_of_a_device_count_by_their_slots() -> None:
+    found = cluster(worker("1", "cpu", slots=3), worker("2", "cpu", slots=1))
+    found.heard("2", state(0.0, "hot", 0.6))
+    assert (found.devices[0].share, found.devices[0].speed) == (0.75, pytest.approx(0.9))
+    found.heard("1", state(0.0, "full"))
+    assert (found.devices[0].share, found.devices[0].reason) == (0.0, "full; hot")
+
+
+def test_a_device_without_a_share_can_run_nothing_and_still_serves_its_kernels() -> None:
+    found = cluster(worker("1", "cpu", kernels=(spec("test.one"),)))
+    found.heard("1", state(0.0, "hot"))
+    assert not found.devices[0].can_run("test.one", None)
+    assert found.devices[0].serves("test.one", None)
+    assert found.devices[0].kernels == {"test.one"}
+
+
+def test_a_device_that_comes_back_is_a_change_of_what_can_run_told_once() -> None:
+    workers = [worker("1", "cpu")]
+    found = cluster(*workers)
+    found.heard("1", state(0.0, "hot"))
+    assert not found.recovered
+    found.heard("1", state(0.3))
+    assert found.recovered
+    assert found.refresh(workers)
+    assert not found.recovered
+    assert not found.refresh(workers)
+    assert found.share("cpu") == 0.3
+
+
+def test_a_state_is_forgotten_with_its_worker() -> None:
+    found = cluster(worker("1", "cpu"))
+    found.heard("1", state(0.0, "hot", 0.5))
+    found.refresh([])
+    found.refresh([worker("1", "cpu")])
+    assert (found.share("cpu"), found.speed_of("1")) == (1.0, 1.0)
+
+
+def test_the_state_of_a_worker_that_nobody_has_announced_changes_nothing() -> None:
+    found = cluster(worker("1", "cpu"))
+    found.heard("2", state(0.0, "hot", 0.5))
+    assert (found.share("cpu"), found.speed_of("2")) == (1.0, 1.0)
+
+
+def test_a_worker_has_the_speed_that_it_told_last() -> None:
+    found = cluster(worker("1", "cpu"), worker("2", "cpu"))
+    found.heard("1", state(speed=0.5))
+    assert (found.speed_of("1"), found.speed_of("2")) == (0.5, 1.0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1), st.floats(0.05, 1)), max_size=20))
+def test_share_and_speed_stay_between_the_least_and_the_most_of_the_workers(
+    told: list[tuple[int, float, float]],
+) -> None:
+    found = cluster(*(worker(str(number), "cpu", slots=number + 1) for number in range(4)))
+    shares, speeds = [1.0] * 4, [1.0] * 4
+    for number, share, speed in told:
+        found.heard(str(number), state(share, "", speed))
+        shares[number], speeds[number] = share, speed
+    device = found.devices[0]
+    assert min(shares) - 1e-9 <= device.share <= max(shares) + 1e-9
+    assert min(speeds) - 1e-9 <= device.speed <= max(speeds) + 1e-9
+    assert (device.share == 0) == (max(shares) == 0)

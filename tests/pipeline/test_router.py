@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from lepton_ai import blob, bundle, cancellation, event, results, topology, wire
-from lepton_ai.device import Announcement, Peaks
+from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.direct_protocol import look_commands, push, read_look, writer
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import ids, minute_of, new_id, new_ids, run_of
@@ -27,6 +27,7 @@ from lepton_ai.placement.costs import CostModel
 from lepton_ai.settings import Settings
 from lepton_ai.terms import Terms
 from lepton_ai.topology import PRIORITY_SEPARATOR
+from pipeline.deadlines import Backlog
 from pipeline.router import Router
 from queues import functions
 from queues.broker import CLAIM_LIMIT, LISTS_EACH, WAKE, Broker, Kind
@@ -85,6 +86,14 @@ class PlayedWorker:
     def go_offline(self) -> None:
         self.broker.resign()
         self.broker.emit(event.encode(Event("device.offline", self.broker.incarnation, device=self.device)))
+
+    def beat(self, share: float = 1.0, reason: str = "", speed: float = 1.0) -> None:
+        """Tells the fleet of its state."""
+        state = ResourceState(0, 0.0, 0.0, 0, 1, speed=speed, share=share, reason=reason)
+        data = {"state": msgspec.to_builtins(state)}
+        self.broker.emit(
+            event.encode(Event("device.heartbeat", self.broker.incarnation, device=self.device, data=data))
+        )
 
     def take(self, limit: int = 1, timeout_s: float = 5.0, *, alone: bool = False) -> list[str]:
         """The ids of the next jobs, oldest first; [] where none came in time. A bundle counts as one."""
@@ -221,6 +230,14 @@ class Lane:
         raw = self.connection.call("HGET", topology.jobs(minute_of(job_id) or 0), job_id)
         return msgspec.msgpack.decode(raw, type=Placement) if raw else None
 
+    def wait_for_routers(self, count: int) -> None:
+        """Returns once so many routers wait for the next job."""
+        until(lambda: self._blocked() >= count, f"{count} routers wait")
+
+    def _blocked(self) -> int:
+        clients = self.connection.call("CLIENT", "LIST").decode().splitlines()
+        return sum("-wake " in client and "cmd=blmove" in client for client in clients)
+
     def wait_for(self, kind: str, count: int) -> list[str]:
         """The jobs of the next events of a type, once there are `count`."""
         jobs: list[str] = []
@@ -285,11 +302,22 @@ def test_a_device_that_has_reported_its_work_done_is_free_again(start_router, ad
 
 
 def test_jobs_of_one_window_are_spread_by_what_was_placed_before_them(start_router, add_worker, lane: Lane) -> None:
-    slow, fast = add_worker("cpu", speed=SPEED), add_worker("gpu", speed=3 * SPEED)
-    lane.send(4, ms=30)  # 10, 20, 30 ms on the fast one; the third is a tie, the fourth would be 40
+    slow, fast = add_worker("cpu", speed=SPEED), add_worker("gpu", speed=1.1 * SPEED)
+    lane.send(4, ms=30)  # 27, 55, 82, 109 ms on the fast one: the slow one does it in 30 and 60
     start_router()
     lane.wait_for("job.placed", 4)
-    assert (slow.depth, fast.depth) in ((1, 3), (2, 2))
+    assert (slow.depth, fast.depth) == (2, 2)
+
+
+def test_a_slow_device_is_left_alone_where_a_fast_one_carries_the_load(start_router, add_worker, lane: Lane) -> None:
+    """Whoever finishes first on a slow device keeps it from those for whom it would be no slower than the fast one."""
+    slow, fast = add_worker("cpu", speed=SPEED), add_worker("gpu", speed=3 * SPEED)
+    lane.send(4, ms=30)  # 10, 20, 30, 40 ms on the fast one; 30 on the slow one
+    start_router()
+    jobs = lane.wait_for("job.placed", 4)
+    assert (slow.depth, fast.depth) == (0, 4)
+    assert "finishes first" in lane.placement(jobs[0]).reason
+    assert lane.placement(jobs[3]).reason == "costs the others least: its own finish is 10 ms later than on cpu"
 
 
 def test_a_placement_says_which_devices_were_looked_at_and_why_one_was_chosen(
@@ -302,7 +330,7 @@ def test_a_placement_says_which_devices_were_looked_at_and_why_one_was_chosen(
     (sent,) = lane.send(ms=100)
     fast.take()
     placement = lane.placement(sent)
-    assert (placement.state, placement.device, placement.policy) == ("placed", "gpu", "earliest_finish")
+    assert (placement.state, placement.device, placement.policy) == ("placed", "gpu", "externality")
     assert "first of 2" in placement.reason
     looked_at = {candidate.device: candidate for candidate in placement.candidates}
     assert looked_at["cpu"].estimate.run_s == pytest.approx(0.1)
@@ -344,6 +372,69 @@ def test_a_new_router_starts_from_the_model_that_telemetry_keeps(
     start_router()
     (sent,) = lane.send(ms=100)
     assert honest.take() == [sent]
+
+
+def test_a_job_goes_once_or_twice_where_its_kernel_was_never_measured_and_says_so(
+    start_router, add_worker, lane: Lane
+) -> None:
+    """What was measured on the one is a little quicker than what is announced by the other."""
+    known, unknown = add_worker("cpu.known", speed=SPEED), add_worker("cpu.unknown", speed=SPEED)
+    start_router()
+
+    def run(worker: PlayedWorker) -> str:
+        (sent,) = lane.send(ms=100)
+        assert worker.take() == [sent]
+        worker.commit([sent], Observation("test.spin", worker.device, 1, 100, 0, 0.0, 0.09))
+        lane.settle()
+        return lane.placement(sent).reason
+
+    assert [run(known) for _ in range(2)] == ["finishes first of 2 able devices"] * 2
+    assert [run(unknown).partition(":")[0] for _ in range(2)] == ["a probe"] * 2
+    (sent,) = lane.send(ms=100)
+    lane.wait_for("job.placed", 5)
+    assert "a probe" not in lane.placement(sent).reason
+
+
+def test_an_urgent_job_is_no_probe(start_router, add_worker, lane: Lane) -> None:
+    known = add_worker("cpu.known", speed=SPEED)
+    add_worker("cpu.unknown", speed=SPEED)
+    start_router()
+    for _ in range(4):
+        (sent,) = lane.send(ms=100, priority=9)
+        assert known.take() == [sent]
+        known.commit([sent], Observation("test.spin", "cpu.known", 1, 100, 0, 0.0, 0.09))
+        lane.settle()
+
+
+def test_a_job_with_a_deadline_goes_where_it_makes_it(start_router, add_worker, lane: Lane) -> None:
+    slow = add_worker("cpu", speed=SPEED)
+    add_worker("gpu", speed=3 * SPEED)
+    start_router()
+    (busy,) = lane.send(ms=150_000)
+    lane.wait_for("job.placed", 1)
+    assert lane.placement(busy).device == "gpu"  # for 50 seconds
+    patient, hurried = new_ids(2)
+    due = datetime.fromtimestamp(time.time() + 55, UTC).isoformat()
+    lane.push([lane.message(patient, 45_000)])  # done there in 65 seconds, on the other in 45
+    lane.wait_for("job.placed", 1)
+    assert lane.placement(patient).device == "gpu"
+    lane.push([altered(lane.message(hurried, 45_000), expires=due)])
+    assert slow.take() == [hurried]
+    assert lane.placement(hurried).reason == "finishes first of 2 able devices; makes its deadline"
+
+
+def test_what_jobs_lost_by_going_where_they_went_is_told_once_a_heartbeat(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    add_worker("cpu", speed=SPEED)
+    fast = add_worker("gpu", speed=2 * SPEED)
+    start_router(HASTY)
+    (sent,) = lane.send(ms=10)
+    assert fast.take() == [sent]
+    fast.commit([sent], Observation("test.spin", "gpu", 1, 10, 0, 0.0, 0.04))  # 10 ms on the other
+    until(lambda: connection.call("HGET", topology.REGRET, "jobs") == b"1", "the regret is told")
+    assert float(connection.call("HGET", topology.REGRET, "hindsight_s")) == pytest.approx(0.03, rel=1e-3)
+    assert connection.call("HGET", topology.REGRET, "ratio_4") == b"1"
 
 
 # -- credit -----------------------------------------------------------------------------------------------------
@@ -520,6 +611,180 @@ def test_a_device_that_went_offline_is_given_nothing_more(start_router, add_work
     lane.settle()
     (sent,) = lane.send(ms=100)
     assert staying.take() == [sent]
+
+
+# -- deadlines that must be met --------------------------------------------------------------------------------------
+
+
+def learned(connection: Connection, device: str = "cpu") -> None:
+    """What the telemetry service has kept of a device that takes a millisecond for each of `n`."""
+    model, peaks = CostModel(), Peaks(SPEED, 1e12, float("inf"), 0.0, 0.0)
+    for n in (10, 20, 50, 100, 200) * 50:
+        model.learn(Observation("test.spin", device, 1, float(n), 0.0, 1e-6, n / 1e3), peaks)
+    connection.call("SET", topology.MODEL, model.snapshot())
+
+
+def send_to_meet(lane: Lane, ms: int, deadline_s: float, **options: Any) -> str:
+    terms = Terms(Options(must_meet=True, **options), deadline_s=deadline_s)
+    job = new_id()
+    lane.push([wire.envelope(job, "test.spin", {"n": ms}, terms.options, **terms.times())])
+    return job
+
+
+def end_of(connection: Connection, job: str) -> Any:
+    until(lambda: connection.call("EXISTS", topology.result(job)), "the job ends")
+    return results.read(connection.call("GET", topology.result(job)))
+
+
+def test_a_job_that_cannot_end_by_the_deadline_that_it_must_meet_fails_with_the_estimate(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    learned(connection)
+    worker = add_worker()
+    start_router()
+    refused, meets = send_to_meet(lane, 10_000, 5.0), send_to_meet(lane, 100, 5.0)
+    assert worker.take() == [meets]
+    meta = end_of(connection, refused)
+    assert meta.status == "FAILURE"
+    assert meta.lepton.error["code"] == "deadline_unattainable"
+    assert meta.lepton.error["estimate_s"] == pytest.approx(10, rel=0.3)
+    assert sizes(connection)["difference"] == 0
+
+
+def test_what_the_device_was_given_and_what_waits_count_against_a_deadline(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    learned(connection)
+    add_worker()
+    start_router()
+    lane.send(30, ms=1000)
+    lane.settle()
+    refused = send_to_meet(lane, 100, 10.0)
+    assert end_of(connection, refused).lepton.error["code"] == "deadline_unattainable"
+    urgent = send_to_meet(lane, 100, 10.0, priority=9)
+    lane.settle()
+    assert connection.call("EXISTS", topology.result(urgent)) == 0
+
+
+def test_without_a_measurement_a_job_that_must_meet_its_deadline_is_taken(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker()
+    start_router()
+    sent = send_to_meet(lane, 10_000, 5.0)
+    assert worker.take() == [sent]
+
+
+def test_a_router_tells_what_is_to_be_done_with_each_of_its_heartbeats(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    add_worker(settings=HASTY)
+    start_router(HASTY)
+    lane.send(3, ms=1000)
+    lane.wait_for("job.placed", 1)
+
+    def told() -> list[Backlog]:
+        values = [connection.call("GET", name) for name in connection.call("KEYS", topology.backlog("*"))]
+        return [msgspec.msgpack.decode(value, type=Backlog) for value in values if value is not None]
+
+    until(lambda: any(each.seconds.get("cpu", 0.0) > 1 and sum(each.waiting) == 1 for each in told()), "it tells")
+
+
+# -- devices near and beyond their limits ---------------------------------------------------------------------------
+
+HOT = "temperature at 104%, over its limit of 100%"
+
+
+def test_a_device_beyond_a_limit_is_passed_over_and_the_placement_says_why(
+    start_router, add_worker, lane: Lane
+) -> None:
+    fast, slow = add_worker("gpu", speed=100 * SPEED), add_worker("cpu")
+    start_router()
+    lane.settle()
+    fast.beat(0.0, HOT)
+    lane.settle()
+    (sent,) = lane.send(ms=100)
+    assert slow.take() == [sent]
+    told = {candidate.device: candidate.excluded for candidate in lane.placement(sent).candidates}
+    assert told == {"cpu": None, "gpu": HOT}
+
+
+def test_jobs_that_only_a_device_beyond_its_limits_can_run_wait_with_the_reason_and_run_once_it_is_back(
+    start_router, add_worker, lane: Lane
+) -> None:
+    worker = add_worker("gpu")
+    add_worker("cpu", kernels=(OTHER,))
+    start_router()
+    lane.settle()
+    worker.beat(0.0, HOT)
+    lane.settle()
+    sent = lane.send(3)
+    lane.wait_for("job.parked", 3)
+    placement = lane.placement(sent[0])
+    assert placement.state == "parked"
+    assert f"gpu: {HOT}" in placement.reason
+    worker.beat(0.4)
+    assert worker.serve(3) == sent
+
+
+def test_a_bundle_that_only_a_device_beyond_its_limits_can_run_waits_too(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker("gpu")
+    start_router()
+    lane.settle()
+    worker.beat(0.0, HOT)
+    lane.settle()
+    sent = lane.send_bundle(5)
+    lane.wait_for("job.parked", 5)
+    worker.beat()
+    assert sorted(worker.serve(5)) == sorted(sent)
+
+
+def test_one_worker_beyond_its_limits_does_not_stop_the_device_that_another_serves_too(
+    start_router, add_worker, lane: Lane
+) -> None:
+    ill, well = add_worker("gpu"), add_worker("gpu")
+    start_router()
+    lane.settle()
+    ill.beat(0.0, HOT)
+    lane.settle()
+    (sent,) = lane.send()
+    assert well.take() == [sent]
+
+
+def test_a_device_near_a_limit_is_given_its_share_of_the_work(start_router, add_worker, lane: Lane) -> None:
+    """Two alike: the one of half the share counts as if it had half the slots."""
+    near, well = add_worker("gpu", slots=4), add_worker("fpga", slots=4)
+    start_router()
+    lane.settle()
+    near.beat(0.5, "memory at 93%")
+    lane.settle()
+    lane.send(30, ms=10)
+    lane.wait_for("job.placed", 30)
+    assert near.depth + well.depth == 30
+    assert 5 <= near.depth <= 12
+
+
+def test_a_device_near_a_limit_has_less_credit(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker("gpu", slots=4)
+    start_router(msgspec.structs.replace(PATIENT, credit_s=0.001))
+    lane.settle()
+    worker.beat(0.25, "memory at 94%")
+    lane.settle()
+    lane.send(20, ms=100)
+    lane.settle()
+    assert worker.depth == 2
+
+
+def test_a_device_that_shares_its_host_with_others_is_predicted_to_be_slower(
+    start_router, add_worker, lane: Lane
+) -> None:
+    shared, alone = add_worker("gpu", speed=3 * SPEED), add_worker("cpu", speed=2 * SPEED)
+    start_router()
+    lane.settle()
+    shared.beat(speed=0.5)
+    lane.settle()
+    (sent,) = lane.send(ms=60)
+    assert alone.take() == [sent]
+    run_s = {each.device: each.estimate.run_s for each in lane.placement(sent).candidates}
+    assert run_s == {"cpu": pytest.approx(0.03, rel=0.01), "gpu": pytest.approx(0.04, rel=0.01)}
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\x00", b"{", b"[]", b"null", b'{"body": 3}', b"\xff\xfe", b"[" * 5000])
@@ -709,6 +974,39 @@ def test_two_routers_dispatch_each_message_once(start_router, add_worker, lane: 
     assert sorted(taken) == sorted(sent)
     lane.settle()
     assert waiting_anywhere(connection) == worker.depth == 0
+
+
+def test_each_of_two_routers_sees_what_the_other_has_placed_before_it_places(
+    start_router, add_worker, lane: Lane
+) -> None:
+    """Blind to each other they would both send their first job to one device, and their second to the other."""
+    devices = add_worker("cpu.a"), add_worker("cpu.b")
+    for _ in range(2):
+        start_router()
+    lane.wait_for_routers(2)
+    routers = set()
+    for pair in range(8):  # who waits longest is woken next: the routers take turns
+        for _ in range(2):
+            lane.wait_for("job.placed", len(sent := lane.send(ms=1)))
+            routers.add(lane.placement(sent[0]).router)
+        assert [device.depth for device in devices] == [pair + 1, pair + 1]
+    assert len(routers) == 2
+
+
+def test_work_that_another_router_placed_is_done_once_its_worker_says_so(start_router, add_worker, lane: Lane) -> None:
+    devices = {name: add_worker(name) for name in ("cpu.a", "cpu.b")}
+    for _ in range(2):
+        start_router()
+    lane.wait_for_routers(2)
+    for _ in range(6):  # whoever places the second one knows that the device of the first is busy, or free again
+        (first,) = lane.send(ms=1)
+        lane.wait_for("job.placed", 1)
+        device = lane.placement(first).device
+        (second,) = lane.send(ms=1)
+        lane.wait_for("job.placed", 1)
+        assert {device, lane.placement(second).device} == set(devices)
+        for job in (first, second):
+            devices[lane.placement(job).device].serve(1)
 
 
 def test_of_two_routers_one_stops_in_the_middle_and_nothing_is_lost_or_doubled(

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from lepton_ai import event, topology
-from lepton_ai.device import Announcement, Peaks
+from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.event import Event, Observation
 from lepton_ai.kernel import Work
 from lepton_ai.placement.costs import CostModel
@@ -66,6 +66,29 @@ def test_other_events_leave_the_work_outstanding(cluster: Cluster, kind: str) ->
     cluster.dispatched("a", "cpu", 1.0)
     learn(Event(kind, "worker-1", jobs=("a",)), cluster, CostModel())
     assert cluster.outstanding_s("cpu") == 1.0
+
+
+def heartbeat(**state: Any) -> Event:
+    told = msgspec.to_builtins(ResourceState(0, 0.0, 0.0, 0, 1, **state))
+    return Event("device.heartbeat", "worker-1", device="cpu", data={"state": told})
+
+
+def test_a_heartbeat_tells_the_state_of_its_device(cluster: Cluster) -> None:
+    learn(heartbeat(share=0.25, speed=0.5), cluster, CostModel())
+    assert (cluster.share("cpu"), cluster.devices[0].speed) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("state", [None, {"load": 0.5}, {"busy_slots": "many"}])
+def test_a_heartbeat_of_another_release_changes_nothing(cluster: Cluster, state: Any) -> None:
+    learn(Event("device.heartbeat", "worker-1", device="cpu", data={"state": state}), cluster, CostModel())
+    assert cluster.share("cpu") == 1.0
+
+
+def test_what_is_learned_is_the_speed_of_the_device_without_others_load(cluster: Cluster) -> None:
+    model = CostModel()
+    learn(heartbeat(speed=0.5), cluster, model)
+    learn(succeeded("a", observation=msgspec.structs.replace(SLOW, run_s=2 * SLOW.run_s)), cluster, model)
+    assert predicted_s(model) == expected_s(SLOW)
 
 
 def test_an_observation_teaches_the_cost_model(cluster: Cluster) -> None:

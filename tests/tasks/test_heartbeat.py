@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from lepton_ai import topology
-from lepton_ai.device import Announcement, Peaks, ResourceState
+from lepton_ai.device import Announcement, DeviceState, Peaks, ResourceState
 from lepton_ai.errors import BrokerUnavailable, Fenced
 from lepton_ai.event import Event
 from lepton_ai.settings import Settings
@@ -19,6 +19,7 @@ from queues.connection import Connection
 from queues.event_stream import EventStream
 from queues.steps import Commit
 from tasks.heartbeat import Heartbeat
+from tasks.host import boot
 
 QUICK = Settings(lease_s=0.5, heartbeat_s=0.05)
 INCARNATION = "worker-of-the-test"
@@ -38,7 +39,7 @@ class Slots(SimpleNamespace):
 
 @pytest.fixture
 def slots() -> Slots:
-    return Slots(busy_s=0.0, busy=1, count=2, heed=lambda _: None)
+    return Slots(busy_s=0.0, busy=1, count=2, heed=lambda _: None, driver=None, threads=[])
 
 
 @pytest.fixture
@@ -249,3 +250,89 @@ def test_memory_that_nobody_needs_is_given_back_now_and_then(
     beat()
     for _ in range(4):
         assert swept.acquire(timeout=5)
+
+
+# -- the state of the device and its host -----------------------------------------------------------------------
+
+
+class WithSensors(SimpleNamespace):
+    """A driver whose device tells of itself."""
+
+    state: Callable[[], DeviceState]
+
+
+def states(stream: EventStream) -> Iterator[ResourceState]:
+    while True:
+        yield msgspec.convert(next_event(stream, "device.heartbeat").data["state"], ResourceState)
+
+
+def test_a_heartbeat_carries_what_the_driver_says_of_its_device(beat: Any, stream: EventStream, slots: Slots) -> None:
+    hot = DeviceState(temperature_c=95.0, temperature_limit_c=90.0)
+    slots.driver = WithSensors(state=lambda: hot)
+    beat()
+    found = next(state for state in states(stream) if state.device is not None)
+    assert found.device == hot
+    assert (found.share, found.reason) == (0.0, "temperature at 106%, over its limit of 100%")
+
+
+@pytest.mark.parametrize("fault", ["raises", "hangs"])
+def test_a_sensor_that_fails_costs_no_lease(
+    beat: Any, connection: Connection, stream: EventStream, slots: Slots, fault: str
+) -> None:
+    going = threading.Event()
+
+    def state() -> DeviceState:
+        if fault == "raises":
+            raise OSError("the driver has crashed")
+        going.wait(10)
+        return DeviceState()
+
+    slots.driver = WithSensors(state=state)
+    beat()
+    started_s = time.monotonic()
+    try:
+        while time.monotonic() - started_s < 2 * QUICK.lease_s:
+            assert next(states(stream)).device is None
+            assert connection.call("EXISTS", LEASE) == 1
+    finally:
+        going.set()
+
+
+def test_a_failing_sensor_of_the_host_leaves_the_others_in_the_heartbeat(
+    beat: Any, stream: EventStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raising() -> Any:
+        raise PermissionError("/proc/meminfo")
+
+    monkeypatch.setattr("psutil.virtual_memory", raising)
+    beat()
+    found = next(states(stream))
+    assert (found.memory_total_bytes, found.share) == (0, 1.0)
+    assert found.busy_slots == 1
+
+
+def test_the_state_can_be_looked_up_and_lapses_with_the_worker(
+    beat: Any, connection: Connection, stream: EventStream
+) -> None:
+    heartbeat = beat()
+    next_event(stream, "device.heartbeat")
+    deadline = time.monotonic() + 5
+    while (value := connection.call("GET", topology.state(INCARNATION))) is None:
+        assert time.monotonic() < deadline
+    assert msgspec.msgpack.decode(value, type=ResourceState).busy_slots == 1
+    assert 0 < connection.call("PTTL", topology.state(INCARNATION)) <= QUICK.lease_s * 1000
+    heartbeat.stop()
+
+
+def test_what_other_workers_of_the_host_use_is_not_foreign(beat: Any, connection: Connection) -> None:
+    heartbeat = beat()
+    key = topology.host(boot())
+    told = msgspec.msgpack.encode((time.time() + 60, 1.5))
+    connection.many(
+        [("HSET", key, "worker-beside", told), ("HSET", key, "worker-gone", msgspec.msgpack.encode((0, 9.0)))]
+    )
+    deadline = time.monotonic() + 5
+    while heartbeat._siblings.processors != 1.5 or connection.call("HEXISTS", key, "worker-gone"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert connection.call("HEXISTS", key, INCARNATION) == 1

@@ -8,28 +8,45 @@ what fast ones could have done, and the backlog grows although the fleet could c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final
+
 import numpy as np
 
-from lepton_ai.placement.compiled import compiled
-from lepton_ai.placement.problem import UNPLACED, Floats, Indices, Plan, Problem
+from lepton_ai.placement.problem import UNPLACED, Floats, Plan, Problem
 
 __all__ = ["Externality"]
 
+#: Below so many costs the loop over plain lists takes less time than arrays for the compiled one do (1 x 2: 2 against
+#: 12 us; 16 x 2: 16 against 7).
+_FEW_COSTS: Final = 16
+
 
 class Externality:
-    """The default online. `k` is the weight of others' delay beside a job's own."""
+    """The default online. `k` is the weight of others' delay beside a job's own.
+
+    Without `is_compiled` its loop runs plain, however large the problem: Numba need not be loaded.
+    """
 
     name = "externality"
 
-    def __init__(self, k: float = 10.0) -> None:
+    def __init__(self, k: float = 10.0, *, is_compiled: bool = True) -> None:
         self.k = k
+        self._is_compiled = is_compiled
 
     def place(self, problem: Problem) -> Plan:
         problem = problem.expanded()
-        typical_s = problem.typical_s or _typical_s(problem.seconds)
-        ready = problem.ready.astype(np.float64)
-        device, wait = _place(problem.seconds, ready, problem.slots.astype(np.float64), self.k / typical_s)
-        return Plan(device, wait)
+        k = self.k / (problem.typical_s or _typical_s(problem.seconds))
+        device = np.full(problem.jobs, UNPLACED, np.intp)
+        wait = np.full(problem.jobs, np.inf)
+        if self._is_compiled and problem.seconds.size >= _FEW_COSTS:
+            ready, slots = problem.ready.astype(np.float64), problem.slots.astype(np.float64)
+            _loop()(problem.seconds, ready, slots, k, device, wait)
+            return Plan(device, wait)
+        devices, waits = device.tolist(), wait.tolist()
+        _place(problem.seconds.tolist(), problem.ready.tolist(), problem.slots.tolist(), k, devices, waits)
+        return Plan(np.array(devices, np.intp), np.array(waits, np.float64))
 
 
 def _typical_s(seconds: Floats) -> float:
@@ -38,15 +55,20 @@ def _typical_s(seconds: Floats) -> float:
     return max(float(best.mean()), 1e-12) if best.size else 1.0
 
 
-@compiled
-def _place(seconds: Floats, ready: Floats, slots: Floats, k: float) -> tuple[Indices, Floats]:
-    jobs, devices = seconds.shape
-    device = np.full(jobs, UNPLACED, np.intp)
-    wait = np.full(jobs, np.inf)
-    for job in range(jobs):
+@cache
+def _loop() -> Callable[..., None]:
+    from lepton_ai.placement.compiled import compiled  # loads Numba, which those who place few jobs do without
+
+    return compiled(_place)
+
+
+def _place(seconds: Any, ready: Any, slots: Any, k: float, device: Any, wait: Any) -> None:
+    """Fills in `device` and `wait`; of arrays or, run plain, of lists."""
+    for job in range(len(seconds)):
+        row = seconds[job]
         best, least = UNPLACED, np.inf
-        for at in range(devices):
-            need = seconds[job, at]
+        for at in range(len(row)):
+            need = row[at]
             if need < np.inf:
                 score = ready[at] + need + k * need / slots[at] * (ready[at] + need / 2)
                 if score < least:
@@ -54,5 +76,4 @@ def _place(seconds: Floats, ready: Floats, slots: Floats, k: float) -> tuple[Ind
         if best != UNPLACED:
             device[job] = best
             wait[job] = ready[best]
-            ready[best] += seconds[job, best] / slots[best]
-    return device, wait
+            ready[best] += row[best] / slots[best]

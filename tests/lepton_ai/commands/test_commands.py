@@ -18,6 +18,7 @@ import pytest
 from lepton_ai import Announcement, Peaks, cli, topology, wire
 from lepton_ai.commands import app, shown
 from lepton_ai.commands.address import address, http_address, masked
+from lepton_ai.device import DeviceState, ResourceState
 from lepton_ai.job import Candidate, Estimate, Placement, Record
 from queues.connection import Connection
 
@@ -335,6 +336,33 @@ def test_a_transfer_without_limit_is_shown_as_none(capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "inf" not in out
     assert "–" in out
+
+
+def shown_devices(capsys: pytest.CaptureFixture[str], state: ResourceState | None) -> str:
+    peaks = Peaks(1e9, 1e9, 1e9, 0.0, 1e-6)
+    found = Announcement("worker-1", "gpu@here", "gpu", "gpu", 4, False, peaks, (), 0.0, state=state)
+    shown.console().print(shown.devices([found]))
+    return capsys.readouterr().out
+
+
+def test_a_device_is_shown_with_its_state_and_first_why_it_is_given_less(capsys: pytest.CaptureFixture[str]) -> None:
+    state = ResourceState(
+        *(3, 0.7, 0.5, 2 * 2**30, 4 * 2**30, 1e6, 125e6, 0.008, 0.1, 0.25),
+        device=DeviceState(0.9, 2**30, 8 * 2**30, 91.0, 90.0, 300.0, 400.0),
+        speed=0.8,
+        share=0.0,
+        reason="temperature at 101%, over its limit of 100%",
+    )
+    out = shown_devices(capsys, state)
+    told = (
+        "cpu 50% (25% others'), memory 2.0 of 4.0 GiB, network 1.0 MB/s of 125, device 90%, its memory 1.0 of 8.0 GiB"
+    )
+    assert f"{state.reason}, {told}, 91 °C, 300 W" in out
+    assert all(each in out for each in (" 3/4 ", " 80% ", " 0% "))
+
+
+def test_a_device_whose_state_is_not_known_is_shown_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "its state is not known yet" in shown_devices(capsys, None)
 
 
 def test_the_spread_is_explained_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:

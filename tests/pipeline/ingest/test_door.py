@@ -13,9 +13,10 @@ import pytest
 import redis.asyncio as redis
 
 from lepton_ai import event, results, topology, wire
-from lepton_ai.device import Announcement, Peaks
+from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.errors import (
     BrokerUnavailable,
+    DeadlineUnattainable,
     InvalidArguments,
     LeptonError,
     OptionNotSupported,
@@ -23,12 +24,14 @@ from lepton_ai.errors import (
     UnknownJob,
     UnknownKernel,
 )
-from lepton_ai.event import Event
+from lepton_ai.event import Event, Observation
 from lepton_ai.identity import minute_of, new_id
 from lepton_ai.job import Placement, Record
 from lepton_ai.kernel import KernelSpec
+from lepton_ai.placement.costs import CostModel
 from lepton_ai.remote import JobRequest
 from lepton_ai.settings import Settings
+from pipeline.deadlines import Backlog
 from pipeline.ingest import admission
 from pipeline.ingest import door as door_module
 from pipeline.ingest.door import Door
@@ -116,9 +119,108 @@ def test_a_list_with_one_wrong_job_is_refused_whole_and_the_job_is_named(
     assert connection.call("KEYS", "lepton.ingest*") == connection.call("KEYS", "lepton:jobs:*") == []
 
 
+def learn(connection: Connection) -> None:
+    """What the telemetry service keeps: each job takes 10 ms."""
+    model, seen = CostModel(), Observation("test.double", "cpu", 1, 2.0, 16.0, 1e-6, 0.01, 8.0)
+    for _ in range(400):
+        model.learn(seen, Peaks(1e9, 1e9, 1e9, 0.0, 0.0))
+    connection.call("SET", topology.MODEL, model.snapshot())
+
+
+def meet(deadline_s: float, **more: Any) -> JobRequest:
+    return request(deadline_s=deadline_s, must_meet=True, **more)
+
+
+def options_on_the_lane(connection: Connection) -> Any:
+    (message,) = connection.call("LRANGE", topology.LANE, 0, -1)
+    return wire.read_options(wire.read_envelope(message).headers)
+
+
+def test_a_job_that_cannot_meet_its_deadline_is_refused_with_the_estimate(
+    broker_url: str, connection: Connection
+) -> None:
+    announce(connection)
+    learn(connection)
+    with pytest.raises(DeadlineUnattainable) as raised:
+        through(broker_url, lambda door: door.accept([meet(60.0), meet(0.002)], 0))
+    assert raised.value.estimate_s == pytest.approx(0.01, rel=0.3)
+    assert getattr(raised.value, "index", None) == 1
+    assert connection.call("KEYS", "lepton.ingest*") == []
+
+
+def test_a_job_that_can_meet_its_deadline_is_accepted_for_good(broker_url: str, connection: Connection) -> None:
+    """Once it is accepted no router refuses it, whatever has come meanwhile."""
+    announce(connection)
+    learn(connection)
+    (view,) = through(broker_url, lambda door: door.accept([meet(60.0)], 0))
+    assert view.state == "waiting"
+    assert not options_on_the_lane(connection).must_meet
+
+
+def test_a_deadline_that_need_not_be_met_refuses_nothing(broker_url: str, connection: Connection) -> None:
+    announce(connection)
+    learn(connection)
+    through(broker_url, lambda door: door.accept([request(deadline_s=0.002)], 0))
+    assert connection.call("LLEN", topology.LANE) == 1
+
+
+def test_without_a_measurement_a_job_that_must_meet_its_deadline_is_accepted(
+    broker_url: str, connection: Connection
+) -> None:
+    announce(connection)
+    through(broker_url, lambda door: door.accept([meet(1e-3)], 0))
+    assert connection.call("LLEN", topology.LANE) == 1
+
+
+def test_what_routers_tell_and_what_waits_count_against_a_deadline(broker_url: str, connection: Connection) -> None:
+    announce(connection)
+    learn(connection)
+    through(broker_url, lambda door: door.accept([meet(20.0)], 0))
+    told = msgspec.msgpack.encode(Backlog({"cpu": 30.0}, typical_s=1.0))
+    connection.many([("SADD", topology.HOLDERS, "router-1"), ("SET", topology.backlog("router-1"), told)])
+    with pytest.raises(DeadlineUnattainable) as raised:
+        through(broker_url, lambda door: door.accept([meet(20.0)], 0))
+    assert raised.value.estimate_s == pytest.approx(31, rel=0.01)  # and one that waits in the lane
+
+
+def test_jobs_of_one_request_count_against_the_deadlines_of_those_behind_them(
+    broker_url: str, connection: Connection
+) -> None:
+    announce(connection)
+    learn(connection)
+    told = msgspec.msgpack.encode(Backlog({}, typical_s=1.0))
+    connection.many([("SADD", topology.HOLDERS, "router-1"), ("SET", topology.backlog("router-1"), told)])
+    with pytest.raises(DeadlineUnattainable) as raised:
+        through(broker_url, lambda door: door.accept([meet(5.5)] * 10, 0))
+    assert getattr(raised.value, "index", None) == 6
+
+
+def test_a_device_beyond_its_limits_meets_no_deadline_and_misses_none(broker_url: str, connection: Connection) -> None:
+    announce(connection)
+    announce(connection, "worker-2", device="gpu")
+    learn(connection)
+    state = ResourceState(0, 0.0, 0.0, 0, 1, share=0.0, reason="hot")
+    connection.call("SET", topology.state("worker-2"), msgspec.msgpack.encode(state))
+    with pytest.raises(DeadlineUnattainable, match="cpu, where it would end soonest"):
+        through(broker_url, lambda door: door.accept([meet(0.002)], 0))
+
+
+def test_a_job_that_is_there_already_is_answered_however_late_it_would_be(
+    broker_url: str, connection: Connection
+) -> None:
+    announce(connection)
+    (first,) = through(broker_url, lambda door: door.accept([meet(0.002, key="one")], 0))
+    learn(connection)
+    (second,) = through(broker_url, lambda door: door.accept([meet(0.002, key="one")], 0))
+    assert second.id == first.id
+    with pytest.raises(DeadlineUnattainable):
+        through(broker_url, lambda door: door.accept([meet(0.002, key="another")], 0))
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "field"),
     [
+        (request(must_meet=True), OptionNotSupported, "must_meet"),
         (JobRequest("test.absent", {}), UnknownKernel, "kernel"),
         (JobRequest("test.double", {}), InvalidArguments, "x"),
         (JobRequest("test.double", {"x": [1.0], "z": 1}), InvalidArguments, "z"),
@@ -126,7 +228,7 @@ def test_a_list_with_one_wrong_job_is_refused_whole_and_the_job_is_named(
         (request(priority=0), OptionNotSupported, "priority"),
         (request(priority=10), OptionNotSupported, "priority"),
     ],
-    ids=["kernel", "missing", "extra", "type", "low", "high"],
+    ids=["deadline", "kernel", "missing", "extra", "type", "low", "high"],
 )
 def test_a_wrong_job_is_refused_by_name_and_not_published(
     broker_url: str, connection: Connection, wrong: JobRequest, error: type[LeptonError], field: str

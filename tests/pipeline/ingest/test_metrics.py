@@ -92,3 +92,16 @@ def test_the_accounts_over_http(ingest_url: str, connection: Connection) -> None
     found = httpx.get(f"{ingest_url}/v1/accounts").json()
     assert (found["accepted"], found["waiting"], found["in_flight"], found["difference"]) == (1, 1, 0, 0)
     assert found["terms"]["lanes"] == 1
+
+
+def test_the_regret_of_placements_is_a_metric(ingest_url: str, connection: Connection) -> None:
+    told = {"jobs": 4, "real_s": 2.5, "regret_s": 0.5, "hindsight_s": 0.25, "ratios": 6.5, "ratio_1.1": 3, "ratio_4": 1}
+    connection.call("HSET", topology.REGRET, *(part for each in told.items() for part in each))
+    found = scrape(ingest_url)
+    assert found["lepton_regret_jobs_total", ""] == 4
+    assert found["lepton_regret_real_seconds_total", ""] == 2.5
+    assert found["lepton_regret_seconds_total", ""] == 0.5
+    assert found["lepton_hindsight_regret_seconds_total", ""] == 0.25
+    assert found["lepton_hindsight_ratio_bucket", "1.1"] == 3
+    assert found["lepton_hindsight_ratio_bucket", "+Inf"] == found["lepton_hindsight_ratio_count", ""] == 4
+    assert found["lepton_hindsight_ratio_sum", ""] == 6.5

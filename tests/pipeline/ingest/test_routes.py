@@ -15,13 +15,14 @@ import httpx
 import msgspec
 import pytest
 
-from lepton_ai import event, results, topology, wire
+from lepton_ai import Client, event, results, topology, wire
 from lepton_ai.device import Announcement, Peaks
-from lepton_ai.errors import InvalidArguments
-from lepton_ai.event import CloudEvent, Event
+from lepton_ai.errors import DeadlineUnattainable, InvalidArguments
+from lepton_ai.event import CloudEvent, Event, Observation
 from lepton_ai.identity import minute_of, new_id
 from lepton_ai.job import Placement, Record
 from lepton_ai.kernel import KernelSpec
+from lepton_ai.placement.costs import CostModel
 from queues.connection import Connection
 from queues.embedded import EmbeddedBroker
 from tests.pipeline.ingest.served import problem, serving
@@ -526,3 +527,23 @@ def test_openapi_has_every_way_in_and_out(http: httpx.Client) -> None:
     assert {each["name"] for each in cancel["parameters"]} == {"job_id", "wait_s"}
     problems = cancel["responses"]["default"]["content"]["application/problem+json"]["schema"]
     assert "index" in problems["properties"]
+
+
+# -- deadlines that must be met -------------------------------------------------------------------------------------
+
+
+def test_a_job_that_cannot_meet_its_deadline_is_refused_with_the_estimate(
+    http: httpx.Client, connection: Connection
+) -> None:
+    model, peaks = CostModel(), Peaks(1e9, 1e9, 1e9, 0.0, 0.0)
+    for _ in range(400):
+        model.learn(Observation("test.double", "cpu", 1, 2.0, 16.0, 1e-6, 0.01, 8.0), peaks)
+    connection.call("SET", topology.MODEL, model.snapshot())
+    time.sleep(0.6)  # what the ingest has read for another test is no older
+    found = problem(http.post("/v1/jobs", json={**JOB, "deadline_s": 0.002, "must_meet": True}), 409)
+    assert (found["code"], found["field"]) == ("deadline_unattainable", "deadline_s")
+    assert found["estimate_s"] == pytest.approx(0.01, rel=0.3)
+    with Client(str(http.base_url)) as client, pytest.raises(DeadlineUnattainable) as raised:
+        client.submit("test.double", {"x": [1.0, 2.0]}, deadline_s=0.002, must_meet=True)
+    assert raised.value.estimate_s == pytest.approx(0.01, rel=0.3)
+    assert http.post("/v1/jobs", json={**JOB, "deadline_s": 60, "must_meet": True}).status_code == 202

@@ -6,11 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from lepton_ai.device import DeviceState
 from lepton_ai.errors import InvalidSettings
+from tasks.devices.cpu import CpuDriver
 from tasks.driver import open_device
 
 ROOT = Path(__file__).parents[3]
@@ -93,3 +97,22 @@ def test_what_kernels_see_is_always_contiguous_aligned_and_read_only(array: np.n
     assert not seen.flags.writeable
     assert seen.shape == array.shape
     np.testing.assert_array_equal(driver.download(seen), array)
+
+
+def test_the_hottest_part_that_says_how_hot_it_may_be_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {
+        "coretemp": [thermometer(70.0, 100.0), thermometer(81.0, 90.0), thermometer(99.0, None)],
+        "nvme": [thermometer(80.0, 81.0)],
+    }
+    monkeypatch.setattr("psutil.sensors_temperatures", lambda: parts, raising=False)
+    assert CpuDriver(1).state() == DeviceState(temperature_c=81.0, temperature_limit_c=90.0)
+
+
+@pytest.mark.parametrize("found", [{}, {"coretemp": []}])
+def test_a_processor_without_a_thermometer_tells_nothing(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
+    monkeypatch.setattr("psutil.sensors_temperatures", lambda: found, raising=False)
+    assert CpuDriver(1).state() == DeviceState()
+
+
+def thermometer(current: float, critical: float | None) -> Any:
+    return SimpleNamespace(current=current, critical=critical)
