@@ -10,7 +10,7 @@ figures are medians over rounds, kernels and devices, unless they say otherwise.
   device; what the 500 jobs after the first 1,500 took beyond the truly fastest device, in all. `excess_by_jobs` shows
   how it came there, `excess_of_all` counts every job from the first, probes too.
 - `drift_delay`: launches until a device that has become 20 % slower is noticed; `drift_delay_worst` over all rounds,
-  `drift_delay_new_sizes` where no size comes twice. `false_alarms`: in 20,000 launches of a device that has not changed.
+  `drift_delay_new_sizes` where no size comes twice. `false_alarms`: of a device that has not changed, in 20,000.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def main() -> int:
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     rounds = 1 if options.quick else options.rounds
     has_both = await_detectors()
-    truths = [(at, truth) for at in range(rounds) for truth in (measured(options.data) if options.data else generated(at))]
+    truths = [
+        (at, truth) for at in range(rounds) for truth in (measured(options.data) if options.data else generated(at))
+    ]
     found: dict[str, Any] = {}
     for count in _COUNTS:
         found[f"error_after_{count}"] = _error(truths, count, repeated=False)
@@ -103,7 +105,6 @@ def _error(truths: list[tuple[int, Truth]], count: int, *, repeated: bool, tests
             for at in range(count, count + tests):
                 case = stream.any() if repeated else stream.new(at)
                 predicted = stream.predicted(case, device)
-                name, peaks = truth.devices[device]
                 noisy = case.seconds[device] * float(np.exp(stream._random.normal(0.0, _NOISE)))
                 errors.append(abs(predicted / noisy - 1))
     return round(statistics.median(errors), 4)

@@ -12,7 +12,6 @@ import csv
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -185,7 +184,9 @@ def _matrix_products(path: Path) -> Truth:
     most = max(len(each) for each in times.values())
     devices = [name for name, each in times.items() if len(each) == most]
     common = [dims for dims in times[devices[0]] if all(dims in times[each] for each in devices)]
-    sizes = {dims: Size(2 * m * n * k, 4 * (m * k + k * n + m * n), 0.0, dims) for dims in common for m, n, k in [dims[:3]]}
+    sizes = {
+        dims: Size(2 * m * n * k, 4 * (m * k + k * n + m * n), 0.0, dims) for dims in common for m, n, k in [dims[:3]]
+    }
     return _of_table("matrix products", devices, sizes, lambda device, dims: times[device][dims])
 
 

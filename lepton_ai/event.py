@@ -68,7 +68,7 @@ class Observation(msgspec.Struct, frozen=True):
     run_s: float
     transfer_bytes: float = 0.0
     dims: tuple[float, ...] = ()
-    """What each job is sized by (`KernelSpec.sizes`); where they differ, the mean."""
+    """`Work.dims` of each job; where they differ, the mean."""
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):

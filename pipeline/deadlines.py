@@ -107,7 +107,8 @@ def unattainable(
 ) -> DeadlineUnattainable | None:
     """Why a job that has `left_s` seconds from now, and is not begun before `due_in_s`, cannot end by then.
 
-    None where it can, and where nobody knows: no device can run it now, or it has not been measured often enough on one that can.
+    None where it can, and where nobody knows: no device can run it now, or it has not been measured often enough on one
+    that can.
     `message` is opened where its options do not declare its shapes.
     """
     job = ClaimedJob(("",), kernel, options, message, Claim(Kind.NEW, 0, ""), 0, (options.urgency, kernel, None))

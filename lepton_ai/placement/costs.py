@@ -2,8 +2,8 @@
 
 What is learned of a (kernel, device) is in `learned.py`; here it is kept for all of them, and laid out in tables, so
 that a whole window is priced at once. `drift.py` watches the misses: when a device has changed, what was learned is
-doubted and its history dropped. Times exclude compilation, which no job waits for: a worker compiles before it announces
-a kernel. `docs/costs.md` has the figures, and what was tried and dropped.
+doubted and its history dropped. Times exclude compilation, which no job waits for: a worker compiles before it
+announces a kernel. `docs/costs.md` has the figures, and what was tried and dropped.
 """
 
 from __future__ import annotations
@@ -84,12 +84,10 @@ class CostModel:
 
         What is no time or no work (nought, negative, absurd, not finite) is left out.
         """
-        # Transfer is per job: each has a message of its own, however many run in one launch.
-        jobs = max(1, seen.jobs)
-        size = Size(seen.flops, seen.bytes, seen.transfer_bytes / jobs, seen.dims, seen.jobs)
-        if not size.is_possible():
+        if seen.jobs < 1 or not (size := Size.of(seen)).is_possible():
             return False
-        return self._book(seen.kernel).learn(seen.device, size, peaks, seen.transfer_s / jobs, seen.run_s)
+        # Transfer is per job: each has a message of its own, however many run in one launch.
+        return self._book(seen.kernel).learn(seen.device, size, peaks, seen.transfer_s / seen.jobs, seen.run_s)
 
     def snapshot(self) -> bytes:
         """What was learned as bytes, for another process or a later start: a megabyte or two at most."""

@@ -1,10 +1,11 @@
 """Drift: notices that launches have begun to take longer, or shorter, than what was learned of them says.
 
 Two detectors look at the same standardised misses. CUSUM (E. S. Page, "Continuous inspection schemes", Biometrika 41,
-1954) adds up what goes beyond the noise in one direction and is quick with a change of one standard deviation and more.
-ADWIN (A. Bifet and R. Gavalda, "Learning from time-changing data with adaptive windowing", SDM 2007; `river`'s) compares
-the halves of a long window, and finds the small and slow ones that CUSUM ignores. River's package takes most of a second
-to load, so it is loaded in a thread at the first miss, and until then (or where it is not installed) CUSUM is alone.
+1954) adds up what goes beyond the noise in one direction and is quick with a change of a standard deviation
+and more. ADWIN (A. Bifet and R. Gavalda, "Learning from time-changing data with adaptive windowing", SDM 2007;
+`river`'s) compares the parts of a long window, and finds the small and slow ones that CUSUM ignores. River's package
+takes most of a second to load, so a thread loads it at the first miss; until it is there, and where it is not
+installed, CUSUM is alone.
 """
 
 from __future__ import annotations

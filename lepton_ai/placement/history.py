@@ -96,7 +96,8 @@ class History:
         beyond = (self._log_s[here] - line(self._work[rows], others)) * ran
         apart = (features * features).sum(1)[:, np.newaxis] + (others * others).sum(1) - 2 * (features @ others.T)
         weight = 1 / np.square(1 + np.maximum(apart, 0) / _REACH**2)
-        return (weight @ beyond) / (weight @ ran + _DOUBT)
+        found: Floats = (weight @ beyond) / (weight @ ran + _DOUBT)
+        return found
 
     def learn(self, size: Size, column: int, log_s: float) -> None:
         """Folds in one launch of a size on a device."""

@@ -33,11 +33,11 @@ class Regression(msgspec.Struct):
         return cls([*coefficients], [[prior * (row == at) for at in range(count)] for row in range(count)], prior)
 
     def value(self, features: Sequence[float]) -> float:
-        return sum(map(mul, self.coefficients, features))
+        """What is expected of these features."""
+        return float(sum(map(mul, self.coefficients, features)))
 
     def learn(self, features: Sequence[float], miss: float, noise: float) -> None:
-        """Folds in one measurement that was `miss` above the value; `noise` is the variance of a miss that says
-        nothing."""
+        """Folds in one measurement, `miss` above the value; a miss of the variance `noise` says nothing."""
         along = [sum(map(mul, row, features)) for row in self.covariance]
         scale = 1 / (noise + sum(map(mul, along, features)))
         gains = [scale * each for each in along]

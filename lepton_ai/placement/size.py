@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from lepton_ai.event import Observation
 from lepton_ai.placement.problem import Floats
 
 __all__ = ["FEATURES", "Key", "Size", "features_of"]
@@ -28,8 +29,13 @@ class Size(msgspec.Struct, frozen=True, array_like=True):
     bytes: float
     transfer_bytes: float = 0.0
     dims: tuple[float, ...] = ()
-    """The values of what its kernel is sized by (`KernelSpec.sizes`), where they are known."""
+    """`Work.dims` of a job, where they are known."""
     jobs: int = 1
+
+    @classmethod
+    def of(cls, seen: Observation) -> Size:
+        """The size of an observed launch, of one job at least."""
+        return cls(seen.flops, seen.bytes, seen.transfer_bytes / seen.jobs, seen.dims, seen.jobs)
 
     @property
     def key(self) -> Key:
