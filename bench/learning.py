@@ -40,7 +40,7 @@ _LATE = 200
 
 
 def main() -> int:
-    parser = report.parser(__doc__, rounds=7)
+    parser = report.parser(__doc__, rounds=5)
     parser.add_argument("--data", type=Path, metavar="DIR", help="the public timings there, in place of made-up fleets")
     options = parser.parse_args()
     return report.play(lambda: _measure(options), _tables, plain=options.json)
@@ -80,33 +80,42 @@ class _Stream:
         """One of the sizes."""
         return self._cases[int(self._random.integers(len(self._cases)))]
 
-    def run(self, case: Case, device: int, slower: float = 1.0) -> tuple[float, bool]:
-        """What a launch took, noise and all, and whether the model notices a drift from it."""
-        seconds = case.seconds[device] * slower * float(np.exp(self._random.normal(0.0, _NOISE)))
+    def launched_s(self, case: Case, device: int) -> float:
+        """What a launch takes, with its noise."""
+        return case.seconds[device] * float(np.exp(self._random.normal(0.0, _NOISE)))
+
+    def run(self, case: Case, device: int, slower: float = 1.0) -> bool:
+        """A launch, of which the model is told; whether it notices a drift from it."""
         name, peaks = self.truth.devices[device]
-        size = case.size
-        seen = Observation(
-            self.truth.name, name, 1, size.flops, size.bytes, 0.0, seconds, size.transfer_bytes, size.dims
+        size, seconds = case.size, slower * self.launched_s(case, device)
+        return self.model.learn(
+            Observation(self.truth.name, name, 1, size.flops, size.bytes, 0.0, seconds, 0.0, size.dims), peaks
         )
-        return seconds, self.model.learn(seen, peaks)
 
     def predicted(self, case: Case, device: int) -> float:
+        """The predicted seconds on one device."""
         name, peaks = self.truth.devices[device]
         return self.model.predict(self.truth.name, name, case.size, peaks).run_s
+
+    def fastest(self, case: Case) -> int:
+        """The device with the least predicted seconds."""
+        size = case.size
+        row = np.array([(size.flops, size.bytes, size.transfer_bytes, *size.dims)])
+        return int(self.model.predict_many(self.truth.name, self.truth.devices, row).run_s.argmin())
 
 
 def _error(truths: list[tuple[int, Truth]], count: int, *, repeated: bool, tests: int = 30) -> float:
     errors = []
     for seed, truth in truths:
+        if not repeated and not truth.is_sized:
+            continue
         stream = _Stream(truth, seed, _SIZES if repeated else None)
         for device in range(len(truth.devices)):
             for at in range(count):
                 stream.run(stream.any() if repeated else stream.new(at), device)
             for at in range(count, count + tests):
                 case = stream.any() if repeated else stream.new(at)
-                predicted = stream.predicted(case, device)
-                noisy = case.seconds[device] * float(np.exp(stream._random.normal(0.0, _NOISE)))
-                errors.append(abs(predicted / noisy - 1))
+                errors.append(abs(stream.predicted(case, device) / stream.launched_s(case, device) - 1))
     return round(statistics.median(errors), 4)
 
 
@@ -136,14 +145,18 @@ def _chosen(truth: Truth, seed: int, jobs: int) -> tuple[np.ndarray[Any, Any], n
     for at in range(jobs):
         case = stream.any()
         forced = [each for each in devices if stream.model.launches(truth.name, truth.devices[each][0]) < 2]
-        chosen = forced[0] if forced else min(devices, key=lambda each: stream.predicted(case, each))
+        chosen = forced[0] if forced else stream.fastest(case)
         stream.run(case, chosen)
         taken[at], best[at] = case.seconds[chosen], min(case.seconds)
     return taken, best
 
 
 def _drift(truths: list[tuple[int, Truth]]) -> dict[str, Any]:
-    delays = {kind: [_delay(truth, seed, kind) for seed, truth in truths] for kind in ("repeated", "new")}
+    sized = [(seed, truth) for seed, truth in truths if truth.is_sized]
+    delays = {
+        "repeated": [_delay(truth, seed, "repeated") for seed, truth in truths],
+        "new": [_delay(truth, seed, "new") for seed, truth in sized],
+    }
     return {
         "drift_delay": statistics.median(delays["repeated"]),
         "drift_delay_worst": max(delays["repeated"]),
@@ -156,14 +169,14 @@ def _delay(truth: Truth, seed: int, kind: str) -> int:
     """Launches until a device that became slower is noticed."""
     device = seed % len(truth.devices)
     stream = _Stream(truth, seed, _SIZES if kind == "repeated" else None)
-    before = 300 if kind == "repeated" else min(300, len(truth.cases) // 2)
+    before = 300 if kind == "repeated" else min(300, len(truth.cases) - _LATE // 2)
     for at in range(before):
         stream.run(stream.any() if kind == "repeated" else stream.new(at), device)
     for at in range(before, before + _LATE):
         if kind == "new" and at >= len(truth.cases):
             break
         case = stream.any() if kind == "repeated" else stream.new(at)
-        if stream.run(case, device, _SLOWER)[1]:
+        if stream.run(case, device, _SLOWER):
             return at - before + 1
     return _LATE
 
@@ -174,7 +187,7 @@ def _false_alarms(truths: list[tuple[int, Truth]], launches: int) -> int:
     for seed, truth in truths:
         stream = _Stream(truth, seed, _SIZES)
         device = seed % len(truth.devices)
-        most = max(most, sum(stream.run(stream.any(), device)[1] for _ in range(launches)))
+        most = max(most, sum(stream.run(stream.any(), device) for _ in range(launches)))
     return most
 
 

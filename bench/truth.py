@@ -9,6 +9,7 @@ between those of a small CPU and of a large accelerator.
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ class Truth(msgspec.Struct, frozen=True):
     devices: tuple[tuple[str, Peaks], ...]
     cases: tuple[Case, ...]
     """Of different sizes, in no order."""
+    is_sized: bool = True
+    """Whether anything is known of a size before it was launched, but that it is another."""
 
 
 class _Made(msgspec.Struct, frozen=True):
@@ -190,18 +193,14 @@ def _matrix_products(path: Path) -> Truth:
     return _of_table("matrix products", devices, sizes, lambda device, dims: times[device][dims])
 
 
-def _networks(path: Path) -> Truth:
-    """Networks, each a number between 0 and 15,624: five choices on each of six edges, its digits to base 5."""
+def _networks(path: Path, served: int = 100) -> Truth:
+    """The first networks, as a model server would have them: each has a number, which says nothing of its size."""
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    devices = [name for name in rows[0] if name != "network"]
-    by_dims = {_edges(int(row["network"])): row for row in rows}
-    sizes = {dims: Size(0.0, 0.0, 0.0, dims) for dims in by_dims}
-    return _of_table("networks", devices, sizes, lambda device, dims: float(by_dims[dims][device]) / 1e3)
-
-
-def _edges(number: int) -> tuple[float, ...]:
-    return tuple(float(number // 5**at % 5) for at in range(6))
+        rows = {(float(row["network"]),): row for row in itertools.islice(csv.DictReader(file), served)}
+    devices = [name for name in next(iter(rows.values())) if name != "network"]
+    sizes = {dims: Size(0.0, 0.0, 0.0, dims) for dims in rows}
+    found = _of_table("networks", devices, sizes, lambda device, dims: float(rows[dims][device]) / 1e3)
+    return msgspec.structs.replace(found, is_sized=False)
 
 
 def _of_table(

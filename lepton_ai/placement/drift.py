@@ -17,10 +17,10 @@ __all__ = ["Drift", "await_detectors"]
 
 #: A miss counts as so many standard deviations at most: a few outliers are no drift.
 _MOST: Final = 3.0
-#: What CUSUM allows each miss, and the sum at which it alarms, in standard deviations. At these, normal noise alarms
-#: once in 10^7 launches (D. Siegmund, "Sequential Analysis", 1985, eq. 2.56).
-_ALLOWED: Final = 0.75
-_ALARM: Final = 10.0
+#: What CUSUM allows each miss, and the sum at which it alarms, in standard deviations: half of the change that matters,
+#: and a false alarm in half a million launches of normal noise (D. Siegmund, "Sequential Analysis", 1985, eq. 2.56).
+_ALLOWED: Final = 0.5
+_ALARM: Final = 12.0
 #: ADWIN's bound on its false alarms.
 _DELTA: Final = 0.002
 
