@@ -6,6 +6,7 @@ import importlib
 import sys
 
 _BENCHES = {
+    "decision": "what it takes to price and place a window of jobs",
     "durability": "what it costs that an acceptance is on the disk",
     "efficiency": "how much of the machine the kernels get",
     "faults": "kills, freezes and cuts what Lepton runs on, and counts what is lost",
@@ -13,6 +14,7 @@ _BENCHES = {
     "http": "jobs a second through the ingest, beside a bare echo",
     "latency": "from submit to result in hand, one job in flight, beside its peers",
     "online": "response of every policy that places jobs as they come, over the best device's time",
+    "learning": "how well, and how soon, costs are predicted",
     "payload": "large arrays in, beside ray and a copy in memory",
     "scale": "what a job costs while a million wait",
     "throughput": "jobs a second and CPU a job, beside its peers and the floor",

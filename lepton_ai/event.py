@@ -67,6 +67,8 @@ class Observation(msgspec.Struct, frozen=True):
     transfer_s: float
     run_s: float
     transfer_bytes: float = 0.0
+    dims: tuple[float, ...] = ()
+    """`Work.dims` of each job; where they differ, the mean."""
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):

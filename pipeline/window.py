@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -44,6 +45,8 @@ class ClaimedJob(msgspec.Struct, eq=False):
     """After when it must not run any more, in seconds since the epoch."""
     sent_at: float = 0.0
     """When it was sent, by its id or by when it was claimed; nought where Celery's event listeners are not shown it."""
+    sized: tuple[Any, Hashable, tuple[float, ...]] | None = None
+    """What its cost depends on, once `pricing` has read that from its shapes, and by which offer of its kernel."""
 
     @property
     def id(self) -> str:

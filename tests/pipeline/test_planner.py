@@ -123,7 +123,7 @@ def test_a_deadline_sends_a_job_from_what_is_quick_on_the_mean_to_what_is_sure(c
         for name, run_s in (("cpu", 0.02), ("gpu", 0.03 if turn % 4 == 0 else 0.007)):
             device = cluster.device(name)
             assert device is not None
-            model.learn(Observation("test.spin", name, 1, 100.0, 0.0, 0.0, run_s), device.peaks)
+            model.learn(Observation("test.spin", name, 1, 100.0, 0.0, 0.0, run_s, dims=(100.0,)), device.peaks)
     found = Planner(SETTINGS, model)
     assert found.decide(jobs(1), cluster, 10.0).plan.device.tolist() == [GPU]
     hurried = found.decide(jobs(1, deadline_at=10.024), cluster, 10.0)

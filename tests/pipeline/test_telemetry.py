@@ -12,8 +12,7 @@ import pytest
 from lepton_ai import event, topology
 from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.event import Event, Observation
-from lepton_ai.kernel import Work
-from lepton_ai.placement.costs import CostModel
+from lepton_ai.placement.costs import CostModel, Size
 from lepton_ai.settings import Settings
 from pipeline import telemetry
 from pipeline.cluster import Cluster
@@ -28,7 +27,7 @@ WORKER = Announcement("worker-1", "one", "cpu", "cpu", 1, False, PEAKS, (), 0.0)
 
 
 def predicted_s(model: CostModel) -> float:
-    return model.predict("test.kernel", "cpu", Work(1e6, 0.0), PEAKS, 0.0).run_s
+    return model.predict("test.kernel", "cpu", Size(1e6, 0.0), PEAKS).run_s
 
 
 def expected_s(*observations: Observation) -> Any:
