@@ -192,6 +192,11 @@ class Planner:
             self._wanted = []
 
     def _load(self, wanted: Sequence[str]) -> None:
+        from lepton_ai.placement.compiled import IS_COMPILED  # this is what takes its time
+
+        if not IS_COMPILED:  # the plain loops over lists are quicker than what would be loaded
+            log.info("policies_run_plain", without="numba")
+            return
         for name in wanted:
             try:
                 policy = policies.load(name)
