@@ -94,6 +94,8 @@ class Candidates(Sequence[tuple[Candidate, ...]]):
         speeds = np.array(
             [[device.speed if device.can_run(*each) else 0.0 for device in self._devices] for each in numbers]
         ).reshape(len(numbers), len(self._devices))
+        if not parts:
+            return np.empty((0, len(self._devices)))
         of_kind: Floats = np.concatenate(parts)[self._row]
         with np.errstate(divide="ignore"):
             of_kind /= speeds[which]
