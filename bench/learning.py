@@ -7,8 +7,9 @@ figures are medians over rounds, kernels and devices, unless they say otherwise.
 - `error_after_N`: |predicted / measured - 1| of launches of new sizes, after N launches of other sizes each once;
   `..._repeated`: of launches that are drawn, as those before, from 20 sizes. The noise alone is 3.4 %.
 - `excess_after_1500`: jobs, each sent to the device with the least predicted seconds, after two forced probes of each
-  device; what the 500 jobs after the first 1,500 took beyond the truly fastest device, in all. `excess_by_jobs` shows
-  how it came there, `excess_of_all` counts every job from the first, probes too.
+  device; what the 500 jobs after the first 1,500 took together beyond the truly fastest device for each.
+  `excess_each_after_1500` is the mean over jobs, in which small ones count as much as large ones; `excess_by_jobs`
+  shows how it came there; `excess_of_all` counts every job from the first, probes too.
 - `drift_delay`: launches until a device that has become 20 % slower is noticed; `drift_delay_worst` over all rounds,
   `drift_delay_new_sizes` where no size comes twice. `false_alarms`: of a device that has not changed, in 20,000.
 """
@@ -121,17 +122,19 @@ def _error(truths: list[tuple[int, Truth]], count: int, *, repeated: bool, tests
 
 def _excess(truths: list[tuple[int, Truth]]) -> dict[str, Any]:
     blocks: dict[tuple[int, int], list[float]] = {each: [] for each in _BLOCKS}
-    whole = []
+    whole, each_job = [], []
     for seed, truth in truths:
         taken, best = _chosen(truth, seed, _BLOCKS[-1][1])
         for begin, end in _BLOCKS:
             blocks[begin, end].append(taken[begin:end].sum() / best[begin:end].sum() - 1)
         whole.append(taken.sum() / best.sum() - 1)
+        each_job.append((taken / best)[_BLOCKS[-1][0] :].mean() - 1)
     by_jobs = {f"{begin}-{end}": round(statistics.median(each), 4) for (begin, end), each in blocks.items()}
     last = blocks[_BLOCKS[-1]]
     return {
         "excess_after_1500": round(statistics.median(last), 4),
         "excess_after_1500_worst": round(max(last), 4),
+        "excess_each_after_1500": round(statistics.median(each_job), 4),
         "excess_by_jobs": by_jobs,
         "excess_of_all": round(statistics.median(whole), 4),
     }

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from lepton_ai import wire
 from lepton_ai.job import Candidate, Estimate, Options
-from lepton_ai.placement.costs import CostModel, Estimates
+from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.problem import Floats, Problem
 from lepton_ai.signature import Signature, shapes_of
 from lepton_ai.succession import inherit
 from lepton_ai.tensor import DTYPES
 from pipeline.cluster import Cluster, Offer, ServedDevice
-from pipeline.window import ClaimedJob
+from pipeline.window import ClaimedJob, Sized
 
 __all__ = ["Candidates", "Pricing", "price", "quickest_s"]
 
@@ -41,7 +41,7 @@ class Pricing(msgspec.Struct, frozen=True):
 
     def tail(self) -> Floats:
         """[job, device]: as the problem's `seconds`, but what is exceeded once in twenty."""
-        return self.candidates.tail()[self.kinds] * self.jobs_in[:, np.newaxis]
+        return self.candidates.tail(self.kinds) * self.jobs_in[:, np.newaxis]
 
 
 class Candidates(Sequence[tuple[Candidate, ...]]):
@@ -50,10 +50,18 @@ class Candidates(Sequence[tuple[Candidate, ...]]):
     def __init__(self, kinds: Sequence[_Kind], devices: Sequence[ServedDevice], model: CostModel) -> None:
         self._kinds = kinds
         self._devices = devices
-        self._speeds = np.array([device.speed for device in devices], np.float64)
-        self._estimates = _estimates(kinds, devices, model)
-        self._able = _able(kinds, devices)
         self._made: dict[int, tuple[Candidate, ...]] = {}
+        by_kernel: dict[tuple[str, int], list[int]] = {}
+        for at, kind in enumerate(kinds):
+            by_kernel.setdefault((kind.kernel, len(kind.row)), []).append(at)
+        served = [(device.name, device.peaks) for device in devices]
+        self._parts = [
+            model.predict_many(kernel, served, np.array([kinds[at].row for at in here], np.float64))
+            for (kernel, _), here in by_kernel.items()
+        ]
+        """Each kernel's, in one call."""
+        self._row = np.argsort(list(chain.from_iterable(by_kernel.values())))
+        """[kind]: its row in all parts, one after the other."""
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -66,23 +74,46 @@ class Candidates(Sequence[tuple[Candidate, ...]]):
             found = self._made[kind] = tuple([self._candidate(kind, at) for at in range(len(self._devices))])
         return found
 
-    def seconds(self) -> Floats:
+    def row(self, kind: int) -> tuple[float, ...]:
+        """What its estimates are of: flops, bytes, transfer bytes, dims."""
+        return self._kinds[kind].row
+
+    def seconds(self, kinds: Sequence[int]) -> Floats:
         """[kind, device]: transfer and run of one job; infinite where the device cannot run it."""
-        return self._where_able(self._estimates.seconds)
+        return self._where_able([part.seconds for part in self._parts], kinds)
 
-    def tail(self) -> Floats:
+    def tail(self, kinds: Sequence[int]) -> Floats:
         """[kind, device]: what these exceed once in twenty."""
-        return self._where_able(self._estimates.tail_s)
+        return self._where_able([part.tail_s for part in self._parts], kinds)
 
-    def _where_able(self, alone: Floats) -> Floats:
+    def _where_able(self, parts: Sequence[Floats], kinds: Sequence[int]) -> Floats:
         """At the speeds that the devices have beside what else their hosts do."""
-        alone /= self._speeds
-        return np.where(self._able, alone, np.inf)
+        numbers: dict[tuple[str, str | None], int] = {}
+        which = [numbers.setdefault((kind.kernel, kind.pin), len(numbers)) for kind in self._kinds]
+        # What a device cannot run takes it for ever: a nought of its speed.
+        speeds = np.array(
+            [[device.speed if device.can_run(*each) else 0.0 for device in self._devices] for each in numbers]
+        ).reshape(len(numbers), len(self._devices))
+        if not parts:
+            return np.empty((0, len(self._devices)))
+        of_kind: Floats = np.concatenate(parts)[self._row]
+        with np.errstate(divide="ignore"):
+            of_kind /= speeds[which]
+        return of_kind[kinds]
+
+    def _alone(self, kind: int, at: int) -> Estimate:
+        """The estimate of a kind on a device that does nothing else."""
+        row = self._row.item(kind)
+        for part in self._parts:
+            if row < len(part.run_s):
+                return part.one(row, at)
+            row -= len(part.run_s)
+        raise IndexError(kind)
 
     def _candidate(self, kind: int, at: int) -> Candidate:
         kernel, pin, device = self._kinds[kind].kernel, self._kinds[kind].pin, self._devices[at]
-        if self._able[kind, at]:
-            alone = self._estimates.one(kind, at)
+        if device.can_run(kernel, pin):
+            alone = self._alone(kind, at)
             transfer_s, run_s = alone.transfer_s / device.speed, alone.run_s / device.speed
             return Candidate(device.name, Estimate(0.0, transfer_s, run_s, alone.spread))
         if kernel not in device.kernels:
@@ -101,16 +132,18 @@ def price(jobs: Sequence[ClaimedJob], cluster: Cluster, model: CostModel) -> Pri
     for job in jobs:
         offer = cluster.offer(job.kernel)
         sized = job.sized
-        if sized is None or sized[0] is not offer:
-            sized = job.sized = (offer, *_sized(job, offer))
-        key = (job.kernel, job.options.device, sized[1])
+        if sized is None or sized.offer is not offer:
+            sized = job.sized = _sized(job, offer)
+        key = (job.kernel, job.options.device, sized.key)
         if (kind := known.get(key)) is None:
             kind = known[key] = len(kinds)
-            kinds.append(_Kind(job.kernel, job.options.device, sized[2]))
+            if sized.row is None:
+                sized.row = _row(sized.shapes, offer)
+            kinds.append(_Kind(job.kernel, job.options.device, sized.row))
         kind_of.append(kind)
     candidates = Candidates(kinds, devices, model)
     jobs_in = np.array([len(job.ids) for job in jobs], np.float64)
-    seconds = candidates.seconds()[kind_of]
+    seconds = candidates.seconds(kind_of)
     seconds *= jobs_in[:, np.newaxis]
     # A device that may be given less works its backlog off as if it had fewer slots; one that may be given nothing
     # has no finite cost.
@@ -129,7 +162,7 @@ def quickest_s(kernel: str, options: Options, cluster: Cluster, model: CostModel
         return None
     kind = _Kind(kernel, options.device, _row(options.shapes, offer))
     candidates = Candidates([kind], cluster.devices, model)
-    seconds = candidates.seconds()[0]
+    seconds = candidates.seconds([0])[0]
     if not np.isfinite(seconds).any():
         return None
     fastest = int(seconds.argmin())
@@ -146,41 +179,12 @@ class _Kind(msgspec.Struct, frozen=True):
     """As `CostModel.predict_many` takes it: flops, bytes, transfer bytes, dims."""
 
 
-def _estimates(kinds: Sequence[_Kind], devices: Sequence[ServedDevice], model: CostModel) -> Estimates:
-    """[kind, device], each kernel in one call."""
-    served = [(device.name, device.peaks) for device in devices]
-    by_kernel: dict[tuple[str, int], list[int]] = {}
-    for at, kind in enumerate(kinds):
-        by_kernel.setdefault((kind.kernel, len(kind.row)), []).append(at)
-    found = [
-        (here, model.predict_many(kernel, served, np.array([kinds[at].row for at in here], np.float64)))
-        for (kernel, _), here in by_kernel.items()
-    ]
-    if len(found) == 1:
-        return found[0][1]
-    shape = len(kinds), len(devices)
-    whole = Estimates(np.empty(shape), np.empty(shape), np.empty(shape))
-    for here, part in found:
-        whole.transfer_s[here], whole.run_s[here], whole.spread[here] = part.transfer_s, part.run_s, part.spread
-    return whole
-
-
-def _able(kinds: Sequence[_Kind], devices: Sequence[ServedDevice]) -> NDArray[np.bool_]:
-    """[kind, device]: which can run them now."""
-    rows: dict[tuple[str, str | None], list[bool]] = {}
-    for kind in kinds:
-        key = kind.kernel, kind.pin
-        if key not in rows:
-            rows[key] = [device.can_run(*key) for device in devices]
-    return np.array([rows[kind.kernel, kind.pin] for kind in kinds], np.bool_).reshape(len(kinds), len(devices))
-
-
-def _sized(job: ClaimedJob, offer: Offer | None) -> tuple[Hashable, tuple[float, ...]]:
-    """What the cost of a job depends on, and its row."""
+def _sized(job: ClaimedJob, offer: Offer | None) -> Sized:
+    """The size of a job, whose row is made where no other job of the window has the same."""
     if offer is None:
-        return None, _UNKNOWN
+        return Sized(None, None)
     shapes, size = _shapes(job, offer)
-    return size, _row(shapes, offer)
+    return Sized(offer, size, shapes)
 
 
 def _shapes(job: ClaimedJob, offer: Offer | None) -> tuple[dict[str, Any] | None, Hashable]:
@@ -197,9 +201,9 @@ def _shapes(job: ClaimedJob, offer: Offer | None) -> tuple[dict[str, Any] | None
     return shapes, size
 
 
-def _row(shapes: dict[str, Any] | None, offer: Offer) -> tuple[float, ...]:
+def _row(shapes: Mapping[str, Any] | None, offer: Offer | None) -> tuple[float, ...]:
     """Of a job's shapes: flops, bytes, the bytes of its arrays, dims. What cannot be told is the worker's to refuse."""
-    if shapes is None:
+    if shapes is None or offer is None:
         return _UNKNOWN
     try:
         work = offer.spec.work(offer.signature.dims(shapes))

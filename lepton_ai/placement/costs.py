@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from lepton_ai.device import Peaks
 from lepton_ai.event import Observation
@@ -41,8 +42,17 @@ class Estimates(msgspec.Struct, frozen=True):
     """[size, device]"""
     run_s: Floats
     """[size, device]"""
-    spread: Floats
-    """[size, device]"""
+    is_known: NDArray[np.bool_]
+    """[size, device]: whether this size was launched there before."""
+    spread_new: Floats
+    """[device]: of sizes that were not."""
+    spread_known: Floats
+    """[device]: and of those that were."""
+
+    @property
+    def spread(self) -> Floats:
+        """[size, device]: standard deviation of log(real / predicted run time)."""
+        return np.where(self.is_known, self.spread_known, self.spread_new)
 
     @property
     def seconds(self) -> Floats:
@@ -57,7 +67,8 @@ class Estimates(msgspec.Struct, frozen=True):
     def one(self, size: int, device: int) -> Estimate:
         """The estimate of one of them, without a wait."""
         here = size, device
-        return Estimate(0.0, self.transfer_s.item(here), self.run_s.item(here), self.spread.item(here))
+        spread = self.spread_known if self.is_known[here] else self.spread_new
+        return Estimate(0.0, self.transfer_s.item(here), self.run_s.item(here), spread.item(device))
 
 
 class CostModel:
@@ -152,19 +163,21 @@ class _Book:
     def predict_many(self, devices: Devices, sizes: Floats) -> Estimates:
         """What `predict` says of all sizes on all devices."""
         table = self._tabulated(devices)
-        features, work = features_of(sizes[:, 3:]), np.insert(sizes[:, :2], 0, 1.0, axis=1)
+        features, work = features_of(sizes[:, 3:]), np.ones((len(sizes), 3))
+        work[:, 1:] = sizes[:, :2]
         log_s = line(table.rates, work, features)
-        found, past, weight = self.history.known_many(_keys(sizes), table.columns)
-        spread = np.broadcast_to(table.spread, log_s.shape)
-        near = self.history.near(features, table.columns, lambda *of: line(table.rates, *of))
-        if found.size:
-            here = log_s[found]
-            near[found] = np.where(weight, weight * (past - here), near[found])
-            spread = spread.copy()
-            spread[found] = np.where(weight, table.spread_again, table.spread)
-        log_s += near
-        moved = sizes[:, 2:3] * table.rates.moved[:, 1] + table.rates.moved[:, 0]
-        return Estimates(np.maximum(moved, SHORTEST_S, out=moved), np.exp(log_s, out=log_s), spread)
+        past, launches = self.history.known_many(_keys(sizes), table.columns)
+        is_known = launches > 0
+        past -= log_s
+        past *= launches / (launches + table.shrink)
+        if not is_known.all():
+            near = self.history.near(features, table.columns, lambda *of: line(table.rates, *of))
+            np.copyto(past, near, where=~is_known)
+        log_s += past
+        moved = sizes[:, 2:3] * table.rates.moved[:, 1]
+        moved += table.rates.moved[:, 0]
+        np.maximum(moved, SHORTEST_S, out=moved)
+        return Estimates(moved, np.exp(log_s, out=log_s), is_known, table.spread, table.spread_again)
 
     def learn(self, device: str, size: Size, peaks: Peaks, transfer_s: float, run_s: float) -> bool:
         """Folds in one launch; True on a drift."""
@@ -200,9 +213,9 @@ class _Book:
         if not learned.n:
             return UNKNOWN
         column = self.history.column(device)
-        log_s, weight = self.history.known(size.key, column)
-        if weight:
-            return Known(log_s, weight)
+        log_s, launches = self.history.known(size.key, column)
+        if launches:
+            return Known(log_s, launches / (launches + learned.shrink))
         rates = Rates.of(1)
         learned.write(rates, 0, peaks)
         features = np.zeros((1, FEATURES))
@@ -217,6 +230,8 @@ class _Book:
             table = self._table = _Table(devices, columns)
             self._stale.update(name for name, _ in devices)
         if self._stale:
+            # Written anew, because estimates that are still looked at share the old spreads.
+            table.spread, table.spread_again = table.spread.copy(), table.spread_again.copy()
             for row, (name, peaks) in enumerate(devices):
                 if name in self._stale:
                     table.write(row, self.learned.get(name) or Learned.nothing(peaks), peaks)
@@ -232,11 +247,13 @@ class _Table:
         self.columns = columns
         """[device]: its column in the history."""
         self.rates = Rates.of(len(devices))
+        self.shrink = np.ones(len(devices))
         self.spread = np.zeros(len(devices))
         self.spread_again = np.zeros(len(devices))
 
     def write(self, row: int, learned: Learned, peaks: Peaks) -> None:
         learned.write(self.rates, row, peaks)
+        self.shrink[row] = learned.shrink
         self.spread[row] = learned.spread(known=False)
         self.spread_again[row] = learned.spread(known=True)
 

@@ -7,6 +7,7 @@ and a column a device, so that a whole window is looked up at once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Final
@@ -15,6 +16,7 @@ import msgspec
 import numpy as np
 
 from lepton_ai.placement.problem import Floats, Indices
+from lepton_ai.placement.product import product
 from lepton_ai.placement.size import FEATURES, Key, Size
 
 __all__ = ["History", "Line", "Past"]
@@ -31,8 +33,6 @@ _RECENT: Final = 64
 #: Student kernel: its tails reach further than a Gaussian's, which was 3 % worse); _DOUBT is the weight of the line.
 _REACH: Final = 0.6
 _DOUBT: Final = 0.3
-#: What the size itself took weighs n / (n + _SHRINK) after n launches.
-_SHRINK: Final = 0.15
 #: The newest launch weighs at least so much among those of its size, so that slow changes are followed.
 _WEIGHT: Final = 0.1
 
@@ -71,21 +71,19 @@ class History:
         return self._columns.setdefault(device, len(self._columns))
 
     def known(self, key: Key, column: int) -> tuple[float, float]:
-        """The mean log seconds of the launches of a size on a device, and their weight beside the line, 0 to 1."""
+        """The mean log seconds of the launches of a size on a device, and how many those were."""
         row = self._rows.get(key)
         if row is None or column >= self._log_s.shape[1]:
             return 0.0, 0.0
-        launches = self._launches.item(row, column)
-        return self._log_s.item(row, column), launches / (launches + _SHRINK)
+        return self._log_s.item(row, column), self._launches.item(row, column)
 
-    def known_many(self, keys: list[Key], columns: Indices) -> tuple[Indices, Floats, Floats]:
-        """Which of these sizes have been launched anywhere; and [of those, device]: as `known`."""
-        rows = [self._rows.get(key, -1) for key in keys] if self._rows else []
-        found = np.array([at for at, row in enumerate(rows) if row >= 0], np.intp)
+    def known_many(self, keys: list[Key], columns: Indices) -> tuple[Floats, Floats]:
+        """[size, device]: as `known`."""
         self._grow(0, int(columns.max(initial=-1)) + 1)
-        here = np.ix_([rows[at] for at in found], columns)
-        launches = self._launches[here]
-        return found, self._log_s[here], launches / (launches + _SHRINK)
+        # The last row is nobody's.
+        rows = np.fromiter(map(self._rows.get, keys, itertools.repeat(-1)), np.intp, len(keys))
+        log_s, launches = (each.take(rows, 0).take(columns, 1) for each in (self._log_s, self._launches))
+        return log_s, launches
 
     def near(self, features: Floats, columns: Indices, line: Line) -> Floats:
         """[size, device]: by how much, in log seconds, launches near these sizes took longer than the line says."""
@@ -94,9 +92,9 @@ class History:
         ran = (self._launches[here] > 0).astype(np.float64)
         others = self._features[rows]
         beyond = (self._log_s[here] - line(self._work[rows], others)) * ran
-        apart = (features * features).sum(1)[:, np.newaxis] + (others * others).sum(1) - 2 * (features @ others.T)
+        apart = (features * features).sum(1)[:, np.newaxis] + (others * others).sum(1) - 2 * product(features, others.T)
         weight = 1 / np.square(1 + np.maximum(apart, 0) / _REACH**2)
-        found: Floats = (weight @ beyond) / (weight @ ran + _DOUBT)
+        found: Floats = product(weight, beyond) / (product(weight, ran) + _DOUBT)
         return found
 
     def learn(self, size: Size, column: int, log_s: float) -> None:
@@ -152,9 +150,9 @@ class History:
 
     def _grow(self, rows: int, columns: int) -> None:
         have = self._log_s.shape
-        if rows <= have[0] and columns <= have[1]:
+        if rows < have[0] and columns <= have[1]:
             return
-        if rows > have[0]:  # many at a time, so that each new size does not copy the tables
+        if rows >= have[0]:  # many at a time, so that each new size does not copy the tables
             rows = 2 * rows + 16
             self._work = _grown(self._work, rows, 3)
             self._features = _grown(self._features, rows, FEATURES)

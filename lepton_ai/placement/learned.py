@@ -21,6 +21,7 @@ import numpy as np
 
 from lepton_ai.device import Peaks
 from lepton_ai.placement.problem import Floats
+from lepton_ai.placement.product import product
 from lepton_ai.placement.regression import Regression
 from lepton_ai.placement.size import FEATURES, Size
 
@@ -52,6 +53,9 @@ _FORGETTING: Final = 0.995
 #: A launch takes at least a hundredth of what the peaks allow: they are measured, not theory.
 _LEAST: Final = (0.0, 0.001, 0.001)
 _LEAST_TRANSFER: Final = (0.0, 0.01)
+#: `Learned.shrink` before enough is known, and the least that it becomes.
+_SHRINK: Final = 0.15
+_LEAST_SHRINK: Final = 0.01
 #: Weight of the newest launch in the spread.
 _WEIGHT: Final = 0.02
 #: The variance of a first prediction, which weighs as much as one launch.
@@ -95,9 +99,9 @@ class Rates(msgspec.Struct, frozen=True):
 
 def line(rates: Rates, work: Floats, features: Floats) -> Floats:
     """[size, device]: the log seconds of launches by base and residual, from their [size, (1, flops, bytes)]."""
-    base = work @ rates.work.T
+    base = product(work, rates.work.T)
     np.log(np.maximum(base, SHORTEST_S, out=base), out=base)
-    residual = features @ rates.residual.T
+    residual = product(features, rates.residual.T)
     base += np.clip(residual, -_LIMIT, _LIMIT, out=residual)
     return base
 
@@ -130,6 +134,17 @@ class Learned(msgspec.Struct):
     def launch_s(self) -> float:
         """What a launch takes however many jobs are in it, in seconds."""
         return self.base.coefficients[0] * _FIXED_S
+
+    @property
+    def shrink(self) -> float:
+        """How many launches of a size count as much as what the line says of it.
+
+        That is the noise of one launch over the error of the line, both variances (empirical Bayes; W. James and
+        C. Stein, "Estimation with quadratic loss", 1961).
+        """
+        if self.again < _SETTLED:
+            return _SHRINK
+        return min(1.0, max(_LEAST_SHRINK, self.variance_again / max(self.variance, _QUIET**2)))
 
     @property
     def is_settled(self) -> bool:

@@ -3,12 +3,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from lepton_ai import wire
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.errors import InvalidArguments
+from lepton_ai.event import Observation
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.placement.costs import CostModel, Size
@@ -154,6 +156,48 @@ def test_a_device_is_ready_when_its_slots_have_worked_its_backlog_off(cluster: C
     problem = price([job(shapes=SHAPES)], cluster, CostModel()).problem
     assert problem.ready.tolist() == [1.5, 0.0]
     assert problem.slots.tolist() == [2.0, 1.0]
+
+
+def test_the_tail_of_a_price_is_what_it_exceeds_once_in_twenty(cluster: Cluster) -> None:
+    model = CostModel()
+    for factor in (0.5, 2.0) * 20:
+        sent_bytes = SIZE.transfer_bytes
+        seen = Observation(MATMUL.name, "cpu.slow", 1, SIZE.flops, SIZE.bytes, 1e-4, factor, sent_bytes, SIZE.dims)
+        model.learn(seen, SLOW)
+    priced = price([job(shapes=SHAPES)], cluster, model)
+    estimates = [each.estimate for each in priced.candidates[0]]
+    assert priced.tail()[0] == pytest.approx([each.tail_s for each in estimates if each is not None])
+    assert priced.tail()[0, 0] > 2 * priced.problem.seconds[0, 0]
+
+
+def test_a_bundle_costs_what_its_jobs_cost_together(cluster: Cluster) -> None:
+    window = Window("router", 4, 2**20)
+    claim, _ = window.open_claim(Kind.NEW)
+    jobs = [window.add(ids, "linalg.matmul", Options(shapes=SHAPES), b"", claim) for ids in (("a",), ("b", "c", "d"))]
+    priced = price(jobs, cluster, CostModel())
+    assert priced.problem.seconds[1] == pytest.approx(3 * priced.problem.seconds[0])
+    assert priced.kinds == [0, 0]
+
+
+def test_kernels_that_come_mixed_have_each_its_own_prices(cluster: Cluster) -> None:
+    mixed = [job(shapes=SHAPES), job("test.other", shapes={"x": [10]}), job(shapes=SHAPES, device="gpu")]
+    together = price(mixed, cluster, CostModel())
+    for at, each in enumerate(mixed):
+        alone = price([each], cluster, CostModel())
+        assert together.problem.seconds[at].tolist() == alone.problem.seconds[0].tolist()
+        assert together.candidates[together.kinds[at]] == alone.candidates[0]
+
+
+def test_a_job_that_waits_is_sized_anew_where_its_kernel_is_another(cluster: Cluster) -> None:
+    waiting = job("test.other", shapes={"x": [10_000_000]})
+    before = price([waiting], cluster, CostModel()).problem.seconds[0, 0]
+    costly = msgspec.structs.replace(OTHER, flops="1000*n*times")
+    cluster.refresh([Announcement("3", "one", "cpu.slow", "cpu", 2, False, SLOW, (costly,), 0.0)])
+    assert price([waiting], cluster, CostModel()).problem.seconds[0, 0] > 10 * before
+
+
+def test_no_jobs_have_no_prices(cluster: Cluster) -> None:
+    assert price([], cluster, CostModel()).problem.seconds.shape == (0, 2)
 
 
 def test_without_devices_a_problem_has_jobs_and_no_columns() -> None:

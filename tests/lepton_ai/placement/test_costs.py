@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.truth import Truth, measured
 from lepton_ai.device import Peaks
 from lepton_ai.event import Observation
 from lepton_ai.job import Estimate
@@ -237,3 +241,182 @@ def test_whatever_was_observed_a_prediction_is_a_time(seen: list[Observation]) -
     for each in seen:
         model.learn(each, PEAKS)
     assert predicted(model).run_s > 0
+
+
+# -- sizes, and many at once ------------------------------------------------------------------------------------------
+
+
+def sized(n: float, run_s: float, device: str = "d", **more: Any) -> Observation:
+    """A launch of a job with one dim, its Work of the flops alone."""
+    return launch(run_s, device=device, flops=1e4 * n, bytes=0.0, dims=(n,), **more)
+
+
+def size_of(n: float) -> Size:
+    return Size(1e4 * n, 0.0, 0.0, (n,))
+
+
+def stepped_s(n: float, tile: int = 256) -> float:
+    """Seconds that go up by whole tiles, which no line can follow."""
+    return 1e-4 + 4e-4 * math.ceil(n / tile)
+
+
+def test_a_size_that_comes_again_is_predicted_as_it_was() -> None:
+    model = CostModel()
+    sizes = [100.0 * at for at in range(1, 30)]
+    for n in sizes * 5:
+        model.learn(sized(n, stepped_s(n)), PEAKS)
+    errors = [abs(predicted(model, size_of(n)).run_s / stepped_s(n) - 1) for n in sizes]
+    assert max(errors) < 0.02
+
+
+def test_a_new_size_goes_by_those_near_it() -> None:
+    """In the middle each flop takes five times as long."""
+    model = CostModel()
+
+    def taken_s(n: float) -> float:
+        return 1e-5 * n * (1 if n < 200 or n > 1200 else 5)
+
+    for at in range(60):
+        n = 20.0 * 1.1 ** (at * 7 % 60)
+        model.learn(sized(n, taken_s(n)), PEAKS)
+    for n in (60.0, 500.0, 4000.0):
+        assert predicted(model, size_of(n)).run_s == pytest.approx(taken_s(n), rel=0.3)
+
+
+def test_launches_without_dims_teach_a_model_that_has_seen_some_with_them() -> None:
+    model = CostModel()
+    for at in range(50):
+        n = 64.0 + at
+        model.learn(sized(n, 1e-5 * n), PEAKS)
+        model.learn(launch(1e-5 * n, flops=1e4 * n, bytes=0.0), PEAKS)
+    assert predicted(model, size_of(90.0)).run_s == pytest.approx(9e-4, rel=0.1)
+
+
+def test_launches_of_more_jobs_are_learned_beside_those_of_one() -> None:
+    model = CostModel()
+    for at in range(120):
+        jobs = (1, 8, 64)[at % 3]
+        model.learn(sized(100.0, 1e-3 + 1e-4 * jobs, jobs=jobs), PEAKS)
+    for jobs in (1, 8, 64):
+        batch = Size(1e6, 0.0, 0.0, (100.0,), jobs)
+        assert predicted(model, batch).run_s == pytest.approx(1e-3 + 1e-4 * jobs, rel=0.05)
+
+
+dims = st.lists(st.floats(1, 1e4), min_size=2, max_size=2).map(tuple)
+seen = st.lists(st.tuples(st.sampled_from(["d", "e"]), dims, st.floats(1e-6, 1e2), st.floats(0, 1e6)), max_size=40)
+
+
+@given(seen, st.lists(dims, min_size=1, max_size=5))
+def test_many_sizes_on_many_devices_are_predicted_as_each_is(
+    seen: list[tuple[str, tuple[float, float], float, float]], asked: list[tuple[float, float]]
+) -> None:
+    model = CostModel()
+    asked = [*asked, *(each for _, each, _, _ in seen[:3])]
+    for device, (a, b), run_s, moved in seen:
+        model.learn(Observation("k", device, 1, a * b, a + b, 1e-4, run_s, moved, (a, b)), PEAKS)
+    devices = [("d", PEAKS), ("e", PEAKS), ("unknown", Peaks(1e10, 1e10, 1e9, 1e-6, 1e-3))]
+    sizes = [Size(a * b, a + b, 1e3, (a, b)) for a, b in asked]
+    found = model.predict_many("k", devices, np.array([(s.flops, s.bytes, s.transfer_bytes, *s.dims) for s in sizes]))
+    for row, size in enumerate(sizes):
+        for column, (name, peaks) in enumerate(devices):
+            alone, together = model.predict("k", name, size, peaks), found.one(row, column)
+            assert together.run_s == pytest.approx(alone.run_s, rel=1e-6)
+            assert together.transfer_s == pytest.approx(alone.transfer_s, rel=1e-6)
+            assert together.spread == pytest.approx(alone.spread)
+            assert found.tail_s[row, column] == pytest.approx(alone.tail_s, rel=1e-6)
+
+
+def test_a_table_of_devices_follows_what_is_learned_after_it_was_made() -> None:
+    model, row = CostModel(), np.array([(1e6, 0.0, 0.0, 100.0)])
+    before = model.predict_many("k", [("d", PEAKS)], row).run_s.item()
+    for _ in range(5):
+        model.learn(sized(100.0, 7.0), PEAKS)
+    assert before < model.predict_many("k", [("d", PEAKS)], row).run_s.item() == pytest.approx(7.0, rel=0.05)
+
+
+def test_the_spread_of_new_sizes_is_told_apart_from_that_of_known_ones() -> None:
+    random = np.random.default_rng(0)
+    model = CostModel()
+    for _ in range(300):
+        n = float(random.integers(1, 20)) * 50
+        model.learn(sized(n, stepped_s(n, 600) * math.exp(random.normal(0, 0.03))), PEAKS)
+    known, new = predicted(model, size_of(500.0)), predicted(model, size_of(517.0))
+    assert 0.02 < known.spread < 0.05 < new.spread
+
+
+def test_nineteen_times_in_twenty_a_launch_stays_below_its_tail() -> None:
+    random = np.random.default_rng(1)
+    model, below = CostModel(), []
+    for _ in range(1000):
+        n = float(random.integers(64, 4096))
+        run_s = stepped_s(n) * math.exp(random.normal(0, 0.05))
+        below.append(run_s <= predicted(model, size_of(n)).tail_s)
+        model.learn(sized(n, run_s), PEAKS)
+    assert 0.93 < np.mean(below[100:]) < 0.995
+
+
+# -- drift ------------------------------------------------------------------------------------------------------------
+
+
+def noticed_after(slower: float, launches: int, sizes: int = 10) -> int | None:
+    """How many launches after a device became slower that is noticed."""
+    random = np.random.default_rng(3)
+    model = CostModel()
+    for at in range(200 + launches):
+        n = 100.0 * random.integers(1, sizes + 1)
+        factor = slower if at >= 200 else 1.0
+        if model.learn(sized(n, factor * stepped_s(n) * math.exp(random.normal(0, 0.05))), PEAKS):
+            return at - 199
+    return None
+
+
+@pytest.mark.parametrize("slower", [1.2, 3.0, 0.8])
+def test_a_device_that_has_changed_is_noticed_within_twenty_launches(slower: float) -> None:
+    after = noticed_after(slower, 20)
+    assert after is not None
+    assert 0 < after <= 20
+
+
+def test_a_device_that_has_not_changed_raises_no_alarm() -> None:
+    assert noticed_after(1.0, 3000) is None
+
+
+def test_what_was_launched_before_a_drift_says_nothing_after_it() -> None:
+    model = taught(*[FLOPS_S] * 100, *[2 * FLOPS_S] * 12)
+    assert predicted(model).run_s == pytest.approx(2 * FLOPS_S, rel=0.05)
+
+
+# -- public timings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def public() -> list[Truth]:
+    folder = os.environ.get("TEST_DATA")
+    if not folder:
+        pytest.skip("TEST_DATA names no folder with gemm_timings.csv and network_timings.csv")
+    return measured(Path(folder))
+
+
+def median_error(truth: Truth, launches: int, sizes: int | None) -> float:
+    """Of predictions of noisy launches, after so many on each device."""
+    random = np.random.default_rng(0)
+    errors = []
+    for device, (name, peaks) in enumerate(truth.devices):
+        model, cases = CostModel(), [truth.cases[at] for at in random.permutation(len(truth.cases))[:sizes]]
+        for at in range(launches + 40):
+            case = cases[int(random.integers(len(cases))) if sizes else at]
+            run_s = case.seconds[device] * math.exp(random.normal(0, 0.05))
+            if at >= launches:
+                errors.append(abs(model.predict("k", name, case.size, peaks).run_s / run_s - 1))
+            else:
+                size = case.size
+                model.learn(Observation("k", name, 1, size.flops, size.bytes, 0.0, run_s, 0.0, size.dims), peaks)
+    return float(np.median(errors))
+
+
+def test_measured_matrix_products_are_predicted_after_fifty_others(public: list[Truth]) -> None:
+    assert median_error(public[0], 50, None) <= 0.12
+
+
+def test_measured_sizes_that_come_again_are_predicted_after_fifty_launches(public: list[Truth]) -> None:
+    assert all(median_error(truth, 50, 20) <= 0.05 for truth in public)
