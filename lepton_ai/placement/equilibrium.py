@@ -137,6 +137,8 @@ def _cleared(
         level, before = level + (level - before) / 2, level
         for _ in range(steps):
             asked, change, cost = _asked(seconds, most, np.exp(level), sharpness, thin)
+            if not asked.any():
+                return level, before
             proven_s = supply.end_s(share * cost, np.exp(level))
             step = _newton(share * asked, share * change, *supply.by(proven_s), _REACH / sharpness)
             level = level + step
@@ -189,9 +191,7 @@ def _longest_job_s(seconds: Floats, ready: Floats, slots: Floats) -> float:
 
 
 @compiled
-def _asked(
-    seconds: Floats, most: Floats, prices: Floats, sharpness: float, thin: int
-) -> tuple[Floats, Floats, float]:
+def _asked(seconds: Floats, most: Floats, prices: Floats, sharpness: float, thin: int) -> tuple[Floats, Floats, float]:
     """[column] seconds asked for; [column, column] how they change with log prices; what the jobs pay at the least.
 
     Of the jobs that choose among more than a few columns, one in `thin` tells the second.

@@ -29,6 +29,8 @@ class Auto:
     """
 
     name = "auto"
+    #: The devices of a class are priced as one.
+    by_class = True
 
     def __init__(self, budget_s: float = 0.01, seed: int = 0) -> None:
         self._search = load("priced", budget_s=budget_s, seed=seed) if IS_COMPILED else None

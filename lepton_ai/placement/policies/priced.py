@@ -55,6 +55,8 @@ class Priced:
     """
 
     name = "priced"
+    #: The devices of a class are priced as one.
+    by_class = True
 
     def __init__(self, budget_s: float = 0.01, seed: int = 0, now: Callable[[], float] = time.perf_counter) -> None:
         self.budget_s = budget_s
@@ -75,7 +77,10 @@ class Priced:
 
     def _placed(self, seconds: Floats, ready: Floats, slots: Floats, column: Indices, until_s: float) -> Indices:
         """[job]: the device, for jobs that each have one."""
+        problem = Problem(seconds, ready, slots, column)
         market = equilibrium(seconds, Supply(ready, slots, column, seconds.shape[1]))
+        if market.bound_s <= 0:
+            return MinMin().place(problem).device
         waste = _WASTE if len(seconds) < _MANY else _WASTE_OF_MANY
         near = nearby(seconds, market.most, market.prices, market.bound_s, waste / len(seconds))
         device, ends = _filled(near, market, ready / market.bound_s, slots, column)
@@ -92,15 +97,13 @@ class Priced:
             pair, ends = exchanged(near, pair, load, worth, steps, self.seed, _ENOUGH, until_s, self.now)
             device = near.place[pair]
         if ends > _ENOUGH and (seconds.size <= _MOST_FOR_MIN_MIN or ends > 1 + _FAR):
-            other = MinMin().place(Problem(seconds, ready, slots, column))
-            if other.makespan_s(Problem(seconds, ready, slots, column)) < ends * market.bound_s:
+            other = MinMin().place(problem)
+            if other.makespan_s(problem) < ends * market.bound_s:
                 return other.device
         return device
 
 
-def _filled(
-    near: Nearby, market: Equilibrium, ready: Floats, slots: Floats, column: Indices
-) -> tuple[Indices, float]:
+def _filled(near: Nearby, market: Equilibrium, ready: Floats, slots: Floats, column: Indices) -> tuple[Indices, float]:
     """[job] the device; when the plan ends, in units of the bound."""
     cheapest = near.first[:-1]
     length = near.time[cheapest] * market.prices[near.place[cheapest]]
