@@ -16,6 +16,7 @@ _BENCHES = {
     "online": "response of every policy that places jobs as they come, over the best device's time",
     "learning": "how well, and how soon, costs are predicted",
     "payload": "large arrays in, beside ray and a copy in memory",
+    "placement": "how near each policy comes to the optimum, and in how many milliseconds",
     "scale": "what a job costs while a million wait",
     "throughput": "jobs a second and CPU a job, beside its peers and the floor",
 }

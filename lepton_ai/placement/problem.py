@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["UNPLACED", "Floats", "Indices", "Plan", "Policy", "Problem", "planned"]
+__all__ = ["UNPLACED", "Floats", "Indices", "Plan", "Policy", "Problem", "limited", "planned"]
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -58,6 +58,15 @@ class Problem(msgspec.Struct, frozen=True):
     def devices(self) -> int:
         return len(self.ready)
 
+    def served(self) -> Problem:
+        """The same where no job can run on a class that has no devices."""
+        if self.class_of is None:
+            return self
+        empty = np.bincount(self.class_of, minlength=self.seconds.shape[1]) == 0
+        if not empty.any():
+            return self
+        return msgspec.structs.replace(self, seconds=np.where(empty, np.inf, self.seconds))
+
     def expanded(self) -> Problem:
         """The same with a column for each device."""
         if self.class_of is None:
@@ -94,7 +103,11 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Policy(Protocol):
-    """From a Problem to a Plan, for a whole window."""
+    """From a Problem to a Plan, for a whole window.
+
+    A class may say two things more: `looks_at_costs = False`, that it is blind to them, and `by_class = True`, that it
+    treats the devices of a class together, so that its plan for `expanded()` may be another.
+    """
 
     name: str
 
@@ -113,5 +126,39 @@ def planned(problem: Problem, device: Indices) -> Plan:
         before = np.cumsum(share) - share
         first = np.flatnonzero(np.diff(chosen, prepend=UNPLACED))
         counts = np.diff(np.append(first, chosen.size))
-        wait[order] = problem.ready[chosen] + before - np.repeat(before[first], counts)
+        # Together first: rounding must not let a job start before its device is ready.
+        wait[order] = problem.ready[chosen] + (before - np.repeat(before[first], counts))
     return Plan(device, wait)
+
+
+def limited(
+    problem: Problem,
+    share: Floats | None = None,
+    memory: Floats | None = None,
+    memory_free: Floats | None = None,
+) -> Problem:
+    """The same within what devices can give: on a device that is half ours a job takes twice as long.
+
+    `share`: [device] 0 to 1, how much of it is ours; at 0 it can run nothing. `memory`: [job] bytes that it needs,
+    which have to be within `memory_free`, [device]. What a device was given before (`ready`) stays as it was told.
+    """
+    share = np.ones(problem.devices) if share is None else share
+    free = np.full(problem.devices, np.inf) if memory is None or memory_free is None else memory_free
+    column, class_of = np.arange(problem.devices), None
+    if problem.class_of is not None:
+        # Devices of a class that are limited alike go on sharing a column.
+        _, first, class_of = np.unique(
+            np.stack([problem.class_of, share, free]), axis=1, return_index=True, return_inverse=True
+        )
+        column, class_of = problem.class_of[first], class_of.reshape(-1)
+        share, free = share[first], free[first]
+    fits = np.ones((problem.jobs, 1), bool) if memory is None else memory[:, np.newaxis] <= free
+    can = fits & (share > 0)
+    slower = np.maximum(share, np.finfo(np.float64).tiny)
+
+    def within(seconds: Floats) -> Floats:
+        with np.errstate(over="ignore"):
+            return np.where(can, seconds[:, column] / slower, np.inf)
+
+    tail = None if problem.tail is None else within(problem.tail)
+    return msgspec.structs.replace(problem, seconds=within(problem.seconds), tail=tail, class_of=class_of)

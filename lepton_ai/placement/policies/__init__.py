@@ -31,8 +31,9 @@ def load(name: str, **options: Any) -> Policy:
     try:
         module = importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
         raise MissingPackage(
-            f"the policy {name} needs the package {error.name}: pip install 'lepton-ai[solvers]'", "policy"
+            f"the policy {name} needs the package {package}: pip install 'lepton-ai[solvers]'", "policy"
         ) from None
     found: Policy = next(
         value(**options)
