@@ -17,6 +17,7 @@ import numpy as np
 import structlog
 
 from lepton_ai import topology
+from lepton_ai.errors import InvalidSettings
 from lepton_ai.placement import policies
 from lepton_ai.placement.batches import Group, batched
 from lepton_ai.placement.costs import CostModel
@@ -228,8 +229,10 @@ def _plain(name: str) -> Policy:
 
 
 def _later(settings: Settings) -> list[str]:
-    """The policies that are worth their start in large windows only."""
+    """The policies that are worth their start in large windows only; InvalidSettings where there is none of a name."""
     deep = settings.deep_policy
+    if deep and deep not in policies.names():
+        raise InvalidSettings(f"no policy {deep!r}; there are {', '.join(policies.names())}", "deep_policy")
     return [
         *([_COMPILED] if settings.policy == _COMPILED else []),
         *([deep] if deep not in ("", settings.policy) else []),
