@@ -7,6 +7,7 @@ import sys
 
 _BENCHES = {
     "closed-loop": "learned placement against fixed routings, real workers of three kinds",
+    "decision": "what it takes to price and place a window of jobs",
     "durability": "what it costs that an acceptance is on the disk",
     "efficiency": "how much of the machine the kernels get",
     "faults": "kills, freezes and cuts what Lepton runs on, and counts what is lost",
@@ -14,6 +15,7 @@ _BENCHES = {
     "http": "jobs a second through the ingest, beside a bare echo",
     "latency": "from submit to result in hand, one job in flight, beside its peers",
     "online": "response of every policy that places jobs as they come, over the best device's time",
+    "learning": "how well, and how soon, costs are predicted",
     "payload": "large arrays in, beside ray and a copy in memory",
     "placement": "how near each policy comes to the optimum, and in how many milliseconds",
     "scale": "what a job costs while a million wait",

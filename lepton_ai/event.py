@@ -3,7 +3,8 @@
 | type             | from    | jobs | data                                                                        |
 |------------------|---------|------|-----------------------------------------------------------------------------|
 | job.accepted     | ingest  | yes  | (a client that publishes straight to the broker tells nobody)               |
-| job.placed       | router  | yes  | seconds: predicted transfer and run time of each job                        |
+| job.placed       | router  | yes  | seconds: predicted transfer and run time of each job; messages: in how many |
+|                  |         |      | they are, where these are fewer                                             |
 | job.parked       | router  | yes  | (the reason is in each job's Placement)                                     |
 | job.rejected     | router  | yes  | dead: how many more were no messages (the error is in each job's result)    |
 | job.scheduled    | router  | yes  | due_at: seconds since the epoch, of each job                                |
@@ -67,6 +68,8 @@ class Observation(msgspec.Struct, frozen=True):
     transfer_s: float
     run_s: float
     transfer_bytes: float = 0.0
+    dims: tuple[float, ...] = ()
+    """`Work.dims` of each job; where they differ, the mean."""
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -113,6 +116,10 @@ _FINAL: Final = ("succeeded", "failed", "cancelled", "expired", "dead", "rejecte
 FINAL_EVENTS: Final = frozenset(_TYPE.format(f"job.{end}") for end in _FINAL)
 _CURSOR = re.compile(r"(\d{1,20})(?:-(\d{1,20})(?:\.(\d{1,9}))?)?")
 _LAST: Final = 2**64 - 1
+
+
+#: What is told for other routers, and otherwise or not at all to the outside.
+_ROUTERS_OWN: Final = ("seconds", "messages")
 
 
 class CloudEvent(msgspec.Struct, frozen=True):
@@ -201,7 +208,7 @@ def _data(each: Event, at: int) -> dict[str, Any]:
     data: dict[str, Any] = {
         name: value for name, value in (("kernel", each.kernel), ("device", each.device)) if value is not None
     }
-    data |= {name: value for name, value in each.data.items() if name != "seconds"}
+    data |= {name: value for name, value in each.data.items() if name not in _ROUTERS_OWN}
     if at < len(seconds := each.data.get("seconds", ())):
         data["predicted_s"] = seconds[at]
     if each.observation is not None:

@@ -57,6 +57,8 @@ class Work(msgspec.Struct, frozen=True):
 
     flops: float
     bytes: float
+    dims: tuple[float, ...] = ()
+    """The values of what its kernel's two formulas are over, in the order of their names: what it is sized by."""
 
 
 @lru_cache(maxsize=4096)
@@ -68,7 +70,8 @@ def _estimator(flops: str, size: str) -> tuple[tuple[str, ...], Callable[..., Wo
     @lru_cache(maxsize=1024)
     def work_of(*values: float) -> Work:
         dims = dict(zip(names, values, strict=True))
-        return Work(*(found if 0 < (found := formula(dims)) < math.inf else 0.0 for formula in formulas))
+        flops, size_bytes = (found if 0 < (found := formula(dims)) < math.inf else 0.0 for formula in formulas)
+        return Work(flops, size_bytes, values)
 
     return names, work_of
 

@@ -60,7 +60,7 @@ class Placer:
         planned, has_room = decision.plan.device.tolist(), self._credit.has_room
         names, capacity = [device.name for device in devices], [device.capacity for device in devices]
         outgoing = Outgoing(names, now)
-        probes = self._probes.choose(jobs, pricing, planned, now, lambda at: has_room(devices[at]))
+        probes = self._probes.choose(jobs, pricing.problem, planned, now, lambda at: has_room(devices[at]))
         notes: dict[tuple[int, int, bool], Note] = {}
         reasons: dict[tuple[Reason, int, int], bytes] = {}
         ready = problem.ready.tolist()

@@ -17,7 +17,7 @@ import numpy as np
 import structlog
 
 from lepton_ai import topology
-from lepton_ai.job import Estimate
+from lepton_ai.errors import InvalidSettings
 from lepton_ai.placement import policies
 from lepton_ai.placement.batches import Group, batched
 from lepton_ai.placement.costs import CostModel
@@ -44,8 +44,6 @@ _WORTH_COMPILING: Final = 512
 _COMPILED: Final = "externality"
 #: Messages after which the mean of the jobs in them has forgotten two thirds of the ones before.
 _REMEMBERED: Final = 1000
-#: Of log(real / predicted), in standard deviations: what is exceeded once in twenty.
-_P95: Final = 1.75
 
 log = structlog.get_logger()
 
@@ -195,6 +193,11 @@ class Planner:
             self._wanted = []
 
     def _load(self, wanted: Sequence[str]) -> None:
+        from lepton_ai.placement.compiled import IS_COMPILED  # this is what takes its time
+
+        if not IS_COMPILED:  # the plain loops over lists are quicker than what would be loaded
+            log.info("policies_run_plain", without="numba")
+            return
         for name in wanted:
             try:
                 policy = policies.load(name)
@@ -216,7 +219,7 @@ class Planner:
         if any(job.deadline_at is not None for job in jobs):
             left = [math.inf if job.deadline_at is None else job.deadline_at - now for job in jobs]
             changed["deadline"] = np.array(left, np.float64)
-            changed["tail"] = problem.tail if problem.tail is not None else _tail(pricing)
+            changed["tail"] = pricing.tail()
             return in_time(msgspec.structs.replace(problem, **changed))
         return msgspec.structs.replace(problem, **changed) if changed else problem
 
@@ -226,22 +229,11 @@ def _plain(name: str) -> Policy:
 
 
 def _later(settings: Settings) -> list[str]:
-    """The policies that are worth their start in large windows only."""
+    """The policies that are worth their start in large windows only; InvalidSettings where there is none of a name."""
     deep = settings.deep_policy
+    if deep and deep not in policies.names():
+        raise InvalidSettings(f"no policy {deep!r}; there are {', '.join(policies.names())}", "deep_policy")
     return [
         *([_COMPILED] if settings.policy == _COMPILED else []),
         *([deep] if deep not in ("", settings.policy) else []),
     ]
-
-
-def _tail(pricing: Pricing) -> Floats:
-    """As the seconds of a pricing, but what is exceeded once in twenty."""
-    factors = [[1.0 if each.estimate is None else _factor(each.estimate) for each in row] for row in pricing.candidates]
-    table = np.array(factors, np.float64).reshape(len(factors), pricing.problem.devices)
-    return pricing.problem.seconds * table[pricing.kinds]
-
-
-def _factor(estimate: Estimate) -> float:
-    """By how much an estimate of transfer and run is to be stretched for its p95: only run times have a spread."""
-    whole_s = estimate.transfer_s + estimate.run_s
-    return (estimate.transfer_s + estimate.run_s * math.exp(_P95 * estimate.spread)) / whole_s if whole_s > 0 else 1.0

@@ -11,9 +11,8 @@ from typing import Final
 
 from lepton_ai import topology
 from lepton_ai.placement.costs import CostModel
-from lepton_ai.placement.problem import UNPLACED
+from lepton_ai.placement.problem import UNPLACED, Problem
 from pipeline.cluster import Cluster
-from pipeline.pricing import Pricing
 from pipeline.window import ClaimedJob
 
 __all__ = ["Probes"]
@@ -53,7 +52,7 @@ class Probes:
     def choose(
         self,
         jobs: Sequence[ClaimedJob],
-        pricing: Pricing,
+        problem: Problem,
         device: Sequence[int],
         now: float,
         has_room: Callable[[int], bool],
@@ -67,7 +66,7 @@ class Probes:
         wanted = {kernel: self._lacking(kernel) for kernel in {job.kernel for job in jobs} - self._measured}
         if not any(wanted.values()):
             return found
-        ready = pricing.problem.ready
+        ready = problem.ready
         looked = dict.fromkeys(wanted, 0)
         for at, job in enumerate(jobs):
             lacking = wanted.get(job.kernel)
@@ -76,7 +75,7 @@ class Probes:
             looked[job.kernel] += 1
             if not self._can_afford(job) or self._launches(job.kernel, device[at]) < ENOUGH:
                 continue
-            finish = ready + pricing.problem.seconds[at]
+            finish = ready + problem.seconds[at]
             most_s = max(_TIMES * finish.min(), _CHEAP_S)
             left_s = (job.deadline_at - now) / _CAUTION if job.deadline_at is not None else most_s
             for other in lacking:

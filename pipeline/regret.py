@@ -18,8 +18,7 @@ import msgspec
 
 from lepton_ai import topology
 from lepton_ai.event import Event, Observation
-from lepton_ai.kernel import Work
-from lepton_ai.placement.costs import CostModel
+from lepton_ai.placement.costs import CostModel, Size
 from pipeline.cluster import Cluster
 from queues.connection import Command
 
@@ -82,9 +81,8 @@ class Regret:
         found = []
         for device in self._cluster.devices:
             if device.name != launch.device and device.can_run(launch.kernel, None):
-                work, each_bytes = Work(launch.flops, launch.bytes), launch.transfer_bytes / launch.jobs
-                predicted = self._model.predict(launch.kernel, device.name, work, device.peaks, each_bytes)
-                found.append(predicted.run_s / launch.jobs + predicted.transfer_s)
+                predicted = self._model.predict(launch.kernel, device.name, Size.of(launch), device.peaks)
+                found.append((predicted.run_s + predicted.transfer_s) / launch.jobs / device.speed)
         return min(found, default=None) or None
 
     def told(self) -> list[Command]:

@@ -34,6 +34,9 @@ _RETRY_S = 0.5
 #: It is in no hurry: a busy fleet's events are read so far apart, many together.
 _REST_S = 0.25
 
+#: Before every entry of the stream.
+_OLDEST = "0-0"
+
 log = structlog.get_logger()
 
 
@@ -45,12 +48,14 @@ def learn(seen: Event, cluster: Cluster, model: CostModel) -> None:
     _teach(seen, cluster, model)
 
 
-def _teach(seen: Event, cluster: Cluster, model: CostModel) -> None:
+def _teach(seen: Event, cluster: Cluster, model: CostModel) -> bool:
+    """True where a launch shows that its device has changed."""
     if seen.type == "device.heartbeat":
         with suppress(msgspec.ValidationError):  # of another release
             cluster.heard(seen.source, msgspec.convert(seen.data.get("state"), ResourceState))
     if seen.observation is not None and (device := cluster.device(seen.observation.device)) is not None:
-        model.learn(_alone(seen.observation, cluster.speed_of(seen.source)), device.peaks)
+        return model.learn(_alone(seen.observation, cluster.speed_of(seen.source)), device.peaks)
+    return False
 
 
 def _alone(seen: Observation, speed: float) -> Observation:
@@ -74,6 +79,8 @@ class Telemetry:
         while not stop.is_set():
             try:
                 connection = Connection(self._url, "telemetry")
+                if position is None and not connection.call("EXISTS", topology.MODEL):
+                    position = _OLDEST  # what was learned is lost, but not yet what it was learned from
                 stream = EventStream(Connection(self._url, "telemetry-events"), position)
             except BrokerUnavailable as error:
                 log.warning("broker_unavailable", reason=error.message)
@@ -114,7 +121,8 @@ class Telemetry:
             log.info(each.type.replace(".", "_"), device=each.device, worker=each.source)
             self._cluster.refresh(announcements(connection))
         self._seen[each.type] += max(1, len(each.jobs))
-        _teach(each, self._cluster, self._model)  # it dispatches nothing, so it has no jobs to see end
+        if _teach(each, self._cluster, self._model):  # it dispatches nothing, so it has no jobs to see end
+            log.warning("device_drifted", device=each.device, kernel=each.kernel)
 
     def _report(self, connection: Connection) -> None:
         connection.call("SET", topology.MODEL, self._model.snapshot())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -13,7 +14,7 @@ from lepton_ai import topology
 from lepton_ai.job import Options
 from queues.broker import CLAIM_LIMIT, WAKE, Kind
 
-__all__ = ["Claim", "ClaimedJob", "Window", "exchanged"]
+__all__ = ["Claim", "ClaimedJob", "Sized", "Window", "exchanged"]
 
 
 #: A claim is written again when a part of it leaves, so it is bounded in bytes as well as in messages.
@@ -27,6 +28,18 @@ _LAST = 32
 
 #: What jobs share that are looked at in the order of their arrival: urgency, kernel, and the device they are pinned to.
 Line = tuple[int, str, str | None]
+
+
+class Sized(msgspec.Struct, eq=False):
+    """What the cost of a job depends on, as `pricing` has read it from its shapes."""
+
+    offer: Any
+    """By which announcement of its kernel."""
+    key: Hashable
+    """The same for jobs of the same size."""
+    shapes: Mapping[str, Any] | None = None
+    row: tuple[float, ...] | None = None
+    """As `CostModel.predict_many` takes it, once it was needed."""
 
 
 class ClaimedJob(msgspec.Struct, eq=False):
@@ -44,6 +57,8 @@ class ClaimedJob(msgspec.Struct, eq=False):
     """After when it must not run any more, in seconds since the epoch."""
     sent_at: float = 0.0
     """When it was sent, by its id or by when it was claimed; nought where Celery's event listeners are not shown it."""
+    sized: Sized | None = None
+    """Its size, once it has been priced."""
 
     @property
     def id(self) -> str:

@@ -7,6 +7,7 @@ import random
 import time
 import traceback
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from operator import mul
 from typing import Any, ClassVar, Protocol
 
 import msgspec
@@ -135,6 +136,8 @@ class _Lesson(msgspec.Struct):
 
     succeeded: list[str] = []
     launches: int = 0
+    sizes: dict[tuple[float, ...], int] = {}
+    """How many jobs were of which dims."""
     flops: float = 0.0
     bytes: float = 0.0
     transfer_s: float = 0.0
@@ -147,6 +150,7 @@ class _Lesson(msgspec.Struct):
         for job in jobs:
             self.flops += job.work.flops
             self.bytes += job.work.bytes
+            self.sizes[job.work.dims] = self.sizes.get(job.work.dims, 0) + 1
         self.transfer_s += launch.transfer_s
         self.run_s += launch.run_s
         self.transfer_bytes += launch.transfer_bytes
@@ -154,7 +158,16 @@ class _Lesson(msgspec.Struct):
     def observation(self, kernel: str, device: str, jobs: int) -> Observation:
         """One launch, of so many jobs: the mean of all of them."""
         sums = (self.flops, self.bytes, self.transfer_s, self.run_s, self.transfer_bytes)
-        return Observation(kernel, device, jobs, *(each / self.launches for each in sums))
+        flops, size, transfer_s, run_s, transfer_bytes = (each / self.launches for each in sums)
+        return Observation(kernel, device, jobs, flops, size, transfer_s, run_s, transfer_bytes, self._dims())
+
+    def _dims(self) -> tuple[float, ...]:
+        """The dims of all jobs, or their mean."""
+        first = next(iter(self.sizes))
+        if len(self.sizes) == 1:
+            return first
+        count = sum(self.sizes.values())
+        return tuple(sum(map(mul, column, self.sizes.values())) / count for column in zip(*self.sizes, strict=True))
 
 
 class _Batch(msgspec.Struct):

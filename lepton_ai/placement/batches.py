@@ -13,6 +13,7 @@ whose first job would end before T. Nobody waits for a batch to fill: only what 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -20,6 +21,10 @@ import numpy as np
 from lepton_ai.placement.problem import Floats, Indices, Plan, Problem
 
 __all__ = ["Batches", "Group", "batched"]
+
+
+#: What a job adds to a launch is at least this part of what it takes alone, whatever was learned.
+_LEAST: Final = 1e-6
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -80,8 +85,8 @@ def batched(problem: Problem, count: Indices, groups: Sequence[Group]) -> Batche
 
 
 def _launch(one: Floats, group: Group) -> Floats:
-    """No more than a whole job is that is alone in its launch, and nothing where none can run."""
-    return np.minimum(group.launch, np.where(np.isfinite(one), one, 0.0))
+    """All but a trifle at most of a job that is alone in its launch, and nothing where none can run."""
+    return np.minimum(group.launch, np.where(np.isfinite(one), (1 - _LEAST) * one, 0.0))
 
 
 def _parts(problem: Problem, count: Indices, group: Group) -> Iterator[Indices]:

@@ -1,189 +1,264 @@
 """The CostModel: what a job will cost a device, from the Work it asks for and from what was measured before.
 
-First form: `run = fixed + slowness * bound`, where bound is the roofline max(flops / P, bytes / B) over the device's
-announced peaks (Williams, Waterman and Patterson, "Roofline", CACM 52, 2009). Both numbers are learned for each
-(kernel, device) by a Kalman filter over relative errors, their drift a random walk (Haykin, "Adaptive Filter Theory",
-ch. 10): a job of 50 us weighs as much as one of 50 ms, and the newest launches more than the old. Transfer, which is
-everything between message and device (decoding, upload, download, encoding), is learned in the same way over the bytes
-of the arguments.
-
-Tried and dropped: one factor alone (the fixed cost of small jobs went into it, and large ones were predicted a
-hundredfold too slow); forgetting instead of the random walk (what no launch told of for a while blew up).
+What is learned of a (kernel, device) is in `learned.py`; here it is kept for all of them, and laid out in tables, so
+that a whole window is priced at once. `drift.py` watches the misses: when a device has changed, what was learned is
+doubted and its history dropped. Times exclude compilation, which no job waits for: a worker compiles before it
+announces a kernel. `docs/costs.md` has the figures, and what was tried and dropped.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from lepton_ai.device import Peaks
 from lepton_ai.event import Observation
-from lepton_ai.job import Estimate
-from lepton_ai.kernel import Work
+from lepton_ai.job import TAIL, Estimate
+from lepton_ai.placement.drift import Drift
+from lepton_ai.placement.history import History, Past
+from lepton_ai.placement.learned import SHORTEST_S, UNKNOWN, Known, Learned, Rates, line
+from lepton_ai.placement.problem import Floats, Indices
+from lepton_ai.placement.size import FEATURES, Key, Size, features_of
 
-__all__ = ["CostModel", "Line"]
+__all__ = ["CostModel", "Devices", "Estimates", "Size"]
 
-#: Units in which both numbers are of the order of 1: 100 us of fixed cost, a tenth of the peak.
-_FIXED_S, _SLOWNESS = 1e-4, 10.0
-#: What decoding and encoding take where nothing was measured yet: about a gigabyte a second.
-_CODEC_BYTES_PER_S = 1e9
-#: Variance of a relative error that is no news; of the prior, in the units above; and of the drift from one launch to
-#: the next, relative to the numbers themselves.
-_NOISE, _PRIOR, _DRIFT = 0.05, 4.0, 0.002
-#: A launch many times slower than predicted counts as one so many times slower: it may have been somebody else's fault.
-_MOST = 10.0
-#: A launch takes at least a hundredth of its bound: the peaks are measured, not theory.
-_LEAST_SLOWNESS = 0.001
-#: Rounding must not make a variance nought.
-_CERTAIN = 1e-14
-#: Weight of the newest launch in the spread.
-_WEIGHT = 0.1
-#: No launch is shorter or longer.
-_SHORTEST_S, _LONGEST_S = 1e-9, 1e7
+#: Names and announced peaks.
+Devices = Sequence[tuple[str, Peaks]]
+
+#: Of the form of a snapshot: one of another version is left out, and learning starts anew.
+_VERSION = 2
+#: Sizes whose history is in a snapshot: of a (kernel, device), and of all of them.
+_SIZES, _ALL_SIZES = 64, 16384
 
 
-class Line(msgspec.Struct):
-    """What was learned of one (kernel, device) from `n` launches: two numbers, their covariance, and the spread."""
+class Estimates(msgspec.Struct, frozen=True):
+    """What many jobs take on many devices, each alone in its launch."""
 
-    n: int = 0
-    fixed: float = 0.0
-    slowness: float = 1.0
-    p00: float = _PRIOR
-    p01: float = 0.0
-    p11: float = _PRIOR
-    variance: float = 0.0
-    """Of log(measured / predicted), exponentially weighted."""
+    transfer_s: Floats
+    """[size, device]"""
+    run_s: Floats
+    """[size, device]"""
+    is_known: NDArray[np.bool_]
+    """[size, device]: whether this size was launched there before."""
+    spread_new: Floats
+    """[device]: of sizes that were not."""
+    spread_known: Floats
+    """[device]: and of those that were."""
 
-    def run_s(self, bound_s: float) -> float:
-        """The predicted seconds of a launch with this bound."""
-        return self.fixed * _FIXED_S + self.slowness * _SLOWNESS * bound_s
+    @property
+    def spread(self) -> Floats:
+        """[size, device]: standard deviation of log(real / predicted run time)."""
+        return np.where(self.is_known, self.spread_known, self.spread_new)
 
-    def learn(self, bound_s: float, measured_s: float) -> None:
-        """Folds in one launch."""
-        expected_s = self.run_s(bound_s)
-        if self.n > 0:
-            error = math.log(measured_s / expected_s)
-            self.variance += max(_WEIGHT, 1 / self.n) * (error * error - self.variance)
-        self.n += 1
-        x0, x1 = _FIXED_S / expected_s, _SLOWNESS * bound_s / expected_s
-        miss = min(_MOST, measured_s / expected_s) - 1
-        p00 = min(_PRIOR, self.p00 + _DRIFT * self.fixed**2)
-        p11 = min(_PRIOR, self.p11 + _DRIFT * self.slowness**2)
-        px0, px1 = p00 * x0 + self.p01 * x1, self.p01 * x0 + p11 * x1
-        gain = 1 / (_NOISE + x0 * px0 + x1 * px1)
-        self.fixed += gain * px0 * miss
-        self.slowness += gain * px1 * miss
-        self.p00 = max(_CERTAIN, p00 - gain * px0 * px0)
-        self.p11 = max(_CERTAIN, p11 - gain * px1 * px1)
-        limit = 0.999 * math.sqrt(self.p00 * self.p11)
-        self.p01 = min(limit, max(-limit, self.p01 - gain * px0 * px1))
-        self._stay_possible()
+    @property
+    def seconds(self) -> Floats:
+        """[size, device]: transfer and run."""
+        return self.transfer_s + self.run_s
 
-    def is_possible(self) -> bool:
-        """Whether these are numbers that launches could have taught."""
-        return (
-            self.n > 0
-            and 0 <= self.fixed < math.inf
-            and _LEAST_SLOWNESS <= self.slowness < math.inf
-            and 0 < self.p00 <= _PRIOR
-            and 0 < self.p11 <= _PRIOR
-            and abs(self.p01) <= _PRIOR
-            and 0 <= self.variance < math.inf
-        )
+    @property
+    def tail_s(self) -> Floats:
+        """[size, device]: what transfer and run exceed once in twenty."""
+        return self.transfer_s + self.run_s * np.exp(TAIL * self.spread)
 
-    def _stay_possible(self) -> None:
-        """Neither number may be negative: one that is goes to its least, the other to what is likeliest given that."""
-        if self.fixed < 0:
-            self.slowness -= self.fixed * self.p01 / self.p00
-            self.fixed = 0.0
-        if self.slowness < _LEAST_SLOWNESS:
-            self.fixed += (_LEAST_SLOWNESS - self.slowness) * self.p01 / self.p11
-            self.slowness = _LEAST_SLOWNESS
-            self.fixed = max(0.0, self.fixed)
+    def one(self, size: int, device: int) -> Estimate:
+        """The estimate of one of them, without a wait."""
+        here = size, device
+        spread = self.spread_known if self.is_known[here] else self.spread_new
+        return Estimate(0.0, self.transfer_s.item(here), self.run_s.item(here), spread.item(device))
 
 
 class CostModel:
     """Predicts run and transfer time before a job, learns after it. Not shared between threads."""
 
     def __init__(self) -> None:
-        self._runs: dict[tuple[str, str], Line] = {}
-        self._transfers: dict[tuple[str, str], Line] = {}
-
-    def predict(self, kernel: str, device: str, work: Work, peaks: Peaks, transfer_bytes: float) -> Estimate:
-        """The estimate for one job that starts at once (`wait_s` is 0)."""
-        run = self._runs.get((kernel, device)) or _first_run(peaks)
-        transfer = self._transfers.get((kernel, device)) or _FIRST_TRANSFER
-        return Estimate(
-            0.0,
-            transfer.run_s(_transfer_bound_s(transfer_bytes, peaks)),
-            run.run_s(_bound_s(work, peaks)),
-            math.sqrt(run.variance),
-        )
+        self._books: dict[str, _Book] = {}
 
     def launches(self, kernel: str, device: str) -> int:
         """How many launches of a kernel on a device were learned from."""
-        return line.n if (line := self._runs.get((kernel, device))) is not None else 0
+        book = self._books.get(kernel)
+        return book.learned[device].n if book is not None and device in book.learned else 0
 
     def launch_s(self, kernel: str, device: str, peaks: Peaks) -> float:
-        """What a launch takes however many jobs are in it."""
-        return (self._runs.get((kernel, device)) or _first_run(peaks)).fixed * _FIXED_S
+        """What a launch takes however many jobs are in it, in seconds."""
+        return (self._book(kernel).learned.get(device) or Learned.nothing(peaks)).launch_s
 
-    def learn(self, seen: Observation, peaks: Peaks) -> None:
-        """Folds in one launch. What is no time or no bound (nought, negative, absurd, not finite) is left out."""
-        if seen.jobs < 1:
-            return
-        key = seen.kernel, seen.device
-        bound_s = _bound_s(Work(seen.flops, seen.bytes), peaks)
-        if _is_time(seen.run_s) and _is_time(bound_s):
-            self._runs.setdefault(key, _first_run(peaks)).learn(bound_s, seen.run_s)
-        # Per job: each has a message of its own, however many run in one launch.
-        each_s, each_bytes = seen.transfer_s / seen.jobs, seen.transfer_bytes / seen.jobs
-        bound_s = _transfer_bound_s(each_bytes, peaks)
-        if _is_time(each_s) and _is_time(bound_s):
-            line = self._transfers.setdefault(key, msgspec.structs.replace(_FIRST_TRANSFER))
-            line.learn(bound_s, each_s)
+    def predict(self, kernel: str, device: str, size: Size, peaks: Peaks) -> Estimate:
+        """The estimate for one launch that starts at once (`wait_s` is 0)."""
+        return self._book(kernel).predict(device, size, peaks)
+
+    def predict_many(self, kernel: str, devices: Devices, sizes: Floats) -> Estimates:
+        """The estimates for jobs on devices; [size]: flops, bytes, transfer bytes, and the dims as in `Size`."""
+        return self._book(kernel).predict_many(devices, sizes)
+
+    def learn(self, seen: Observation, peaks: Peaks) -> bool:
+        """Folds in one launch; True where it shows that the device has become slower or faster than it was.
+
+        What is no time or no work (nought, negative, absurd, not finite) is left out.
+        """
+        if seen.jobs < 1 or not (size := Size.of(seen)).is_possible():
+            return False
+        # Transfer is per job: each has a message of its own, however many run in one launch.
+        return self._book(seen.kernel).learn(seen.device, size, peaks, seen.transfer_s / seen.jobs, seen.run_s)
 
     def snapshot(self) -> bytes:
-        """What was learned as bytes, for another process or a later start."""
-        return msgspec.msgpack.encode(
-            [[(*key, line) for key, line in lines.items()] for lines in (self._runs, self._transfers)]
-        )
+        """What was learned as bytes, for another process or a later start: a megabyte or two at most."""
+        count = sum(len(book.learned) for book in self._books.values())
+        most = min(_SIZES, _ALL_SIZES // max(1, count))
+        kept = [
+            _Kept(kernel, device, learned, book.history.past(book.history.column(device), most))
+            for kernel, book in self._books.items()
+            for device, learned in book.learned.items()
+            if learned.n
+        ]
+        return msgspec.msgpack.encode((_VERSION, kept))
 
     def restore(self, data: bytes | None) -> None:
         """Takes a snapshot over; what was learned since then is kept where it rests on more launches.
 
-        A snapshot of another form, and what in it could not have been learned, is left out: learning starts anew.
+        A snapshot of another version, and what in it could not have been learned, is left out.
         """
         try:
-            found = msgspec.msgpack.decode(data or b"\x92\x90\x90", type=tuple[_Lines, _Lines])
+            version, rest = msgspec.msgpack.decode(data or b"", type=tuple[int, msgspec.Raw])
+            found = msgspec.msgpack.decode(rest, type=list[_Kept]) if version == _VERSION else []
         except msgspec.DecodeError:
             return
-        for lines, learned in zip((self._runs, self._transfers), found, strict=True):
-            for kernel, device, line in learned:
-                have = lines.get((kernel, device))
-                if line.is_possible() and (have is None or have.n < line.n):
-                    lines[kernel, device] = line
+        for each in found:
+            if each.learned.is_possible() and self.launches(each.kernel, each.device) < each.learned.n:
+                self._book(each.kernel).take_over(each)
+
+    def _book(self, kernel: str) -> _Book:
+        return self._books.setdefault(kernel, _Book())
 
 
-_Lines = list[tuple[str, str, Line]]
-_FIRST_TRANSFER = Line(slowness=1 / _SLOWNESS)
+class _Kept(msgspec.Struct, array_like=True):
+    """A (kernel, device) in a snapshot."""
+
+    kernel: str
+    device: str
+    learned: Learned
+    history: list[Past]
 
 
-def _first_run(peaks: Peaks) -> Line:
-    """What is expected before anything was measured: the announced launch, and a tenth of the peaks."""
-    return Line(fixed=peaks.launch_s / _FIXED_S)
+class _Book:
+    """What was learned of one kernel, by device."""
+
+    def __init__(self) -> None:
+        self.learned: dict[str, Learned] = {}
+        self.history = History()
+        self._drifts: dict[str, Drift] = {}
+        self._table: _Table | None = None
+        self._stale: set[str] = set()
+        """Devices of which more was learned than stands in the table."""
+
+    def predict(self, device: str, size: Size, peaks: Peaks) -> Estimate:
+        learned = self.learned.get(device) or Learned.nothing(peaks)
+        known = self._known(learned, size, device, peaks)
+        transfer_s = learned.transfer_s(size.transfer_bytes, peaks) * size.jobs
+        return Estimate(0.0, transfer_s, learned.run_s(size, peaks, known), learned.spread(known=known.weight > 0))
+
+    def predict_many(self, devices: Devices, sizes: Floats) -> Estimates:
+        """What `predict` says of all sizes on all devices."""
+        table = self._tabulated(devices)
+        features, work = features_of(sizes[:, 3:]), np.ones((len(sizes), 3))
+        work[:, 1:] = sizes[:, :2]
+        log_s = line(table.rates, work, features)
+        past, launches = self.history.known_many(_keys(sizes), table.columns)
+        is_known = launches > 0
+        past -= log_s
+        past *= launches / (launches + table.shrink)
+        if not is_known.all():
+            near = self.history.near(features, table.columns, lambda *of: line(table.rates, *of))
+            np.copyto(past, near, where=~is_known)
+        log_s += past
+        moved = sizes[:, 2:3] * table.rates.moved[:, 1]
+        moved += table.rates.moved[:, 0]
+        np.maximum(moved, SHORTEST_S, out=moved)
+        return Estimates(moved, np.exp(log_s, out=log_s), is_known, table.spread, table.spread_again)
+
+    def learn(self, device: str, size: Size, peaks: Peaks, transfer_s: float, run_s: float) -> bool:
+        """Folds in one launch; True on a drift."""
+        learned = self.learned.get(device)
+        if learned is None:
+            learned = self.learned[device] = Learned.nothing(peaks)
+        known = self._known(learned, size, device, peaks)
+        learned.learn_transfer(size.transfer_bytes, peaks, transfer_s)
+        deviations = learned.learn(size, peaks, known, run_s)
+        self._stale.add(device)
+        if deviations is None:
+            return False
+        column = self.history.column(device)
+        has_drifted = learned.is_settled and self._drifts.setdefault(device, Drift()).notices(deviations)
+        if has_drifted:
+            learned.doubt()
+            self.history.drop(column)
+        self.history.learn(size, column, math.log(run_s))
+        return has_drifted
+
+    def take_over(self, kept: _Kept) -> None:
+        """Goes on from what another has learned of a device."""
+        self.learned[kept.device] = kept.learned
+        self._drifts.pop(kept.device, None)
+        self._stale.add(kept.device)
+        column = self.history.column(kept.device)
+        self.history.drop(column)
+        for past in kept.history:
+            self.history.take_over(past, column)
+
+    def _known(self, learned: Learned, size: Size, device: str, peaks: Peaks) -> Known:
+        """What the history says of a size on a device."""
+        if not learned.n:
+            return UNKNOWN
+        column = self.history.column(device)
+        log_s, launches = self.history.known(size.key, column)
+        if launches:
+            return Known(log_s, launches / (launches + learned.shrink))
+        rates = Rates.of(1)
+        learned.write(rates, 0, peaks)
+        features = np.zeros((1, FEATURES))
+        features[0, : len(size.features)] = size.features
+        near = self.history.near(features, np.array([column]), lambda *of: line(rates, *of))
+        return Known(near=near.item())
+
+    def _tabulated(self, devices: Devices) -> _Table:
+        table = self._table
+        if table is None or table.devices != devices:
+            columns = np.array([self.history.column(name) for name, _ in devices], np.intp)
+            table = self._table = _Table(devices, columns)
+            self._stale.update(name for name, _ in devices)
+        if self._stale:
+            # Written anew, because estimates that are still looked at share the old spreads.
+            table.spread, table.spread_again = table.spread.copy(), table.spread_again.copy()
+            for row, (name, peaks) in enumerate(devices):
+                if name in self._stale:
+                    table.write(row, self.learned.get(name) or Learned.nothing(peaks), peaks)
+            self._stale.clear()
+        return table
 
 
-def _is_time(seconds: float) -> bool:
-    return _SHORTEST_S <= seconds <= _LONGEST_S
+class _Table:
+    """What was learned of one kernel on some devices."""
+
+    def __init__(self, devices: Devices, columns: Indices) -> None:
+        self.devices = devices
+        self.columns = columns
+        """[device]: its column in the history."""
+        self.rates = Rates.of(len(devices))
+        self.shrink = np.ones(len(devices))
+        self.spread = np.zeros(len(devices))
+        self.spread_again = np.zeros(len(devices))
+
+    def write(self, row: int, learned: Learned, peaks: Peaks) -> None:
+        learned.write(self.rates, row, peaks)
+        self.shrink[row] = learned.shrink
+        self.spread[row] = learned.spread(known=False)
+        self.spread_again[row] = learned.spread(known=True)
 
 
-def _transfer_bound_s(size_bytes: float, peaks: Peaks) -> float:
-    link_s = peaks.transfer_latency_s + size_bytes / peaks.transfer_bytes_per_s
-    return max(link_s + size_bytes / _CODEC_BYTES_PER_S, _SHORTEST_S)
-
-
-def _bound_s(work: Work, peaks: Peaks) -> float:
-    """The roofline bound in seconds, at least a nanosecond: a job of no work still has a cost to learn."""
-    return max(work.flops / peaks.flops_per_s, work.bytes / peaks.bytes_per_s, _SHORTEST_S)
+def _keys(sizes: Floats) -> list[Key]:
+    """`Size.key` of launches of one job."""
+    has_dims = sizes.shape[1] > 3
+    return [(1, *each) for each in (sizes[:, 3:] if has_dims else sizes[:, :2]).tolist()]

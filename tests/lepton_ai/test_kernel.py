@@ -91,7 +91,7 @@ def test_a_device_kind_that_does_not_exist_is_refused() -> None:
 
 
 def test_work_is_what_the_formulas_say() -> None:
-    assert a_kernel().spec.work({"n": 10, "factor": 2}) == Work(10.0, 80.0)
+    assert a_kernel().spec.work({"n": 10, "factor": 2}) == Work(10.0, 80.0, (10,))
 
 
 @pytest.mark.parametrize("flops", ["n / factor", "0 - n", "log2(factor)", "n**4"])

@@ -36,12 +36,16 @@ def cluster() -> Cluster:
     return found
 
 
+def seen(n: int, run_s: float) -> Observation:
+    return Observation("test.spin", "cpu", 1, n, 0.0, 1e-9, run_s, dims=(float(n),))
+
+
 @pytest.fixture
 def model() -> CostModel:
     """One that knows the cpu, without a doubt: a second for each million operations."""
     found = CostModel()
     for n in (1, 2, 3, 5, 8) * 60:
-        found.learn(Observation("test.spin", "cpu", 1, n * SECOND, 0.0, 1e-9, float(n)), PEAKS)
+        found.learn(seen(n * SECOND, float(n)), PEAKS)
     return found
 
 
@@ -82,7 +86,7 @@ def test_what_waits_and_is_as_urgent_counts_and_what_is_less_urgent_does_not(
 def test_the_spread_of_what_was_measured_counts(cluster: Cluster, model: CostModel) -> None:
     """A deadline is met nineteen times in twenty, not every other time."""
     for factor in (0.3, 3.0) * 20:
-        model.learn(Observation("test.spin", "cpu", 1, SECOND, 0.0, 1e-9, factor), PEAKS)
+        model.learn(seen(SECOND, factor), PEAKS)
     assert refusal(cluster, model, 2.0) is not None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lepton_ai.device import Announcement, Peaks
+from lepton_ai.errors import InvalidSettings
 from lepton_ai.event import Observation
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec
@@ -123,7 +124,7 @@ def test_a_deadline_sends_a_job_from_what_is_quick_on_the_mean_to_what_is_sure(c
         for name, run_s in (("cpu", 0.02), ("gpu", 0.03 if turn % 4 == 0 else 0.007)):
             device = cluster.device(name)
             assert device is not None
-            model.learn(Observation("test.spin", name, 1, 100.0, 0.0, 0.0, run_s), device.peaks)
+            model.learn(Observation("test.spin", name, 1, 100.0, 0.0, 0.0, run_s, dims=(100.0,)), device.peaks)
     found = Planner(SETTINGS, model)
     assert found.decide(jobs(1), cluster, 10.0).plan.device.tolist() == [GPU]
     hurried = found.decide(jobs(1, deadline_at=10.024), cluster, 10.0)
@@ -165,6 +166,22 @@ def test_the_deep_policy_is_asked_where_jobs_of_several_kinds_wait_for_room(clus
     assert found.decide(jobs(8), cluster, 0.0, is_deep=True).policy == "externality"
     assert found.decide([*mixed, *jobs(1, deadline_at=9.0)], cluster, 0.0, is_deep=True).policy == "externality"
     assert found.decide(mixed, cluster, 0.0, is_deep=True).policy == "earliest_finish"
+
+
+def test_the_default_for_a_deep_window_ends_it_sooner_than_job_by_job(cluster: Cluster) -> None:
+    found = Planner(Settings(), CostModel())
+    mixed = [*jobs(150, ms=10), *jobs(150, ms=1000)]
+    found.wants(len(mixed), 10)
+    loaded()
+    by_job = found.decide(mixed, cluster, 0.0)
+    together = found.decide(mixed, cluster, 0.0, is_deep=True)
+    assert (by_job.policy, together.policy) == ("externality", "priced")
+    assert together.plan.makespan_s(together.problem) <= by_job.plan.makespan_s(by_job.problem)
+
+
+def test_a_deep_policy_that_there_is_not_is_refused_at_the_start() -> None:
+    with pytest.raises(InvalidSettings, match=r"no policy 'prised'; there are .*priced"):
+        planner(deep_policy="prised")
 
 
 def test_the_deep_policy_rests_so_that_it_takes_a_part_of_the_time_only(

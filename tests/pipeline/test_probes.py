@@ -11,7 +11,6 @@ from lepton_ai.kernel import KernelSpec
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.problem import UNPLACED, Problem
 from pipeline.cluster import Cluster
-from pipeline.pricing import Pricing
 from pipeline.probes import Probes
 from pipeline.window import Claim, ClaimedJob
 from queues.broker import Kind
@@ -49,9 +48,7 @@ class Bench:
     ) -> dict[int, int]:
         seconds = np.array([[1.0, gpu_s]] * len(jobs))
         problem = Problem(seconds, np.array([0.0, ready]), np.ones(2))
-        return self.probes.choose(
-            jobs, Pricing(problem, [0] * len(jobs), []), [chosen] * len(jobs), 0.0, lambda _: room
-        )
+        return self.probes.choose(jobs, problem, [chosen] * len(jobs), 0.0, lambda _: room)
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import structlog
 
 from lepton_ai import event, topology
 from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.event import Event, Observation
-from lepton_ai.kernel import Work
-from lepton_ai.placement.costs import CostModel
+from lepton_ai.placement.costs import CostModel, Size
 from lepton_ai.settings import Settings
 from pipeline import telemetry
 from pipeline.cluster import Cluster
@@ -28,7 +28,7 @@ WORKER = Announcement("worker-1", "one", "cpu", "cpu", 1, False, PEAKS, (), 0.0)
 
 
 def predicted_s(model: CostModel) -> float:
-    return model.predict("test.kernel", "cpu", Work(1e6, 0.0), PEAKS, 0.0).run_s
+    return model.predict("test.kernel", "cpu", Size(1e6, 0.0), PEAKS).run_s
 
 
 def expected_s(*observations: Observation) -> Any:
@@ -175,6 +175,24 @@ def test_the_model_is_kept_when_the_service_stops(
     end = start()
     end()
     assert connection.call("EXISTS", topology.MODEL) == 1
+
+
+def test_where_no_model_is_kept_it_is_learned_again_from_what_the_stream_still_has(
+    start: Any, connection: Connection
+) -> None:
+    come_online(connection)
+    tell(connection, succeeded("a", observation=SLOW))
+    start()
+    until(lambda: kept_s(connection) == expected_s(SLOW), "the model is kept")
+
+
+def test_a_drift_is_logged(start: Any, connection: Connection) -> None:
+    start()
+    come_online(connection)
+    with structlog.testing.capture_logs() as logged:
+        tell(connection, *[succeeded("a", observation=QUICK) for _ in range(50)])
+        tell(connection, *[succeeded("a", observation=SLOW) for _ in range(20)])
+        until(lambda: any(each["event"] == "device_drifted" for each in logged), "the drift is logged")
 
 
 def test_a_new_service_goes_on_from_the_kept_model(start: Any, connection: Connection) -> None:

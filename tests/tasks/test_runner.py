@@ -96,7 +96,19 @@ def test_launches_that_were_alike_are_told_together_as_their_mean(worker: Worker
         (1, 2.0, 8.0, 8.0),
         (1, 2000.0, 8000.0, 8000.0),
     ]
+    assert [each.dims for each in observed] == [(1.0,), (1000.0,)]
     assert worker.meta(small[0]).lepton.cost.batch == 1
+
+
+def test_of_launches_of_nearly_the_same_size_the_mean_is_told(worker: Worker) -> None:
+    worker.warm_up()
+    worker.shop.policy()
+    stream = EventStream(worker.connection)
+    sizes = dict(zip(new_ids(4), (2, 3, 3, 3), strict=True))
+    worker.push(*[wire.envelope(job, "test.tries", {"x": np.ones(n)}, Options()) for job, n in sizes.items()])
+    ((_, told),) = stream.read(5000)
+    assert told.observation.dims == (2.75,)
+    assert told.observation.flops == 2 * 2.75
 
 
 def test_one_that_fails_among_many_that_run_one_after_another_teaches_nothing(worker: Worker) -> None:

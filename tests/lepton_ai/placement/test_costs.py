@@ -1,30 +1,34 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.truth import Truth, measured
 from lepton_ai.device import Peaks
 from lepton_ai.event import Observation
 from lepton_ai.job import Estimate
-from lepton_ai.kernel import Work
-from lepton_ai.placement.costs import CostModel
+from lepton_ai.placement.costs import CostModel, Size
 
 PEAKS = Peaks(1e9, 1e10, 1e8, 1e-4, 1e-5)
-WORK = Work(flops=1e7, bytes=1e6)  # bound by the flops: 10 ms
-BOUND_S = 1e-2
+SIZE = Size(flops=1e7, bytes=1e6)  # at the peaks: 10 ms for the flops, 0.1 ms for the bytes
+FLOPS_S = 1e-2
+PEAKS_S = 1.01e-2
 
 
 def launch(run_s: float, kernel: str = "k", device: str = "d", **more: Any) -> Observation:
-    found: dict[str, Any] = {"jobs": 1, "flops": WORK.flops, "bytes": WORK.bytes, "transfer_s": 0.0}
+    found: dict[str, Any] = {"jobs": 1, "flops": SIZE.flops, "bytes": SIZE.bytes, "transfer_s": 0.0}
     return Observation(kernel, device, run_s=run_s, **(found | more))
 
 
-def predicted(model: CostModel, work: Work = WORK, kernel: str = "k", device: str = "d", moved: float = 0) -> Estimate:
-    return model.predict(kernel, device, work, PEAKS, moved)
+def predicted(model: CostModel, size: Size = SIZE, kernel: str = "k", device: str = "d") -> Estimate:
+    return model.predict(kernel, device, size, PEAKS)
 
 
 def taught(*seconds: float) -> CostModel:
@@ -35,15 +39,15 @@ def taught(*seconds: float) -> CostModel:
 
 
 def test_before_anything_was_measured_a_tenth_of_the_peaks_is_expected() -> None:
-    assert predicted(CostModel()).run_s == pytest.approx(PEAKS.launch_s + 10 * BOUND_S)
+    assert predicted(CostModel()).run_s == pytest.approx(PEAKS.launch_s + 10 * PEAKS_S)
 
 
 def learned_from(fixed_s: float, slowness: float, noise: list[float], sizes: list[float]) -> CostModel:
     """A model that saw launches of a hidden straight line, each off by exp(noise)."""
     model = CostModel()
     for size, off in zip(sizes, noise, strict=True):
-        flops = WORK.flops * size
-        model.learn(launch((fixed_s + slowness * BOUND_S * size) * math.exp(off), flops=flops, bytes=0.0), PEAKS)
+        flops = SIZE.flops * size
+        model.learn(launch((fixed_s + slowness * FLOPS_S * size) * math.exp(off), flops=flops, bytes=0.0), PEAKS)
     return model
 
 
@@ -53,8 +57,8 @@ def test_fixed_cost_and_slowness_are_learned_apart(fixed_s: float, slowness: flo
     sizes = [10.0 ** (-(at % 5)) for at in range(100)]
     model = learned_from(fixed_s, slowness, [0.0] * 100, sizes)
     for size in (1.0, 0.01, 0.0001):
-        expected = fixed_s + slowness * BOUND_S * size
-        assert predicted(model, Work(WORK.flops * size, 0)).run_s == pytest.approx(expected, rel=0.15)
+        expected = fixed_s + slowness * FLOPS_S * size
+        assert predicted(model, Size(SIZE.flops * size, 0)).run_s == pytest.approx(expected, rel=0.15)
 
 
 @given(
@@ -68,8 +72,8 @@ def test_a_hidden_line_is_learned_through_the_noise(
     noise, sizes = map(list, zip(*seen, strict=True))
     model = learned_from(fixed_s, slowness, noise, sizes)
     size = sizes[-1]
-    found = predicted(model, Work(WORK.flops * size, 0)).run_s
-    assert 0.5 < found / (fixed_s + slowness * BOUND_S * size) < 2
+    found = predicted(model, Size(SIZE.flops * size, 0)).run_s
+    assert 0.5 < found / (fixed_s + slowness * FLOPS_S * size) < 2
 
 
 def test_one_shape_alone_is_predicted_after_a_few_launches() -> None:
@@ -77,13 +81,13 @@ def test_one_shape_alone_is_predicted_after_a_few_launches() -> None:
 
 
 def test_a_device_that_slowed_down_is_believed_after_some_launches() -> None:
-    model = taught(*[BOUND_S] * 200, *[4 * BOUND_S] * 150)
-    assert predicted(model).run_s == pytest.approx(4 * BOUND_S, rel=0.15)
+    model = taught(*[FLOPS_S] * 200, *[4 * FLOPS_S] * 150)
+    assert predicted(model).run_s == pytest.approx(4 * FLOPS_S, rel=0.15)
 
 
 def test_the_spread_grows_with_the_noise() -> None:
     quiet, some, much = (
-        predicted(taught(*(BOUND_S * math.exp(noise * (-1) ** at) for at in range(200)))).spread
+        predicted(taught(*(FLOPS_S * math.exp(noise * (-1) ** at) for at in range(200)))).spread
         for noise in (0.0, 0.1, 0.5)
     )
     assert quiet < 0.02 < some < 0.2 < much < 1.0
@@ -96,7 +100,7 @@ def test_the_launches_of_each_kernel_on_each_device_are_counted() -> None:
 
 
 def test_memory_bounds_a_job_of_few_flops() -> None:
-    assert predicted(CostModel(), Work(0, 1e9)).run_s == pytest.approx(PEAKS.launch_s + 10 * 0.1)
+    assert predicted(CostModel(), Size(0, 1e9)).run_s == pytest.approx(PEAKS.launch_s + 10 * 0.1)
 
 
 def test_transfer_is_learned_over_the_bytes_of_the_arguments() -> None:
@@ -104,7 +108,7 @@ def test_transfer_is_learned_over_the_bytes_of_the_arguments() -> None:
     for at in range(60):
         size = 10.0 ** (3 + at % 5)
         model.learn(launch(1.0, transfer_s=4e-4 + size * 3e-8, transfer_bytes=size), PEAKS)
-    assert predicted(model, moved=1e6).transfer_s == pytest.approx(4e-4 + 3e-2, rel=0.15)
+    assert predicted(model, Size(0, 0, 1e6)).transfer_s == pytest.approx(4e-4 + 3e-2, rel=0.15)
 
 
 def test_each_kernel_on_each_device_is_learned_apart() -> None:
@@ -115,7 +119,7 @@ def test_each_kernel_on_each_device_is_learned_apart() -> None:
 
 
 def test_before_anything_was_measured_a_transfer_costs_its_latency_and_its_bytes() -> None:
-    assert predicted(CostModel(), moved=1e8).transfer_s == pytest.approx(1e-4 + 1.0 + 0.1)
+    assert predicted(CostModel(), Size(0, 0, 1e8)).transfer_s == pytest.approx(1e-4 + 1.0 + 0.1)
 
 
 def test_an_estimate_has_no_wait_of_its_own() -> None:
@@ -125,7 +129,7 @@ def test_an_estimate_has_no_wait_of_its_own() -> None:
 @given(st.floats(0, 1e15), st.floats(0, 1e15), st.lists(st.floats(1e-9, 1e6), max_size=5))
 def test_more_work_never_costs_less(flops: float, more: float, seconds: list[float]) -> None:
     model = taught(*seconds)
-    assert predicted(model, Work(flops, 0)).run_s <= predicted(model, Work(flops + more, 0)).run_s
+    assert predicted(model, Size(flops, 0)).run_s <= predicted(model, Size(flops + more, 0)).run_s
 
 
 # -- snapshots --------------------------------------------------------------------------------------------------------
@@ -176,11 +180,18 @@ def test_a_snapshot_of_another_form_is_left_out(snapshot: bytes) -> None:
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -1.0])
-@pytest.mark.parametrize("field", ["fixed", "slowness", "p00", "p11", "variance"])
-def test_what_no_launch_could_have_taught_is_left_out_of_a_snapshot(field: str, number: float) -> None:
+@pytest.mark.parametrize("part", ["coefficients", "covariance", "transfer", "variance", "variance_again"])
+def test_what_no_launch_could_have_taught_is_left_out_of_a_snapshot(part: str, number: float) -> None:
     poisoned = taught(*[1.0] * 9)
-    for line in poisoned._runs.values():
-        setattr(line, field, number)
+    learned = poisoned._book("k").learned["d"]
+    if part == "coefficients":
+        learned.base.coefficients[1] = number
+    elif part == "covariance":
+        learned.residual.covariance[0][0] = number
+    elif part == "transfer":
+        learned.transfer.coefficients[0] = number
+    else:
+        setattr(learned, part, number)
     model = taught(1.0)
     model.restore(poisoned.snapshot())
     assert predictions(model) == predictions(taught(1.0))
@@ -212,11 +223,200 @@ def test_an_observation_that_is_none_teaches_nothing(weird: Observation) -> None
     assert predictions(model) == predictions(taught(1.0))
 
 
-@given(
-    st.lists(st.builds(launch, st.floats(), flops=st.floats(), bytes=st.floats(), transfer_s=st.floats()), max_size=10)
+anything = st.builds(
+    launch,
+    st.floats(),
+    flops=st.floats(),
+    bytes=st.floats(),
+    transfer_s=st.floats(),
+    transfer_bytes=st.floats(),
+    dims=st.lists(st.floats(), max_size=10).map(tuple),
+    jobs=st.integers(-1, 10**6),
 )
+
+
+@given(st.lists(anything, max_size=10))
 def test_whatever_was_observed_a_prediction_is_a_time(seen: list[Observation]) -> None:
     model = CostModel()
     for each in seen:
         model.learn(each, PEAKS)
     assert predicted(model).run_s > 0
+
+
+# -- sizes, and many at once ------------------------------------------------------------------------------------------
+
+
+def sized(n: float, run_s: float, device: str = "d", **more: Any) -> Observation:
+    """A launch of a job with one dim, its Work of the flops alone."""
+    return launch(run_s, device=device, flops=1e4 * n, bytes=0.0, dims=(n,), **more)
+
+
+def size_of(n: float) -> Size:
+    return Size(1e4 * n, 0.0, 0.0, (n,))
+
+
+def stepped_s(n: float, tile: int = 256) -> float:
+    """Seconds that go up by whole tiles, which no line can follow."""
+    return 1e-4 + 4e-4 * math.ceil(n / tile)
+
+
+def test_a_size_that_comes_again_is_predicted_as_it_was() -> None:
+    model = CostModel()
+    sizes = [100.0 * at for at in range(1, 30)]
+    for n in sizes * 5:
+        model.learn(sized(n, stepped_s(n)), PEAKS)
+    errors = [abs(predicted(model, size_of(n)).run_s / stepped_s(n) - 1) for n in sizes]
+    assert max(errors) < 0.02
+
+
+def test_a_new_size_goes_by_those_near_it() -> None:
+    """In the middle each flop takes five times as long."""
+    model = CostModel()
+
+    def taken_s(n: float) -> float:
+        return 1e-5 * n * (1 if n < 200 or n > 1200 else 5)
+
+    for at in range(60):
+        n = 20.0 * 1.1 ** (at * 7 % 60)
+        model.learn(sized(n, taken_s(n)), PEAKS)
+    for n in (60.0, 500.0, 4000.0):
+        assert predicted(model, size_of(n)).run_s == pytest.approx(taken_s(n), rel=0.3)
+
+
+def test_launches_without_dims_teach_a_model_that_has_seen_some_with_them() -> None:
+    model = CostModel()
+    for at in range(50):
+        n = 64.0 + at
+        model.learn(sized(n, 1e-5 * n), PEAKS)
+        model.learn(launch(1e-5 * n, flops=1e4 * n, bytes=0.0), PEAKS)
+    assert predicted(model, size_of(90.0)).run_s == pytest.approx(9e-4, rel=0.1)
+
+
+def test_launches_of_more_jobs_are_learned_beside_those_of_one() -> None:
+    model = CostModel()
+    for at in range(120):
+        jobs = (1, 8, 64)[at % 3]
+        model.learn(sized(100.0, 1e-3 + 1e-4 * jobs, jobs=jobs), PEAKS)
+    for jobs in (1, 8, 64):
+        batch = Size(1e6, 0.0, 0.0, (100.0,), jobs)
+        assert predicted(model, batch).run_s == pytest.approx(1e-3 + 1e-4 * jobs, rel=0.05)
+
+
+dims = st.lists(st.floats(1, 1e4), min_size=2, max_size=2).map(tuple)
+seen = st.lists(st.tuples(st.sampled_from(["d", "e"]), dims, st.floats(1e-6, 1e2), st.floats(0, 1e6)), max_size=40)
+
+
+@given(seen, st.lists(dims, min_size=1, max_size=5))
+def test_many_sizes_on_many_devices_are_predicted_as_each_is(
+    seen: list[tuple[str, tuple[float, float], float, float]], asked: list[tuple[float, float]]
+) -> None:
+    model = CostModel()
+    asked = [*asked, *(each for _, each, _, _ in seen[:3])]
+    for device, (a, b), run_s, moved in seen:
+        model.learn(Observation("k", device, 1, a * b, a + b, 1e-4, run_s, moved, (a, b)), PEAKS)
+    devices = [("d", PEAKS), ("e", PEAKS), ("unknown", Peaks(1e10, 1e10, 1e9, 1e-6, 1e-3))]
+    sizes = [Size(a * b, a + b, 1e3, (a, b)) for a, b in asked]
+    found = model.predict_many("k", devices, np.array([(s.flops, s.bytes, s.transfer_bytes, *s.dims) for s in sizes]))
+    for row, size in enumerate(sizes):
+        for column, (name, peaks) in enumerate(devices):
+            alone, together = model.predict("k", name, size, peaks), found.one(row, column)
+            assert together.run_s == pytest.approx(alone.run_s, rel=1e-6)
+            assert together.transfer_s == pytest.approx(alone.transfer_s, rel=1e-6)
+            assert together.spread == pytest.approx(alone.spread)
+            assert found.tail_s[row, column] == pytest.approx(alone.tail_s, rel=1e-6)
+
+
+def test_a_table_of_devices_follows_what_is_learned_after_it_was_made() -> None:
+    model, row = CostModel(), np.array([(1e6, 0.0, 0.0, 100.0)])
+    before = model.predict_many("k", [("d", PEAKS)], row).run_s.item()
+    for _ in range(5):
+        model.learn(sized(100.0, 7.0), PEAKS)
+    assert before < model.predict_many("k", [("d", PEAKS)], row).run_s.item() == pytest.approx(7.0, rel=0.05)
+
+
+def test_the_spread_of_new_sizes_is_told_apart_from_that_of_known_ones() -> None:
+    random = np.random.default_rng(0)
+    model = CostModel()
+    for _ in range(300):
+        n = float(random.integers(1, 20)) * 50
+        model.learn(sized(n, stepped_s(n, 600) * math.exp(random.normal(0, 0.03))), PEAKS)
+    known, new = predicted(model, size_of(500.0)), predicted(model, size_of(517.0))
+    assert 0.02 < known.spread < 0.05 < new.spread
+
+
+def test_nineteen_times_in_twenty_a_launch_stays_below_its_tail() -> None:
+    random = np.random.default_rng(1)
+    model, below = CostModel(), []
+    for _ in range(1000):
+        n = float(random.integers(64, 4096))
+        run_s = stepped_s(n) * math.exp(random.normal(0, 0.05))
+        below.append(run_s <= predicted(model, size_of(n)).tail_s)
+        model.learn(sized(n, run_s), PEAKS)
+    assert 0.93 < np.mean(below[100:]) < 0.995
+
+
+# -- drift ------------------------------------------------------------------------------------------------------------
+
+
+def noticed_after(slower: float, launches: int, sizes: int = 10) -> int | None:
+    """How many launches after a device became slower that is noticed."""
+    random = np.random.default_rng(3)
+    model = CostModel()
+    for at in range(200 + launches):
+        n = 100.0 * random.integers(1, sizes + 1)
+        factor = slower if at >= 200 else 1.0
+        if model.learn(sized(n, factor * stepped_s(n) * math.exp(random.normal(0, 0.05))), PEAKS):
+            return at - 199
+    return None
+
+
+@pytest.mark.parametrize("slower", [1.2, 3.0, 0.8])
+def test_a_device_that_has_changed_is_noticed_within_twenty_launches(slower: float) -> None:
+    after = noticed_after(slower, 20)
+    assert after is not None
+    assert 0 < after <= 20
+
+
+def test_a_device_that_has_not_changed_raises_no_alarm() -> None:
+    assert noticed_after(1.0, 3000) is None
+
+
+def test_what_was_launched_before_a_drift_says_nothing_after_it() -> None:
+    model = taught(*[FLOPS_S] * 100, *[2 * FLOPS_S] * 12)
+    assert predicted(model).run_s == pytest.approx(2 * FLOPS_S, rel=0.05)
+
+
+# -- public timings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def public() -> list[Truth]:
+    folder = os.environ.get("TEST_DATA")
+    if not folder:
+        pytest.skip("TEST_DATA names no folder with gemm_timings.csv and network_timings.csv")
+    return measured(Path(folder))
+
+
+def median_error(truth: Truth, launches: int, sizes: int | None) -> float:
+    """Of predictions of noisy launches, after so many on each device."""
+    random = np.random.default_rng(0)
+    errors = []
+    for device, (name, peaks) in enumerate(truth.devices):
+        model, cases = CostModel(), [truth.cases[at] for at in random.permutation(len(truth.cases))[:sizes]]
+        for at in range(launches + 40):
+            case = cases[int(random.integers(len(cases))) if sizes else at]
+            run_s = case.seconds[device] * math.exp(random.normal(0, 0.05))
+            if at >= launches:
+                errors.append(abs(model.predict("k", name, case.size, peaks).run_s / run_s - 1))
+            else:
+                size = case.size
+                model.learn(Observation("k", name, 1, size.flops, size.bytes, 0.0, run_s, 0.0, size.dims), peaks)
+    return float(np.median(errors))
+
+
+def test_measured_matrix_products_are_predicted_after_fifty_others(public: list[Truth]) -> None:
+    assert median_error(public[0], 50, None) <= 0.12
+
+
+def test_measured_sizes_that_come_again_are_predicted_after_fifty_launches(public: list[Truth]) -> None:
+    assert all(median_error(truth, 50, 20) <= 0.05 for truth in public)

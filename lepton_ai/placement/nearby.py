@@ -1,0 +1,99 @@
+"""The choices of each job that cost little more than its cheapest: all that a search needs to look at."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from lepton_ai.placement.compiled import compiled
+from lepton_ai.placement.problem import Floats, Indices
+
+__all__ = ["Nearby", "nearby"]
+
+
+class Nearby(msgspec.Struct, frozen=True):
+    """Pairs of a job and a column (or a device), sorted by job, and for each job the cheapest first."""
+
+    first: Indices
+    """[job + 1]: where the pairs of each job begin; the last ends the last job's."""
+    job: Indices
+    """[pair], as the next three."""
+    place: Indices
+    """The column, or the device."""
+    waste: Floats
+    """What the pair costs more than the job's cheapest, as a part of all that the devices are worth until the bound."""
+    time: Floats
+    """Seconds there, as a part of the bound."""
+
+    def on_devices(self, column: Indices, slots: Floats, usable: Indices) -> Nearby:
+        """With a pair for each usable device of the column; time is then what the device's backlog grows by."""
+        usable = usable[np.argsort(column[usable], kind="stable")]
+        of_column = column[usable]
+        begins = np.searchsorted(of_column, np.arange(int(column.max()) + 2))
+        count = np.diff(begins)[self.place]
+        pair = np.repeat(np.arange(self.job.size), count)
+        ends = np.cumsum(count)
+        device = usable[begins[self.place][pair] + np.arange(pair.size) - (ends - count)[pair]]
+        first = np.append(0, ends)[self.first]
+        return Nearby(first, self.job[pair], device, self.waste[pair], self.time[pair] / slots[device])
+
+    def pairs_of(self, place: Indices) -> Indices:
+        """[job]: the pair of the job with its place."""
+        pair = self.first[:-1].copy()
+        here = np.flatnonzero(self.place == place[self.job])
+        pair[self.job[here]] = here
+        return pair
+
+
+#: A job's pairs are no more than these, fewer where there are very many jobs.
+_MOST_PAIRS, _MOST_PAIRS_OF_MANY, _MANY = 32, 5, 200_000
+#: A job that takes this part of the bound is long: it has so many pairs whatever they waste.
+_LONG, _PAIRS_OF_LONG = 0.02, 16
+
+
+def nearby(seconds: Floats, most: Floats, prices: Floats, bound_s: float, most_waste: float) -> Nearby:
+    """The few cheapest of each job, among those that take no more than `most` [column] seconds.
+
+    Short jobs have only pairs that waste no more than `most_waste`.
+    """
+    few = _MOST_PAIRS if len(seconds) < _MANY else _MOST_PAIRS_OF_MANY
+    return Nearby(*_nearby(seconds, most, prices / bound_s, bound_s, most_waste, few))
+
+
+@compiled
+def _nearby(
+    seconds: Floats, most: Floats, prices: Floats, bound_s: float, most_waste: float, few: int
+) -> tuple[Indices, Indices, Indices, Floats, Floats]:
+    jobs, columns = seconds.shape
+    first = np.zeros(jobs + 1, np.intp)
+    for job in range(jobs):
+        least, shortest = np.inf, 0.0
+        for at in range(columns):
+            if seconds[job, at] <= most[at] and prices[at] * seconds[job, at] < least:
+                least, shortest = prices[at] * seconds[job, at], seconds[job, at]
+        dear = np.inf if shortest > _LONG * bound_s else least + most_waste
+        upto = _PAIRS_OF_LONG if shortest > _LONG * bound_s else few
+        pairs = 0
+        for at in range(columns):
+            pairs += prices[at] * seconds[job, at] <= dear and seconds[job, at] <= most[at]
+        first[job + 1] = first[job] + min(pairs, upto)
+    pairs = first[jobs]
+    of = np.empty(pairs, np.intp)
+    place = np.empty(pairs, np.intp)
+    waste = np.empty(pairs)
+    time = np.empty(pairs)
+    for job in range(jobs):
+        begin, end, pair = first[job], first[job + 1], first[job]
+        of[begin:end] = job
+        for at in range(columns):
+            cost = prices[at] * seconds[job, at]
+            if seconds[job, at] <= most[at] and (pair < end or cost < waste[end - 1]):
+                here = min(pair, end - 1)
+                while here > begin and waste[here - 1] > cost:
+                    place[here], waste[here], time[here] = place[here - 1], waste[here - 1], time[here - 1]
+                    here -= 1
+                place[here], waste[here], time[here] = at, cost, seconds[job, at] / bound_s
+                pair = min(pair + 1, end)
+        for here in range(end - 1, begin - 1, -1):
+            waste[here] -= waste[begin]
+    return first, of, place, waste, time

@@ -1,0 +1,158 @@
+"""Jobs where they are cheapest, at prices of the devices that make all of them end together; then a short search.
+
+Four steps, each compiled by Numba: prices in equilibrium (`equilibrium.py`), each job's few cheap choices
+(`nearby.py`), their rounding to a plan (`filling.py`), and moves and swaps of those choices by simulated annealing
+(`exchange.py`). The plan of min-min is taken where it ends sooner. Each file names the source of its method.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_ai.placement.compiled import IS_COMPILED, compiled
+from lepton_ai.placement.equilibrium import Equilibrium, Supply, equilibrium
+from lepton_ai.placement.exchange import exchanged
+from lepton_ai.placement.filling import filled
+from lepton_ai.placement.nearby import Nearby, nearby
+from lepton_ai.placement.policies.min_min import MinMin
+from lepton_ai.placement.problem import UNPLACED, Floats, Indices, Plan, Problem
+
+if not IS_COMPILED:
+    raise ModuleNotFoundError("as plain Python the search would take minutes", name="numba")
+
+__all__ = ["Priced"]
+
+#: Choices that waste more than this part of the mean job's work are left out; of very many jobs, more than the second.
+_WASTE, _WASTE_OF_MANY, _MANY = 0.5, 0.1, 200_000
+#: What a step of the search takes, by which time becomes a number of steps; the second where the caches are too small.
+_STEP_S, _STEP_S_OF_MANY = 2e-7, 4e-7
+_CHOICES_IN_CACHE = 50_000
+#: What comes before the search takes: at all, and for each cost.
+_BEFORE_S, _BEFORE_A_COST_S = 1.5e-3, 2e-7
+#: Steps for each choice, at most: a small problem is done long before its budget.
+_STEPS_A_CHOICE = 2_000
+#: Choices (of devices) up to which there is a search.
+_MOST_CHOICES = 4_000_000
+#: Costs up to which min-min is always looked at; above, where the plan is further from its bound than this.
+_MOST_FOR_MIN_MIN, _FAR = 1_000_000, 0.01
+_ENOUGH = 1 + 1e-9
+
+
+class Priced:
+    """Near the optimum in milliseconds, and never later than min-min.
+
+    The search is given what `budget_s` leaves when the size of the problem tells, not the clock: so a problem has one
+    plan for a budget and a seed, on every machine of one instruction set. Only a search that takes twice as long as it
+    should is ended by the clock, and then the plan depends on when. What comes before the search is always done, also
+    if it takes longer: 2 ms for 512 x 16, some 50 to 150 for 10,000 x 64, half a second for a million in 16 classes.
+
+    Min-min sorts a million times a thousand costs for seconds. Above a million costs it is looked at only where the
+    plan is 1 % or more above a lower bound; min-min has not been seen within that of a bound on so many jobs.
+    """
+
+    name = "priced"
+    #: The devices of a class are priced as one.
+    by_class = True
+
+    def __init__(self, budget_s: float = 0.01, seed: int = 0, now: Callable[[], float] = time.perf_counter) -> None:
+        self.budget_s = budget_s
+        self.seed = seed
+        self.now = now
+
+    def place(self, problem: Problem) -> Plan:
+        until_s = self.now() + 2 * self.budget_s
+        seconds, column = _columns_with_devices(problem)
+        ready, slots = problem.ready.astype(np.float64), problem.slots.astype(np.float64)
+        device = np.full(problem.jobs, UNPLACED, np.intp)
+        able = _able(seconds)
+        if able.all() and problem.jobs:
+            device = self._placed(seconds, ready, slots, column, until_s)
+        elif able.any():
+            device[able] = self._placed(seconds[able], ready, slots, column, until_s)
+        return Plan(device, _waits(seconds, device, column, ready, slots))
+
+    def _placed(self, seconds: Floats, ready: Floats, slots: Floats, column: Indices, until_s: float) -> Indices:
+        """[job]: the device, for jobs that each have one."""
+        problem = Problem(seconds, ready, slots, column)
+        market = equilibrium(seconds, Supply(ready, slots, column, seconds.shape[1]))
+        if market.bound_s <= 0:
+            return MinMin().place(problem).device
+        waste = _WASTE if len(seconds) < _MANY else _WASTE_OF_MANY
+        near = nearby(seconds, market.most, market.prices, market.bound_s, waste / len(seconds))
+        device, ends = _filled(near, market, ready / market.bound_s, slots, column)
+        steps_s = 0.8 * (self.budget_s - _BEFORE_S - _BEFORE_A_COST_S * min(seconds.size, _MOST_FOR_MIN_MIN))
+        usable = np.flatnonzero(ready < ends * market.bound_s)
+        choices = int(np.bincount(column[usable], minlength=seconds.shape[1])[near.place].sum())
+        if ends > _ENOUGH and steps_s > 0 and choices <= _MOST_CHOICES:
+            steps = int(steps_s / (_STEP_S if choices <= _CHOICES_IN_CACHE else _STEP_S_OF_MANY))
+            steps = min(steps, _STEPS_A_CHOICE * choices)
+            near = near.on_devices(column, slots, usable)
+            pair = near.pairs_of(device)
+            load = _load(device, near.time[pair], ready / market.bound_s)
+            worth = market.prices[column] * slots
+            pair, ends = exchanged(near, pair, load, worth, steps, self.seed, _ENOUGH, until_s, self.now)
+            device = near.place[pair]
+        if ends > _ENOUGH and (seconds.size <= _MOST_FOR_MIN_MIN or ends > 1 + _FAR):
+            other = MinMin().place(problem)
+            if other.makespan_s(problem) < ends * market.bound_s:
+                return other.device
+        return device
+
+
+def _filled(near: Nearby, market: Equilibrium, ready: Floats, slots: Floats, column: Indices) -> tuple[Indices, float]:
+    """[job] the device; when the plan ends, in units of the bound."""
+    cheapest = near.first[:-1]
+    length = near.time[cheapest] * market.prices[near.place[cheapest]]
+    best, soonest = np.empty(0, np.intp), np.inf
+    for divided in (True, False) if length.size < _MANY else (True,):
+        pair, device = filled(near, length, market.prices, ready, slots, column, divided=divided)
+        load = _load(device, near.time[pair] / slots[device], ready)
+        ends = float(load[np.bincount(device, minlength=load.size) > 0].max())
+        if ends < soonest:
+            best, soonest = device, ends
+    return best, soonest
+
+
+def _load(device: Indices, time: Floats, ready: Floats) -> Floats:
+    load: Floats = ready + np.bincount(device, time, ready.size)
+    return load
+
+
+def _columns_with_devices(problem: Problem) -> tuple[Floats, Indices]:
+    """[job, column] seconds, and [device] the column; as the loops are compiled for them, so that they are only once."""
+    seconds, column = problem.seconds, np.arange(problem.devices)
+    if problem.class_of is not None:
+        used, column = np.unique(problem.class_of, return_inverse=True)
+        if used.size < seconds.shape[1]:
+            seconds = seconds[:, used]
+    found = np.ascontiguousarray(seconds, np.float64)
+    return found if found.flags.writeable else found.copy(), column.astype(np.intp)
+
+
+@compiled
+def _able(seconds: Floats) -> NDArray[np.bool_]:
+    """[job]: whether any column can run it."""
+    able = np.zeros(seconds.shape[0], np.bool_)
+    for job in range(seconds.shape[0]):
+        for column in range(seconds.shape[1]):
+            if seconds[job, column] < np.inf:
+                able[job] = True
+                break
+    return able
+
+
+@compiled
+def _waits(seconds: Floats, device: Indices, column: Indices, ready: Floats, slots: Floats) -> Floats:
+    """[job]: its wait, as `planned` tells it, which for a million jobs takes half a second."""
+    load = ready.copy()
+    wait = np.full(device.size, np.inf)
+    for job in range(device.size):
+        to = device[job]
+        if to != UNPLACED:
+            wait[job] = load[to]
+            load[to] += seconds[job, column[to]] / slots[to]
+    return wait
