@@ -65,7 +65,7 @@ def generated(seed: int, devices: int = 10, cases: int = 400) -> list[Truth]:
     names = tuple((f"device.{at}", each.peaks) for at, each in enumerate(fleet))
     found = []
     for name, (dims, seconds) in _KERNELS.items():
-        efficiency = random.uniform(0.15, 0.85, devices)
+        efficiency = random.uniform(0.15, 0.85, devices).tolist()
         sizes = {_size(name, drawn) for drawn in (dims(random) for _ in range(cases))}
         found.append(
             Truth(
