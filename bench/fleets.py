@@ -48,12 +48,6 @@ class Mix(msgspec.Struct, frozen=True):
         """Mean seconds of a job on the device best for it: what responses are measured by."""
         return float(self.share @ self.fleet.seconds.min(axis=1))
 
-    def fixed(self) -> Fleet:
-        """The same devices where each row may run on its best kind only: `queue="gpu"`, chosen with hindsight."""
-        best = self.kind[self.fleet.seconds.argmin(axis=1)]
-        seconds = np.where(self.kind == best[:, np.newaxis], self.fleet.seconds, np.inf)
-        return Fleet(seconds, self.fleet.slots)
-
     def capacity_hz(self) -> float:
         """Jobs a second that the best fixed split can carry."""
         return _best_split(self)

@@ -27,9 +27,10 @@ from lepton_ai.placement.simulate import Stream, poisson, simulate
 
 LOADS = (0.5, 0.8, 0.9, 0.95)
 #: Those for which a job at a time is the whole problem; the others plan for a window, and come to one of these.
-POLICIES = ("affinity", "round_robin", "least_loaded", "earliest_finish", "externality", "auto")
+POLICIES = ("affinity", "least_loaded", "earliest_finish", "externality", "auto")
+#: The baseline: workers of one make share a queue, so what a router knows is nothing to it.
+FIXED = "affinity"
 DEFAULT = "externality"
-FIXED = "fixed_queues"
 #: How many place side by side, all of them with the newest knowledge; and the last also with old.
 ROUTERS = (1, 4)
 #: How old the knowledge of routers is that see one another's placements before they decide: some round trips.
@@ -42,7 +43,7 @@ _HELP = """\
 fleets    eight drawn ones, half of them consistent (a device that is faster is so for every job), half not; and
           with --data DIR the measured one (network_timings.csv). bench/fleets.py has the law.
 load      arrivals over the largest rate that any fixed split of the jobs over the devices can carry (by LP).
-policy    fixed_queues is the baseline: each kernel and size on the queue of its best kind, chosen with hindsight.
+policy    affinity is the baseline, fixed queues: each kernel and size on that of its best kind, chosen with hindsight.
 stale_s   how often a router looks at the devices (--stale); 0: before each placement. In between it knows what it
           gave itself, and takes the other routers to give as much.
 mean, p99 the mean response (from arrival to end) and the 99th percentile of the responses, both over the mean time of
@@ -99,20 +100,19 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rows(mix: Mix, load: float, stream: Stream, knowledge: Sequence[tuple[float, int]]) -> list[dict[str, Any]]:
-    """One stream under every policy and knowledge; the baseline's workers share a queue, and so always know."""
-    runs: list[tuple[str, str, float, int]] = [(FIXED, "earliest_finish", 0.0, 1)]
-    names = [name for name in POLICIES if name in policies.names()]
-    runs += [(name, name, stale_s, routers) for name in names for stale_s, routers in knowledge]
+    """One stream under every policy and knowledge."""
+    runs = [(name, known) for name in POLICIES for known in knowledge[: 1 if name == FIXED else None]]
     rows = []
-    for shown, name, stale_s, routers in runs:
-        fleet = mix.fixed() if shown == FIXED else mix.fleet
-        found = simulate(policies.load(name), fleet, stream, routers=routers, stale_s=stale_s)
+    for name, (stale_s, routers) in runs:
+        if name not in policies.names():
+            continue
+        found = simulate(policies.load(name), mix.fleet, stream, routers=routers, stale_s=stale_s)
         response = found.response_s[int(theory.WARM_UP * len(stream.at_s)) :] / mix.best_s
         rows.append(
             {
                 "fleet": mix.name,
                 "load": load,
-                "policy": shown,
+                "policy": name,
                 "stale_s": stale_s,
                 "routers": routers,
                 "mean": float(response.mean()),
@@ -157,14 +157,14 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
     by_case = {(row["fleet"], row["load"], row["stale_s"], row["routers"], row["policy"]): row for row in found["rows"]}
     floors = {each["fleet"]: each["floor"] for each in found["fleets"]}
     for stale_s, routers in sorted({(row["stale_s"], row["routers"]) for row in found["rows"]}):
-        rows = []
-        for fleet, load in itertools.product(floors, LOADS):
-            own = [by_case.get((fleet, load, stale_s, routers, name)) for name in names]
-            figures = ["" if row is None else f"{row['mean']:.2f} {row['p99']:.1f}" for row in own]
-            rows.append((fleet, load, floors[fleet][str(load)], *figures))
         knows = f"routers look every {stale_s} s" if stale_s else "exact"
-        title = f"mean and p99 response over the best device's time: {knows}, routers: {routers}"
-        yield report.table(title, ("", "load", "floor", *names), rows)
+        for figure in ("mean", "p99"):
+            rows = []
+            for fleet, load in itertools.product(floors, LOADS):
+                own = (by_case.get((fleet, load, stale_s, routers, name)) for name in names)
+                rows.append((fleet, str(load), floors[fleet][str(load)], *(row and row[figure] for row in own)))
+            title = f"{figure} response over the best device's time: {knows}, routers: {routers}"
+            yield report.table(title, ("", "load", "floor", *names), rows)
     worst = [
         (load, *(_worst(found["rows"], load, stale) for stale in (False, True)), bar) for load, bar in BARS.items()
     ]

@@ -116,6 +116,8 @@ class Policy(Protocol):
 
 def planned(problem: Problem, device: Indices) -> Plan:
     """The Plan that gives jobs to these devices, each device working its jobs off in the order of the problem."""
+    if len(device) == 1 and device[0] != UNPLACED:  # most windows online; a tenth of the time
+        return Plan(device, problem.ready[device])
     each = problem.seconds_on(device)
     wait = np.full(problem.jobs, np.inf)
     order = np.argsort(device, kind="stable")

@@ -35,11 +35,6 @@ def test_the_floor_rises_with_the_load_from_the_best_devices_time() -> None:
     assert found.floor(0.75, 2.0) == pytest.approx((1.0 * 1 + 0.5 * 4) / 1.5)
 
 
-def test_fixed_queues_keep_each_row_on_its_best_kind() -> None:
-    found = mix([[1.0, 2.0], [2.0, 1.0]], [1.0, 1.0], [0.5, 0.5]).fixed().seconds
-    np.testing.assert_array_equal(found, [[1.0, np.inf], [np.inf, 1.0]])
-
-
 @pytest.mark.parametrize("number", range(6))
 def test_a_number_draws_one_fleet_by_the_law(number: int) -> None:
     found, again = drawn(number), drawn(number)
