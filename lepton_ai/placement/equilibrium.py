@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from lepton_ai.placement.compiled import compiled
+from lepton_ai.placement.prices import sums
 from lepton_ai.placement.problem import Floats, Indices
 
 __all__ = ["Equilibrium", "Supply", "equilibrium"]
@@ -21,7 +22,7 @@ __all__ = ["Equilibrium", "Supply", "equilibrium"]
 _COARSE = (8.0, 16.0, 32.0)
 _FINE = (64.0, 128.0, 256.0)
 #: The fine ones look at so many; what more there are only take part in the last steps.
-_MANY, _LAST_STEPS = 50_000, 2
+_MANY, _LAST_STEPS = 25_000, 2
 _SAMPLE, _SAMPLE_A_COLUMN = 512, 32
 #: Jobs that choose among more columns than that are alike enough that so many of them tell how the prices of the
 #: columns change what is asked for.
@@ -53,8 +54,8 @@ class Supply(msgspec.Struct, frozen=True):
         left = end_s - self.ready
         open_ = np.where(left > 0, self.slots, 0.0)
         return (
-            np.bincount(self.column, open_ * left, self.columns),
-            np.bincount(self.column, open_, self.columns),
+            sums(self.column, open_ * left, self.columns),
+            sums(self.column, open_, self.columns),
         )
 
     def soonest(self) -> tuple[Floats, Floats]:
@@ -157,8 +158,9 @@ def _where_no_column_is_preferred(seconds: Floats) -> Floats:
     """[column]: log prices at which, on the mean of those who can run there, every column costs as much."""
     logs = np.log(np.maximum(seconds, 1e-300))
     can = np.isfinite(logs)
-    level: Floats = -np.where(can, logs, 0.0).sum(axis=0) / np.maximum(can.sum(axis=0), 1)
-    return level - level.mean()
+    mean: Floats = -np.where(can, logs, 0.0).sum(axis=0) / np.maximum(can.sum(axis=0), 1)
+    level: Floats = mean - mean.mean()
+    return level
 
 
 def _newton(asked: Floats, change: Floats, offered: Floats, slots: Floats, reach: float) -> Floats:

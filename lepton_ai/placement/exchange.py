@@ -1,12 +1,12 @@
 """Moves of one job, and of a second that makes room for it, until a plan ends about as soon as its bound.
 
 At prices in equilibrium `makespan = bound + waste + idle`: what jobs cost above their cheapest choice, and what devices
-are worth while they have nothing to do. So only pairs that waste little are tried, and simulated annealing (Kirkpatrick,
-Gelatt and Vecchi, Science 220, 1983) lowers waste plus the square of what each device is late, measured from a mark
-between the bound and the best makespan so far. A move that makes the receiver late is completed by the best single job
-that leaves the receiver: a swap where it goes to the giver, else an ejection chain of two (Glover, "Ejection chains,
-reference structures and alternating path methods", Discrete Applied Mathematics 65, 1996). The pairs of a job are
-sorted by waste and lateness only adds, so most of these scans end after a few.
+are worth while they have nothing to do. So only pairs that waste little are tried, and simulated annealing
+(Kirkpatrick, Gelatt and Vecchi, Science 220, 1983) lowers waste plus the square of what each device is late, measured
+from a mark between the bound and the best makespan so far. A move that makes the taker late is completed by the best
+single job that leaves the taker: a swap where it goes to the giver, else an ejection chain of two (Glover, "Ejection
+chains, reference structures and alternating path methods", Discrete Applied Mathematics 65, 1996). The pairs of a job
+are sorted by waste and lateness only adds, so most of these scans end after a few.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FIRST_TEMPERATURE, _LAST_TEMPERATURE = 0.08, 0.004
 _LATENESS = 5.0
 #: Where the mark is between the bound, 0, and the best makespan so far, 1.
 _MARK = 0.8
-#: Jobs of the receiver looked at for a second move.
+#: Jobs of the taker looked at for a second move.
 _WIDTH = 64
 #: The clock is looked at so many times.
 _LOOKS = 10

@@ -40,8 +40,8 @@ class Nearby(msgspec.Struct, frozen=True):
     def pairs_of(self, place: Indices) -> Indices:
         """[job]: the pair of the job with its place."""
         pair = self.first[:-1].copy()
-        here = np.flatnonzero(self.place == place[self.job])
-        pair[self.job[here]] = here
+        found = np.flatnonzero(self.place == place[self.job])
+        pair[self.job[found]] = found
         return pair
 
 
@@ -75,13 +75,13 @@ def _nearby(
         upto = _PAIRS_OF_LONG if shortest > _LONG * bound_s else few
         pairs = 0
         for at in range(columns):
-            pairs += prices[at] * seconds[job, at] <= dear and seconds[job, at] <= most[at]
+            if prices[at] * seconds[job, at] <= dear and seconds[job, at] <= most[at]:
+                pairs += 1
         first[job + 1] = first[job] + min(pairs, upto)
-    pairs = first[jobs]
-    of = np.empty(pairs, np.intp)
-    place = np.empty(pairs, np.intp)
-    waste = np.empty(pairs)
-    time = np.empty(pairs)
+    of = np.empty(first[jobs], np.intp)
+    place = np.empty(first[jobs], np.intp)
+    waste = np.empty(first[jobs])
+    time = np.empty(first[jobs])
     for job in range(jobs):
         begin, end, pair = first[job], first[job + 1], first[job]
         of[begin:end] = job
