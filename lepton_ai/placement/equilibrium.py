@@ -1,6 +1,7 @@
 """Prices of devices' time in a millisecond: the equilibrium of a market in which every job buys where it is cheapest.
 
-A job divides itself among the columns by `(price seconds) ** -sharpness`, which is the entropic form of the linear
+A job divides itself among the columns by `price slots (price seconds) ** -sharpness`, so evenly where all cost the
+same, which is the entropic form of the linear
 program's dual (for the market's side of it: Cole and Devanur et al., "Convex program duality, Fisher markets, and Nash
 social welfare", EC 2017). Prices are in equilibrium where every column is asked for as much as it can do by one time.
 Newton's method in the prices' logarithms follows the equilibrium while the sharpness grows. `prices.py` is the careful
@@ -132,12 +133,13 @@ def _cleared(
 ) -> tuple[Floats, Floats]:
     """[column] log prices after the stages, and before the last of them."""
     share = jobs / len(seconds)
+    width = sums(supply.column, supply.slots, supply.columns)
     thin = max(1, len(seconds) // max(_SLOPES, _SLOPES_A_COLUMN * level.size))
     for sharpness in stages:
         # What is left of the way to the sharpest prices halves from stage to stage.
         level, before = level + (level - before) / 2, level
         for _ in range(steps):
-            asked, change, cost = _asked(seconds, most, np.exp(level), sharpness, thin)
+            asked, change, cost = _asked(seconds, most, np.exp(level), width, sharpness, thin)
             if not asked.any():
                 return level, before
             proven_s = supply.end_s(share * cost, np.exp(level))
@@ -150,7 +152,7 @@ def _cleared(
 
 def _cost(seconds: Floats, most: Floats, level: Floats) -> float:
     """What the jobs pay at the least."""
-    _, _, cost = _asked(seconds, most, np.exp(level), np.inf, len(seconds))
+    _, _, cost = _asked(seconds, most, np.exp(level), most, np.inf, len(seconds))
     return cost
 
 
@@ -193,7 +195,9 @@ def _longest_job_s(seconds: Floats, ready: Floats, slots: Floats) -> float:
 
 
 @compiled
-def _asked(seconds: Floats, most: Floats, prices: Floats, sharpness: float, thin: int) -> tuple[Floats, Floats, float]:
+def _asked(
+    seconds: Floats, most: Floats, prices: Floats, width: Floats, sharpness: float, thin: int
+) -> tuple[Floats, Floats, float]:
     """[column] seconds asked for; [column, column] how they change with log prices; what the jobs pay at the least.
 
     Of the jobs that choose among more than a few columns, one in `thin` tells the second.
@@ -217,7 +221,9 @@ def _asked(seconds: Floats, most: Floats, prices: Floats, sharpness: float, thin
             its = prices[column] * seconds[job, column]
             if its <= least * dear and seconds[job, column] <= most[column]:
                 at[few] = column
-                part[few] = np.exp(sharpness * np.log(least / its)) if its > least else 1.0
+                part[few] = prices[column] * width[column]
+                if its > least:
+                    part[few] *= np.exp(sharpness * np.log(least / its))
                 total += part[few]
                 few += 1
         for one in range(few):

@@ -79,10 +79,10 @@ def _evened(
         cost = max(prices[place[begin]] * time[begin], 1e-300)
         total = 0.0
         for one in range(begin, end):
-            share[one] = np.exp(-_SHARPNESS * waste[one] / cost)
+            share[one] = prices[place[one]] * width[place[one]] * np.exp(-_SHARPNESS * waste[one] / cost)
             total += share[one]
         for one in range(begin, end):
-            share[one] *= (divided or end == begin + 1) / total
+            share[one] *= (divided or end == begin + 1) / max(total, 1e-300)
             work[place[one]] += share[one] * time[one]
     for at in range(pair.size):
         job = order[at]
