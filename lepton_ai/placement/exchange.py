@@ -24,9 +24,11 @@ from lepton_ai.placement.problem import Floats, Indices
 
 __all__ = ["exchanged"]
 
-#: All without units: for the mean job's share of the work. Found on Braun's law and on fleets; flat around these.
-_FIRST_TEMPERATURE, _LAST_TEMPERATURE = 0.08, 0.004
-_LATENESS = 5.0
+#: Without units. The first temperature is for one job a device, all of whose work is 1; with more jobs it falls as what
+#: one of them can change. Found on generated instances of Braun's law and on fleets of 512 to 10,000 jobs.
+_FIRST_TEMPERATURE, _COOLING = 2.5, 1 / 20
+#: What the square of lateness costs beside waste.
+_LATENESS = 600.0
 #: Where the mark is between the bound, 0, and the best makespan so far, 1.
 _MARK = 0.8
 #: Jobs of the taker looked at for a second move.
@@ -55,15 +57,14 @@ def exchanged(
     pair, load, best = pair.copy(), load.copy(), pair.copy()
     ends = _ends(load, near.place[pair])
     state = np.array([(seed * 0x9E3779B97F4A7C15 + 0x2545F4914F6CDD1D) % 2**64 or 1], np.uint64)
-    lateness = _LATENESS * jobs / devices
-    hot, cold = _FIRST_TEMPERATURE / jobs, _LAST_TEMPERATURE / jobs
+    hot = _FIRST_TEMPERATURE * devices / jobs**2
     look = math.ceil(steps / _LOOKS)
     for turn in range(_LOOKS if look else 0):
         if ends <= enough or now() >= until_s:
             break
-        from_, to = (hot * (cold / hot) ** ((turn + more) / _LOOKS) for more in (0, 1))
+        from_, to = (hot * _COOLING ** ((turn + more) / _LOOKS) for more in (0, 1))
         ends = _annealed(
-            near.first, near.job, near.place, near.waste, near.time, worth, pair, load, best, ends, enough, lateness,
+            near.first, near.job, near.place, near.waste, near.time, worth, pair, load, best, ends, enough, _LATENESS,
             from_, to, look, state,
         )  # fmt: skip
     return best, ends

@@ -50,7 +50,7 @@ _MOST_PAIRS, _MOST_PAIRS_OF_MANY, _MANY = 32, 5, 200_000
 #: A job that takes this part of the bound is long: it has so many pairs whatever they waste.
 _LONG, _PAIRS_OF_LONG = 0.02, 16
 #: What differs by less than a part in so many costs the same.
-_GRAINS = 256
+_GRAINS = 1_024
 
 
 def nearby(seconds: Floats, most: Floats, prices: Floats, bound_s: float, most_waste: float) -> Nearby:

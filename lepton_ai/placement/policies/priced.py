@@ -29,7 +29,7 @@ __all__ = ["Priced"]
 #: Choices that waste more than this part of the mean job's work are left out; of very many jobs, more than the second.
 _WASTE, _WASTE_OF_MANY, _MANY = 0.5, 0.1, 200_000
 #: What a step of the search takes, by which time becomes a number of steps; the second where the caches are too small.
-_STEP_S, _STEP_S_OF_MANY = 3e-7, 4e-7
+_STEP_S, _STEP_S_OF_MANY = 2e-7, 5e-7
 _CHOICES_IN_CACHE = 50_000
 #: What comes before the search takes: at all, and for each cost.
 _BEFORE_S, _BEFORE_A_COST_S = 1.5e-3, 1.2e-7
