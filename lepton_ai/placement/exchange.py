@@ -51,7 +51,7 @@ def exchanged(
     """[job] the pair of the best plan found, never a later one than that given; when it ends, in units of the bound.
 
     `pair` is the plan to begin with, `load` [device] when each device is then done, `worth` [device] its part of the
-    value of all. Stops at a plan that ends by `enough`, and at `until_s` by the clock, which does not otherwise matter.
+    value of all. Stops at a plan that ends by `enough`, and takes fewer steps where all would not be done at `until_s`.
     """
     jobs, devices = pair.size, load.size
     pair, load, best = pair.copy(), load.copy(), pair.copy()
@@ -59,14 +59,20 @@ def exchanged(
     state = np.array([(seed * 0x9E3779B97F4A7C15 + 0x2545F4914F6CDD1D) % 2**64 or 1], np.uint64)
     hot = _FIRST_TEMPERATURE * devices / jobs**2
     look = math.ceil(steps / _LOOKS)
-    for turn in range(_LOOKS if look else 0):
-        if ends <= enough or now() >= until_s:
+    began_s, done = now(), 0
+    for turn in range(_LOOKS):
+        left_s = until_s - now()
+        if done and left_s > 0:
+            # Late: fewer steps at each temperature, rather than none at the last ones.
+            look = min(look, math.ceil(left_s / (_LOOKS - turn) * done / max(now() - began_s, 1e-9)))
+        if ends <= enough or left_s <= 0 or not look:
             break
         from_, to = (hot * _COOLING ** ((turn + more) / _LOOKS) for more in (0, 1))
         ends = _annealed(
             near.first, near.job, near.place, near.waste, near.time, worth, pair, load, best, ends, enough, _LATENESS,
             from_, to, look, state,
         )  # fmt: skip
+        done += look
     return best, ends
 
 
