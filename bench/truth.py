@@ -65,15 +65,15 @@ def generated(seed: int, devices: int = 10, cases: int = 400) -> list[Truth]:
     names = tuple((f"device.{at}", each.peaks) for at, each in enumerate(fleet))
     found = []
     for name, (dims, seconds) in _KERNELS.items():
-        efficiency = random.uniform(0.15, 0.85, devices)
-        sizes = {_size(name, drawn) for drawn in (dims(random) for _ in range(cases))}
+        efficiency = random.uniform(0.15, 0.85, devices).tolist()
+        sizes = list(dict.fromkeys(_size(name, dims(random)) for _ in range(cases)))
         found.append(
             Truth(
                 f"{name}, fleet {seed}",
                 names,
                 tuple(
                     Case(size, tuple(seconds(size, each, share) for each, share in zip(fleet, efficiency, strict=True)))
-                    for size in sorted(sizes, key=lambda each: random.random())
+                    for size in sizes
                 ),
             )
         )

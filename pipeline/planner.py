@@ -28,6 +28,7 @@ from lepton_ai.settings import Settings
 from pipeline.cluster import Cluster
 from pipeline.pricing import Pricing, price
 from pipeline.window import ClaimedJob
+from queues.broker import Kind
 
 __all__ = ["Decision", "Planner"]
 
@@ -175,15 +176,19 @@ class Planner:
             return []
         found: dict[tuple[int, int], list[int]] = {}
         for at, (job, kind) in enumerate(zip(jobs, pricing.kinds, strict=True)):
-            if job.kernel in sharing and job.deadline_at is None and not job.alone:
+            if job.kernel in sharing and job.deadline_at is None and job.claim.kind is not Kind.ALONE:
                 found.setdefault((kind, job.line[0]), []).append(at)
         groups = []
+        launch: dict[str, Floats] = {}
         for members in sorted(found.values(), key=len, reverse=True)[:_MOST_GROUPS]:
             job = jobs[members[0]]
             if len(members) == 1 and len(job.ids) == 1:
                 continue
-            launch = [self._model.launch_s(job.kernel, device.name, device.peaks) for device in cluster.devices]
-            groups.append(Group(np.array(members), np.array(launch), self._settings.batch_jobs))
+            if job.kernel not in launch:
+                launch[job.kernel] = np.array(
+                    [self._model.launch_s(job.kernel, device.name, device.peaks) for device in cluster.devices]
+                )
+            groups.append(Group(np.array(members), launch[job.kernel], self._settings.batch_jobs))
         return groups
 
     def _warm(self) -> None:

@@ -84,7 +84,9 @@ class CostModel:
 
     def launch_s(self, kernel: str, device: str, peaks: Peaks) -> float:
         """What a launch takes however many jobs are in it, in seconds."""
-        return (self._book(kernel).learned.get(device) or Learned.nothing(peaks)).launch_s
+        book = self._books.get(kernel)
+        learned = book.learned.get(device) if book is not None else None
+        return peaks.launch_s if learned is None else learned.launch_s
 
     def predict(self, kernel: str, device: str, size: Size, peaks: Peaks) -> Estimate:
         """The estimate for one launch that starts at once (`wait_s` is 0)."""

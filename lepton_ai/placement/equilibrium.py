@@ -1,6 +1,7 @@
 """Prices of devices' time in a millisecond: the equilibrium of a market in which every job buys where it is cheapest.
 
-A job divides itself among the columns by `(price seconds) ** -sharpness`, which is the entropic form of the linear
+A job divides itself among the columns by `price slots (price seconds) ** -sharpness`, so evenly where all cost the
+same, which is the entropic form of the linear
 program's dual (for the market's side of it: Cole and Devanur et al., "Convex program duality, Fisher markets, and Nash
 social welfare", EC 2017). Prices are in equilibrium where every column is asked for as much as it can do by one time.
 Newton's method in the prices' logarithms follows the equilibrium while the sharpness grows. `prices.py` is the careful
@@ -13,6 +14,7 @@ import msgspec
 import numpy as np
 
 from lepton_ai.placement.compiled import compiled
+from lepton_ai.placement.prices import sums
 from lepton_ai.placement.problem import Floats, Indices
 
 __all__ = ["Equilibrium", "Supply", "equilibrium"]
@@ -21,7 +23,7 @@ __all__ = ["Equilibrium", "Supply", "equilibrium"]
 _COARSE = (8.0, 16.0, 32.0)
 _FINE = (64.0, 128.0, 256.0)
 #: The fine ones look at so many; what more there are only take part in the last steps.
-_MANY, _LAST_STEPS = 50_000, 2
+_MANY, _LAST_STEPS = 25_000, 2
 _SAMPLE, _SAMPLE_A_COLUMN = 512, 32
 #: Jobs that choose among more columns than that are alike enough that so many of them tell how the prices of the
 #: columns change what is asked for.
@@ -53,8 +55,8 @@ class Supply(msgspec.Struct, frozen=True):
         left = end_s - self.ready
         open_ = np.where(left > 0, self.slots, 0.0)
         return (
-            np.bincount(self.column, open_ * left, self.columns),
-            np.bincount(self.column, open_, self.columns),
+            sums(self.column, open_ * left, self.columns),
+            sums(self.column, open_, self.columns),
         )
 
     def soonest(self) -> tuple[Floats, Floats]:
@@ -131,12 +133,13 @@ def _cleared(
 ) -> tuple[Floats, Floats]:
     """[column] log prices after the stages, and before the last of them."""
     share = jobs / len(seconds)
+    width = sums(supply.column, supply.slots, supply.columns)
     thin = max(1, len(seconds) // max(_SLOPES, _SLOPES_A_COLUMN * level.size))
     for sharpness in stages:
         # What is left of the way to the sharpest prices halves from stage to stage.
         level, before = level + (level - before) / 2, level
         for _ in range(steps):
-            asked, change, cost = _asked(seconds, most, np.exp(level), sharpness, thin)
+            asked, change, cost = _asked(seconds, most, np.exp(level), width, sharpness, thin)
             if not asked.any():
                 return level, before
             proven_s = supply.end_s(share * cost, np.exp(level))
@@ -149,7 +152,7 @@ def _cleared(
 
 def _cost(seconds: Floats, most: Floats, level: Floats) -> float:
     """What the jobs pay at the least."""
-    _, _, cost = _asked(seconds, most, np.exp(level), np.inf, len(seconds))
+    _, _, cost = _asked(seconds, most, np.exp(level), most, np.inf, len(seconds))
     return cost
 
 
@@ -157,8 +160,9 @@ def _where_no_column_is_preferred(seconds: Floats) -> Floats:
     """[column]: log prices at which, on the mean of those who can run there, every column costs as much."""
     logs = np.log(np.maximum(seconds, 1e-300))
     can = np.isfinite(logs)
-    level: Floats = -np.where(can, logs, 0.0).sum(axis=0) / np.maximum(can.sum(axis=0), 1)
-    return level - level.mean()
+    mean: Floats = -np.where(can, logs, 0.0).sum(axis=0) / np.maximum(can.sum(axis=0), 1)
+    level: Floats = mean - mean.mean()
+    return level
 
 
 def _newton(asked: Floats, change: Floats, offered: Floats, slots: Floats, reach: float) -> Floats:
@@ -191,7 +195,9 @@ def _longest_job_s(seconds: Floats, ready: Floats, slots: Floats) -> float:
 
 
 @compiled
-def _asked(seconds: Floats, most: Floats, prices: Floats, sharpness: float, thin: int) -> tuple[Floats, Floats, float]:
+def _asked(
+    seconds: Floats, most: Floats, prices: Floats, width: Floats, sharpness: float, thin: int
+) -> tuple[Floats, Floats, float]:
     """[column] seconds asked for; [column, column] how they change with log prices; what the jobs pay at the least.
 
     Of the jobs that choose among more than a few columns, one in `thin` tells the second.
@@ -215,7 +221,9 @@ def _asked(seconds: Floats, most: Floats, prices: Floats, sharpness: float, thin
             its = prices[column] * seconds[job, column]
             if its <= least * dear and seconds[job, column] <= most[column]:
                 at[few] = column
-                part[few] = np.exp(sharpness * np.log(least / its)) if its > least else 1.0
+                part[few] = prices[column] * width[column]
+                if its > least:
+                    part[few] *= np.exp(sharpness * np.log(least / its))
                 total += part[few]
                 few += 1
         for one in range(few):

@@ -1,12 +1,12 @@
 """Moves of one job, and of a second that makes room for it, until a plan ends about as soon as its bound.
 
 At prices in equilibrium `makespan = bound + waste + idle`: what jobs cost above their cheapest choice, and what devices
-are worth while they have nothing to do. So only pairs that waste little are tried, and simulated annealing (Kirkpatrick,
-Gelatt and Vecchi, Science 220, 1983) lowers waste plus the square of what each device is late, measured from a mark
-between the bound and the best makespan so far. A move that makes the receiver late is completed by the best single job
-that leaves the receiver: a swap where it goes to the giver, else an ejection chain of two (Glover, "Ejection chains,
-reference structures and alternating path methods", Discrete Applied Mathematics 65, 1996). The pairs of a job are
-sorted by waste and lateness only adds, so most of these scans end after a few.
+are worth while they have nothing to do. So only pairs that waste little are tried, and simulated annealing
+(Kirkpatrick, Gelatt and Vecchi, Science 220, 1983) lowers waste plus the square of what each device is late, measured
+from a mark between the bound and the best makespan so far. A move that makes the taker late is completed by the best
+single job that leaves the taker: a swap where it goes to the giver, else an ejection chain of two (Glover, "Ejection
+chains, reference structures and alternating path methods", Discrete Applied Mathematics 65, 1996). The pairs of a job
+are sorted by waste and lateness only adds, so most of these scans end after a few.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from lepton_ai.placement.problem import Floats, Indices
 
 __all__ = ["exchanged"]
 
-#: All without units: for the mean job's share of the work. Found on Braun's law and on fleets; flat around these.
-_FIRST_TEMPERATURE, _LAST_TEMPERATURE = 0.08, 0.004
-_LATENESS = 5.0
+#: Without units. The first temperature is for one job a device, all of whose work is 1; with more jobs it falls as what
+#: one of them can change. Found on generated instances of Braun's law and on fleets of 512 to 10,000 jobs.
+_FIRST_TEMPERATURE, _COOLING = 2.5, 1 / 20
+#: What the square of lateness costs beside waste.
+_LATENESS = 600.0
 #: Where the mark is between the bound, 0, and the best makespan so far, 1.
 _MARK = 0.8
-#: Jobs of the receiver looked at for a second move.
+#: Jobs of the taker looked at for a second move.
 _WIDTH = 64
 #: The clock is looked at so many times.
 _LOOKS = 10
@@ -49,23 +51,28 @@ def exchanged(
     """[job] the pair of the best plan found, never a later one than that given; when it ends, in units of the bound.
 
     `pair` is the plan to begin with, `load` [device] when each device is then done, `worth` [device] its part of the
-    value of all. Stops at a plan that ends by `enough`, and at `until_s` by the clock, which does not otherwise matter.
+    value of all. Stops at a plan that ends by `enough`, and takes fewer steps where all would not be done at `until_s`.
     """
     jobs, devices = pair.size, load.size
     pair, load, best = pair.copy(), load.copy(), pair.copy()
     ends = _ends(load, near.place[pair])
     state = np.array([(seed * 0x9E3779B97F4A7C15 + 0x2545F4914F6CDD1D) % 2**64 or 1], np.uint64)
-    lateness = _LATENESS * jobs / devices
-    hot, cold = _FIRST_TEMPERATURE / jobs, _LAST_TEMPERATURE / jobs
+    hot = _FIRST_TEMPERATURE * devices / jobs**2
     look = math.ceil(steps / _LOOKS)
-    for turn in range(_LOOKS if look else 0):
-        if ends <= enough or now() >= until_s:
+    began_s, done = now(), 0
+    for turn in range(_LOOKS):
+        left_s = until_s - now()
+        if done and left_s > 0:
+            # Late: fewer steps at each temperature, rather than none at the last ones.
+            look = min(look, math.ceil(left_s / (_LOOKS - turn) * done / max(now() - began_s, 1e-9)))
+        if ends <= enough or left_s <= 0 or not look:
             break
-        from_, to = (hot * (cold / hot) ** ((turn + more) / _LOOKS) for more in (0, 1))
+        from_, to = (hot * _COOLING ** ((turn + more) / _LOOKS) for more in (0, 1))
         ends = _annealed(
-            near.first, near.job, near.place, near.waste, near.time, worth, pair, load, best, ends, enough, lateness,
+            near.first, near.job, near.place, near.waste, near.time, worth, pair, load, best, ends, enough, _LATENESS,
             from_, to, look, state,
         )  # fmt: skip
+        done += look
     return best, ends
 
 

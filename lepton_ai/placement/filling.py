@@ -15,6 +15,7 @@ import numpy as np
 
 from lepton_ai.placement.compiled import compiled
 from lepton_ai.placement.nearby import Nearby
+from lepton_ai.placement.prices import sums
 from lepton_ai.placement.problem import Floats, Indices
 
 __all__ = ["filled"]
@@ -41,8 +42,8 @@ def filled(
     by_ready = np.lexsort((ready, column))
     begins = np.searchsorted(column[by_ready], np.arange(prices.size + 1))
     open_ = np.where(ready < _LAST_READY, slots, 0.0)
-    width = np.bincount(column, open_, prices.size)
-    work = np.bincount(column, open_ * ready, prices.size)
+    width = sums(column, open_, prices.size)
+    work = sums(column, open_ * ready, prices.size)
     late_costs = _LATE * length.size / prices.size
     pair = _evened(order, near.first, near.place, near.waste, near.time, work, width, prices, late_costs, divided)
     device = _longest_first(order, near.place[pair], near.time[pair], ready.copy(), slots, by_ready, begins)
@@ -50,7 +51,7 @@ def filled(
 
 
 def _longest_to_shortest(length: Floats) -> Indices:
-    """Jobs by length. Where there are many, only to a factor of 1.4: the order is found faster, and memory read in order."""
+    """Jobs by length; of many only to a factor of 1.4, which is found faster and leaves memory read nearly in order."""
     if length.size < _MANY:
         return np.argsort(-length, kind="stable")
     octave = np.log2(np.maximum(length, 1e-300))
@@ -70,7 +71,7 @@ def _evened(
     late_costs: float,
     divided: bool,
 ) -> Indices:
-    """[job]: its pair. `width` is the slots of a column, and `work` over `width` when they would all be done at once."""
+    """[job]: its pair. `width` is a column's slots, and `work` over `width` when they would all be done at once."""
     pair = first[:-1].copy()
     share = np.empty(place.size)
     for job in range(pair.size):
@@ -78,10 +79,10 @@ def _evened(
         cost = max(prices[place[begin]] * time[begin], 1e-300)
         total = 0.0
         for one in range(begin, end):
-            share[one] = np.exp(-_SHARPNESS * waste[one] / cost)
+            share[one] = prices[place[one]] * width[place[one]] * np.exp(-_SHARPNESS * waste[one] / cost)
             total += share[one]
         for one in range(begin, end):
-            share[one] *= (divided or end == begin + 1) / total
+            share[one] *= (divided or end == begin + 1) / max(total, 1e-300)
             work[place[one]] += share[one] * time[one]
     for at in range(pair.size):
         job = order[at]

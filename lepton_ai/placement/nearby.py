@@ -40,8 +40,8 @@ class Nearby(msgspec.Struct, frozen=True):
     def pairs_of(self, place: Indices) -> Indices:
         """[job]: the pair of the job with its place."""
         pair = self.first[:-1].copy()
-        here = np.flatnonzero(self.place == place[self.job])
-        pair[self.job[here]] = here
+        found = np.flatnonzero(self.place == place[self.job])
+        pair[self.job[found]] = found
         return pair
 
 
@@ -49,6 +49,8 @@ class Nearby(msgspec.Struct, frozen=True):
 _MOST_PAIRS, _MOST_PAIRS_OF_MANY, _MANY = 32, 5, 200_000
 #: A job that takes this part of the bound is long: it has so many pairs whatever they waste.
 _LONG, _PAIRS_OF_LONG = 0.02, 16
+#: What differs by less than a part in so many costs the same.
+_GRAINS = 1_024
 
 
 def nearby(seconds: Floats, most: Floats, prices: Floats, bound_s: float, most_waste: float) -> Nearby:
@@ -66,34 +68,48 @@ def _nearby(
 ) -> tuple[Indices, Indices, Indices, Floats, Floats]:
     jobs, columns = seconds.shape
     first = np.zeros(jobs + 1, np.intp)
+    cheapest = np.empty(jobs)
+    dear = np.empty(jobs)
     for job in range(jobs):
         least, shortest = np.inf, 0.0
         for at in range(columns):
             if seconds[job, at] <= most[at] and prices[at] * seconds[job, at] < least:
                 least, shortest = prices[at] * seconds[job, at], seconds[job, at]
-        dear = np.inf if shortest > _LONG * bound_s else least + most_waste
-        upto = _PAIRS_OF_LONG if shortest > _LONG * bound_s else few
+        cheapest[job] = least
+        is_long = shortest > _LONG * bound_s
+        dear[job] = np.inf if is_long else least + most_waste
         pairs = 0
         for at in range(columns):
-            pairs += prices[at] * seconds[job, at] <= dear and seconds[job, at] <= most[at]
-        first[job + 1] = first[job] + min(pairs, upto)
-    pairs = first[jobs]
-    of = np.empty(pairs, np.intp)
-    place = np.empty(pairs, np.intp)
-    waste = np.empty(pairs)
-    time = np.empty(pairs)
+            if prices[at] * seconds[job, at] <= dear[job] and seconds[job, at] <= most[at]:
+                pairs += 1
+        first[job + 1] = first[job] + min(pairs, _PAIRS_OF_LONG if is_long else few)
+    of = np.empty(first[jobs], np.intp)
+    place = np.empty(first[jobs], np.intp)
+    waste = np.empty(first[jobs])
+    time = np.empty(first[jobs])
     for job in range(jobs):
         begin, end, pair = first[job], first[job + 1], first[job]
         of[begin:end] = job
-        for at in range(columns):
+        for turn in range(columns):
+            # Each job begins at another column: where many cost the same, not all jobs are to have the same few.
+            at = (turn + job) % columns
             cost = prices[at] * seconds[job, at]
-            if seconds[job, at] <= most[at] and (pair < end or cost < waste[end - 1]):
+            if cost <= dear[job] and seconds[job, at] <= most[at]:
+                grain = np.floor((cost / cheapest[job] - 1) * _GRAINS) if cheapest[job] > 0 else 0.0
+                if pair == end and grain >= waste[end - 1]:
+                    continue
                 here = min(pair, end - 1)
-                while here > begin and waste[here - 1] > cost:
-                    place[here], waste[here], time[here] = place[here - 1], waste[here - 1], time[here - 1]
+                while here > begin and waste[here - 1] > grain:
+                    place[here], waste[here] = place[here - 1], waste[here - 1]
                     here -= 1
-                place[here], waste[here], time[here] = at, cost, seconds[job, at] / bound_s
+                place[here], waste[here] = at, grain
                 pair = min(pair + 1, end)
-        for here in range(end - 1, begin - 1, -1):
-            waste[here] -= waste[begin]
+        for pair in range(begin, end):
+            at = place[pair]
+            more = prices[at] * seconds[job, at] - cheapest[job]
+            here = pair
+            while here > begin and waste[here - 1] > more:
+                place[here], waste[here], time[here] = place[here - 1], waste[here - 1], time[here - 1]
+                here -= 1
+            place[here], waste[here], time[here] = at, more, seconds[job, at] / bound_s
     return first, of, place, waste, time

@@ -29,16 +29,18 @@ __all__ = ["Priced"]
 #: Choices that waste more than this part of the mean job's work are left out; of very many jobs, more than the second.
 _WASTE, _WASTE_OF_MANY, _MANY = 0.5, 0.1, 200_000
 #: What a step of the search takes, by which time becomes a number of steps; the second where the caches are too small.
-_STEP_S, _STEP_S_OF_MANY = 2e-7, 4e-7
+_STEP_S, _STEP_S_OF_MANY = 2e-7, 5e-7
 _CHOICES_IN_CACHE = 50_000
 #: What comes before the search takes: at all, and for each cost.
-_BEFORE_S, _BEFORE_A_COST_S = 1.5e-3, 2e-7
+_BEFORE_S, _BEFORE_A_COST_S = 1.5e-3, 1.2e-7
 #: Steps for each choice, at most: a small problem is done long before its budget.
 _STEPS_A_CHOICE = 2_000
 #: Choices (of devices) up to which there is a search.
 _MOST_CHOICES = 4_000_000
 #: Costs up to which min-min is always looked at; above, where the plan is further from its bound than this.
-_MOST_FOR_MIN_MIN, _FAR = 1_000_000, 0.01
+_MOST_FOR_MIN_MIN, _FAR = 400_000, 0.01
+#: What min-min takes for each cost.
+_MIN_MIN_A_COST_S = 6e-8
 _ENOUGH = 1 + 1e-9
 
 
@@ -46,12 +48,13 @@ class Priced:
     """Near the optimum in milliseconds, and never later than min-min.
 
     The search is given what `budget_s` leaves when the size of the problem tells, not the clock: so a problem has one
-    plan for a budget and a seed, on every machine of one instruction set. Only a search that takes twice as long as it
-    should is ended by the clock, and then the plan depends on when. What comes before the search is always done, also
-    if it takes longer: 2 ms for 512 x 16, some 50 to 150 for 10,000 x 64, half a second for a million in 16 classes.
+    plan for a budget and a seed, on every machine of one instruction set. Only where the budget ends before the steps
+    do, because the core is slow or busy, does the clock shorten the search and the plan depend on it; a `now` that stands
+    still prevents that. What comes before the search is always done, also if it takes longer than the budget.
 
-    Min-min sorts a million times a thousand costs for seconds. Above a million costs it is looked at only where the
-    plan is 1 % or more above a lower bound; min-min has not been seen within that of a bound on so many jobs.
+    Min-min sorts all costs, which for many takes longer than all else here. Above 400,000 costs it is looked at only
+    where the plan is 1 % or more above its bound: on so many jobs min-min was 5 % above and more wherever devices
+    differ, and where they do not it ends about its longest job too late, which the filling makes its shortest.
     """
 
     name = "priced"
@@ -64,7 +67,7 @@ class Priced:
         self.now = now
 
     def place(self, problem: Problem) -> Plan:
-        until_s = self.now() + 2 * self.budget_s
+        until_s = self.now() + self.budget_s - _MIN_MIN_A_COST_S * min(problem.seconds.size, _MOST_FOR_MIN_MIN)
         seconds, column = _columns_with_devices(problem)
         ready, slots = problem.ready.astype(np.float64), problem.slots.astype(np.float64)
         device = np.full(problem.jobs, UNPLACED, np.intp)
@@ -84,7 +87,7 @@ class Priced:
         waste = _WASTE if len(seconds) < _MANY else _WASTE_OF_MANY
         near = nearby(seconds, market.most, market.prices, market.bound_s, waste / len(seconds))
         device, ends = _filled(near, market, ready / market.bound_s, slots, column)
-        steps_s = 0.8 * (self.budget_s - _BEFORE_S - _BEFORE_A_COST_S * min(seconds.size, _MOST_FOR_MIN_MIN))
+        steps_s = 0.8 * (self.budget_s - _BEFORE_S - _BEFORE_A_COST_S * seconds.size)
         usable = np.flatnonzero(ready < ends * market.bound_s)
         choices = int(np.bincount(column[usable], minlength=seconds.shape[1])[near.place].sum())
         if ends > _ENOUGH and steps_s > 0 and choices <= _MOST_CHOICES:
@@ -123,7 +126,7 @@ def _load(device: Indices, time: Floats, ready: Floats) -> Floats:
 
 
 def _columns_with_devices(problem: Problem) -> tuple[Floats, Indices]:
-    """[job, column] seconds, and [device] the column; as the loops are compiled for them, so that they are only once."""
+    """[job, column] seconds, [device] the column; in the one form for which the loops are compiled."""
     seconds, column = problem.seconds, np.arange(problem.devices)
     if problem.class_of is not None:
         used, column = np.unique(problem.class_of, return_inverse=True)
