@@ -38,7 +38,7 @@ _SIZES = 20
 _COUNTS = (1, 5, 10, 20, 50, 100)
 _BLOCKS = ((0, 100), (100, 500), (500, 1500), (1500, 2000))
 _AFFORDABLE = 4.0
-"""A probe may take so many times what the fastest device is predicted to, as in `pipeline/probes.py`."""
+"""A probe may take so many times what the fastest device is predicted to, as of the router's."""
 _LATE = 200
 """A drift that is not noticed within so many launches counts as so late."""
 

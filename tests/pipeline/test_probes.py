@@ -50,7 +50,7 @@ class Bench:
         seconds = np.array([[1.0, gpu_s]] * len(jobs))
         problem = Problem(seconds, np.array([0.0, ready]), np.ones(2))
         return self.probes.choose(
-            jobs, Pricing(problem, [0] * len(jobs), []), [chosen] * len(jobs), 0.0, lambda _: room
+            jobs, Pricing(problem, [0] * len(jobs), [], np.ones(len(jobs))), [chosen] * len(jobs), 0.0, lambda _: room
         )
 
 
@@ -125,3 +125,10 @@ def test_a_pinned_job_goes_where_it_is_pinned(bench: Bench) -> None:
     job = bench.job()
     pinned = msgspec.structs.replace(job, options=Options(device="cpu"))
     assert bench.choose(pinned, gpu_s=float("inf")) == {}
+
+
+def test_a_device_is_probed_again_once_its_kernel_has_been_launched_often_elsewhere(bench: Bench) -> None:
+    bench.measure("gpu")
+    assert bench.choose(bench.job()) == {}
+    bench.measure("cpu", 20)
+    assert bench.choose(bench.job()) == {0: GPU}
