@@ -1,7 +1,8 @@
 """Probes: the first two launches of a kernel on each device, which no prediction would have sent there.
 
 Who only goes where it is predicted to be quickest never learns that it is quicker elsewhere. Two launches on each
-device and greedy choice after them end 3.4 % above an oracle, greedy choice alone 8.7 % (bench/learning.py).
+device and greedy choice after them end 3.4 % above an oracle, greedy choice alone 8.7 %. One more each time that all
+launches have doubled finds what the first two got wrong (`CostModel.enough`, decision 21).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Probes:
         self._model = model
         self._open: dict[str, tuple[str, str]] = {}
         """Probes under way, by job: their kernel and device."""
-        self._measured: set[str] = set()
-        """Kernels of which no device needs to be told more."""
+        self._measured: dict[str, int] = {}
+        """Kernels of which no device needs to be told more, and how many launches of each were enough."""
 
     def refresh(self) -> None:
         """The fleet has changed."""
@@ -63,7 +64,12 @@ class Probes:
         What the policy chose must have been measured: else that is where something is to be learned.
         """
         found: dict[int, int] = {}
-        wanted = {kernel: self._lacking(kernel) for kernel in {job.kernel for job in jobs} - self._measured}
+        enough = {kernel: self._model.enough(kernel) for kernel in {job.kernel for job in jobs}}
+        wanted = {
+            kernel: self._lacking(kernel, count)
+            for kernel, count in enough.items()
+            if self._measured.get(kernel, 0) < count
+        }
         if not any(wanted.values()):
             return found
         ready = problem.ready
@@ -94,7 +100,7 @@ class Probes:
     def _can_afford(self, job: ClaimedJob) -> bool:
         return not job.alone and job.options.urgency <= topology.DEFAULT_PRIORITY
 
-    def _lacking(self, kernel: str) -> dict[int, int]:
+    def _lacking(self, kernel: str, enough: int) -> dict[int, int]:
         """How many more launches each device lacks, by its number; what is under way counts as launched."""
         under_way = list(self._open.values())
         found, is_measured = {}, True
@@ -102,11 +108,11 @@ class Probes:
             if kernel not in device.kernels:
                 continue
             launches = self._launches(kernel, at)
-            is_measured &= launches >= ENOUGH
-            if (lacks := ENOUGH - launches - under_way.count((kernel, device.name))) > 0:
+            is_measured &= launches >= enough
+            if (lacks := enough - launches - under_way.count((kernel, device.name))) > 0:
                 found[at] = lacks
         if is_measured:
-            self._measured.add(kernel)
+            self._measured[kernel] = enough
         return found
 
     def _launches(self, kernel: str, device: int) -> int:

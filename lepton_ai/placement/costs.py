@@ -31,6 +31,8 @@ Devices = Sequence[tuple[str, Peaks]]
 
 #: Of the form of a snapshot: one of another version is left out, and learning starts anew.
 _VERSION = 2
+#: Launches of a kernel on each device that come before it is chosen by what is predicted.
+_PROBES = 2
 #: Sizes whose history is in a snapshot: of a (kernel, device), and of all of them.
 _SIZES, _ALL_SIZES = 64, 16384
 
@@ -87,6 +89,16 @@ class CostModel:
         book = self._books.get(kernel)
         learned = book.learned.get(device) if book is not None else None
         return peaks.launch_s if learned is None else learned.launch_s
+
+    def enough(self, kernel: str) -> int:
+        """How many launches of a kernel on a device make it measured: two, and one more each time that all double.
+
+        Who was first launched with small jobs may be predicted ten times too slow for large ones, and would never be
+        chosen again.
+        """
+        book = self._books.get(kernel)
+        launches = [learned.n for learned in book.learned.values() if learned.n] if book is not None else []
+        return _PROBES + int(math.log2(max(1.0, sum(launches) / (_PROBES * max(1, len(launches))))))
 
     def predict(self, kernel: str, device: str, size: Size, peaks: Peaks) -> Estimate:
         """The estimate for one launch that starts at once (`wait_s` is 0)."""

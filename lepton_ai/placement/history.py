@@ -30,7 +30,7 @@ _MOST: Final = 4096
 #: a millisecond more for each hundred.
 _RECENT: Final = 64
 #: A launch `distance` away in the logs of the dims weighs (1 + (distance / _REACH)^2)^-2 of one of the size itself (a
-#: Student kernel: its tails reach further than a Gaussian's, which was 3 % worse); _DOUBT is the weight of the line.
+#: Student kernel, as good as a Gaussian, and nothing to exponentiate); _DOUBT is the weight of the line.
 _REACH: Final = 0.6
 _DOUBT: Final = 0.3
 #: The newest launch weighs at least so much among those of its size, so that slow changes are followed.

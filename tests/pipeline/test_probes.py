@@ -122,3 +122,10 @@ def test_a_pinned_job_goes_where_it_is_pinned(bench: Bench) -> None:
     job = bench.job()
     pinned = msgspec.structs.replace(job, options=Options(device="cpu"))
     assert bench.choose(pinned, gpu_s=float("inf")) == {}
+
+
+def test_a_device_is_probed_again_once_its_kernel_has_been_launched_often_elsewhere(bench: Bench) -> None:
+    bench.measure("gpu")
+    assert bench.choose(bench.job()) == {}
+    bench.measure("cpu", 20)
+    assert bench.choose(bench.job()) == {0: GPU}

@@ -99,6 +99,16 @@ def test_the_launches_of_each_kernel_on_each_device_are_counted() -> None:
     assert model.launches("k", "other") == model.launches("other", "d") == 0
 
 
+def test_two_launches_are_enough_and_one_more_each_time_that_all_have_doubled() -> None:
+    model = CostModel()
+    assert model.enough("k") == 2
+    for count, enough in ((2, 2), (3, 2), (4, 3), (8, 4), (1000, 10)):
+        model = taught(*[0.02] * count)
+        assert model.enough("k") == enough
+    model.learn(launch(0.02, device="other"), PEAKS)
+    assert model.enough("k") == 9
+
+
 def test_memory_bounds_a_job_of_few_flops() -> None:
     assert predicted(CostModel(), Size(0, 1e9)).run_s == pytest.approx(PEAKS.launch_s + 10 * 0.1)
 
