@@ -2,9 +2,9 @@
 
 `./lepton bench placement [--instances DIR] [--policies a,b] [--large] [--quick] [--json]`. Every policy places every
 instance once, after a small one of the same form, so that nothing is compiled on the clock. The gap is
-`makespan / bound - 1`; the bound is the linear program's, or beyond a million costs what its dual proves (the column
-says which). What would take minutes or tens of gigabytes is left out and named. The policies that search are asked to
-end within a time; what they really took is in the table.
+`makespan / bound - 1`; the bound is the linear program's, or beyond a hundred thousand costs what its dual proves (the
+table says which). What would take minutes or tens of gigabytes is left out and named. The policies that search are
+asked to end within a time; what they really took is in the table.
 """
 
 from __future__ import annotations

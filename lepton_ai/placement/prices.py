@@ -33,14 +33,14 @@ _STEPS = 12
 _ROUNDS = 8
 #: Whoever is paid a smaller part of all is priced out.
 _NOTHING = 1e-6
-#: Jobs looked at, coarsely and finely: so many a column, but at least and at most.
-_COARSE_A_COLUMN, _COARSE_LEAST, _COARSE_MOST = 32, 1_000, 16_000
-_FINE_A_COLUMN, _FINE_LEAST, _FINE_MOST = 400, 30_000, 100_000
+#: Jobs looked at, coarsely (so many a column, but at least and at most) and finely.
+_COARSE_A_COLUMN, _COARSE_LEAST, _COARSE_MOST = 24, 1_000, 3_000
+_FINE_MOST = 30_000
 #: And so many of each one's cheapest columns that together they are this many. Those behind get nothing at so small
 #: a tau; but kernels whose jobs differ only in size have dozens of columns that are equally cheap.
-_FINE_CELLS = 1 << 20
+_FINE_CELLS = 1 << 21
 #: How often they are chosen anew in a stage, where others have become cheaper; by what part a bound then differs.
-_LOOKS, _UNSEEN = 3, 1e-6
+_LOOKS, _UNSEEN = 2, 1e-6
 #: Cells of `seconds` that one pass works on: what fits into a processor's cache.
 _CELLS = 1 << 17
 #: What a sum of so many numbers may be off by, relatively: a bound is told that much lower.
@@ -62,7 +62,7 @@ def clearing_prices(problem: Problem) -> Floats:
     if not able.size:
         return np.ones(columns)
     supply = _Supply.of(problem)
-    rows = _sample(able, columns, _COARSE_A_COLUMN, _COARSE_LEAST, _COARSE_MOST)
+    rows = _sample(able, min(_COARSE_MOST, max(_COARSE_LEAST, _COARSE_A_COLUMN * columns)))
     coarse = _Market(_logs(problem.seconds[rows]), None, able.size / rows.size, supply)
     # Where every device's price is its speed, no job prefers one: the mean over those who can run there.
     can = np.isfinite(coarse.logs)
@@ -73,7 +73,7 @@ def clearing_prices(problem: Problem) -> Floats:
 
 def _finely(problem: Problem, able: Indices, coarse: _Market, prices: Floats, end_s: float) -> Floats:
     """The best of the prices that are found with less and less smoothing, by what they prove of the whole problem."""
-    rows = _sample(able, prices.size, _FINE_A_COLUMN, _FINE_LEAST, _FINE_MOST)
+    rows = _sample(able, _FINE_MOST)
     best_s, best, market = -1.0, prices, None
     for tau in _FINE:
         for _ in range(_LOOKS):
@@ -103,7 +103,7 @@ def _coarsely(market: _Market, prices: Floats) -> tuple[Floats, float]:
     lower_s, by_s = 0.0, 2 * max(float(supply.ready[-1]), market.cleared(prices, supply.in_all(), _COARSE[0])[2])
     for _ in range(_ROUNDS):
         offered = supply.by(by_s)
-        for tau in _COARSE[:-1]:
+        for tau in _COARSE[:-1] if lower_s == 0 else ():
             prices, _, _ = market.cleared(prices, offered, tau)
         prices, part, lower_s = market.cleared(prices, offered, _COARSE[-1])
         begun = supply.ready[supply.ready < by_s]
@@ -260,12 +260,11 @@ def _can_run(seconds: Floats) -> NDArray[np.bool_]:
     return found
 
 
-def _sample(able: Indices, columns: int, a_column: int, least: int, most: int) -> Indices:
+def _sample(able: Indices, most: int) -> Indices:
     """That many of the jobs, evenly chosen; the same ones each time."""
-    count = min(most, max(least, a_column * columns))
-    if able.size <= count:
+    if able.size <= most:
         return able
-    return np.sort(np.random.default_rng(0).choice(able, count, replace=False))
+    return np.sort(np.random.default_rng(0).choice(able, most, replace=False))
 
 
 def _logs(seconds: Floats) -> Floats:
