@@ -26,8 +26,8 @@ _ENOUGH = 1 + 1e-9
 class Auto:
     """Never later than the best of `earliest_finish`, `min_min` and `sufferage`, up to some size.
 
-    That is 300,000 jobs times devices. Above, it is what `priced` does; without Numba, from a hundredth of that on, what
-    `earliest_finish` does.
+    That is 300,000 jobs times devices. Above, it is what `priced` does; without Numba, from a hundredth of that on,
+    what `earliest_finish` does.
     """
 
     name = "auto"
