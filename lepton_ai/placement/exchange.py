@@ -22,14 +22,15 @@ from lepton_ai.placement.compiled import compiled
 from lepton_ai.placement.nearby import Nearby
 from lepton_ai.placement.problem import Floats, Indices
 
-__all__ = ["exchanged"]
+__all__ = ["LONG_SEARCH", "exchanged"]
 
 #: Without units. The first temperature is for one job a device, all of whose work is 1; with more jobs it falls as what
 #: one of them can change. Found on generated instances of Braun's law and on fleets of 512 to 10,000 jobs.
 _FIRST_TEMPERATURE, _COOLING = 2.5, 1 / 20
-#: What the square of lateness costs beside waste. A search of so many steps a job is made in turn with each: where jobs
-#: are large beside what a device does, the less it costs the better, if there is time.
-_LATENESS, _STEPS_FOR_ALL = (600.0, 150.0, 50.0), 400
+#: What the square of lateness costs beside waste. A search that is long, of so many steps a job, is made in turn with
+#: each of the second: where jobs are large beside what a device does, the less it costs the better, if there is time.
+_LATENESS, _LATENESS_IF_LONG = (600.0,), (150.0, 50.0, 15.0)
+LONG_SEARCH = 400
 #: Where the mark is between the bound, 0, and the best makespan so far, 1.
 _MARK = 0.8
 #: Jobs of the taker looked at for a second move.
@@ -55,7 +56,7 @@ def exchanged(
     value of all. Stops at a plan that ends by `enough`, and takes fewer steps where all would not be done at `until_s`.
     """
     found, soonest = pair, _ends(load, near.place[pair])
-    turns = _LATENESS if steps >= _STEPS_FOR_ALL * pair.size else _LATENESS[:1]
+    turns = _LATENESS_IF_LONG if steps >= LONG_SEARCH * pair.size else _LATENESS
     for turn, lateness in enumerate(turns):
         if soonest <= enough:
             break

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lepton_ai.placement.compiled import IS_COMPILED, compiled
 from lepton_ai.placement.equilibrium import Equilibrium, Supply, equilibrium
-from lepton_ai.placement.exchange import exchanged
+from lepton_ai.placement.exchange import LONG_SEARCH, exchanged
 from lepton_ai.placement.filling import filled
 from lepton_ai.placement.nearby import Nearby, nearby
 from lepton_ai.placement.policies.min_min import MinMin
@@ -26,8 +26,9 @@ if not IS_COMPILED:
 
 __all__ = ["Priced"]
 
-#: Choices that waste more than this part of the mean job's work are left out; of very many jobs, more than the second.
-_WASTE, _WASTE_OF_MANY, _MANY = 0.5, 0.1, 200_000
+#: Choices that waste more than this part of the mean job's work are left out: if the search is long, and of very many
+#: jobs, the second and the third.
+_WASTE, _WASTE_IF_LONG, _WASTE_OF_MANY, _MANY = 0.5, 2.0, 0.1, 200_000
 #: What a step of the search takes, by which time becomes a number of steps; the second where the caches are too small.
 _STEP_S, _STEP_S_OF_MANY = 2e-7, 5e-7
 _CHOICES_IN_CACHE = 50_000
@@ -84,10 +85,12 @@ class Priced:
         market = equilibrium(seconds, Supply(ready, slots, column, seconds.shape[1]))
         if market.bound_s <= 0:
             return MinMin().place(problem).device
+        steps_s = 0.8 * (self.budget_s - _BEFORE_S - _BEFORE_A_COST_S * seconds.size)
         waste = _WASTE if len(seconds) < _MANY else _WASTE_OF_MANY
+        if steps_s > 2 * LONG_SEARCH * _STEP_S * len(seconds):
+            waste = _WASTE_IF_LONG
         near = nearby(seconds, market.most, market.prices, market.bound_s, waste / len(seconds))
         device, ends = _filled(near, market, ready / market.bound_s, slots, column)
-        steps_s = 0.8 * (self.budget_s - _BEFORE_S - _BEFORE_A_COST_S * seconds.size)
         usable = np.flatnonzero(ready < ends * market.bound_s)
         choices = int(np.bincount(column[usable], minlength=seconds.shape[1])[near.place].sum())
         if ends > _ENOUGH and steps_s > 0 and choices <= _MOST_CHOICES:
