@@ -58,7 +58,7 @@ def exchanged(
     found, soonest = pair, _ends(load, near.place[pair])
     turns = _LATENESS_IF_LONG if steps >= LONG_SEARCH * pair.size else _LATENESS
     for turn, lateness in enumerate(turns):
-        if soonest <= enough:
+        if soonest <= enough or now() >= until_s:
             break
         by_s = now() + (until_s - now()) / (len(turns) - turn)
         tried, ends = _cooled(near, pair, load, worth, steps // len(turns), seed + turn, enough, by_s, now, lateness)
