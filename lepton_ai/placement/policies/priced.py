@@ -40,6 +40,8 @@ _STEPS_A_CHOICE = 2_000
 _MOST_CHOICES = 4_000_000
 #: Costs up to which min-min is always looked at; above, where the plan is further from its bound than this.
 _MOST_FOR_MIN_MIN, _FAR = 400_000, 0.01
+#: The part of a budget after which the clock ends a search: what comes then takes time as well.
+_PART = 0.9
 #: What min-min takes for each cost.
 _MIN_MIN_A_COST_S = 6e-8
 _ENOUGH = 1 + 1e-9
@@ -68,7 +70,7 @@ class Priced:
         self.now = now
 
     def place(self, problem: Problem) -> Plan:
-        until_s = self.now() + self.budget_s - _MIN_MIN_A_COST_S * min(problem.seconds.size, _MOST_FOR_MIN_MIN)
+        until_s = self.now() + _PART * self.budget_s - _MIN_MIN_A_COST_S * min(problem.seconds.size, _MOST_FOR_MIN_MIN)
         seconds, column = _columns_with_devices(problem)
         ready, slots = problem.ready.astype(np.float64), problem.slots.astype(np.float64)
         device = np.full(problem.jobs, UNPLACED, np.intp)
