@@ -213,7 +213,8 @@ def _solved(lp: Any) -> Any:
     # The class above it prints a banner when it is made, before it can be told to be silent.
     solver = highspy.highs._Highs()
     solver.setOptionValue("output_flag", False)
-    solver.setOptionValue("threads", 1)
+    # Not by `threads`: the number is the whole process's, and with another than somebody set before it solves nothing.
+    solver.setOptionValue("parallel", "off")
     solver.passModel(lp)
     solver.run()
     if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:

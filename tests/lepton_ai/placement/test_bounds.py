@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
@@ -168,3 +169,25 @@ def test_costs_that_are_many_powers_of_ten_apart_stop_neither_the_bound_nor_the_
         seconds = 10.0 ** random.uniform(lowest, -lowest * 2 / 3, (jobs, devices))
         problem = Problem(seconds, random.uniform(0, 10, devices), np.ones(devices))
         assert lower_bound(problem).seconds <= program.place(problem).makespan_s(problem) * (1 + 1e-9)
+
+
+_OTHERS = """
+import highspy, numpy
+from bench import instances
+from lepton_ai.placement.relaxation import relaxed
+other = highspy.highs._Highs()
+other.setOptionValue("output_flag", False)
+other.setOptionValue("threads", {threads})
+program = highspy.HighsLp()
+program.num_col_, program.col_cost_ = 1, numpy.ones(1)
+program.col_lower_, program.col_upper_ = numpy.zeros(1), numpy.ones(1)
+other.passModel(program)
+other.run()
+print(relaxed(instances.braun("i", "lo", "lo", (64, 8)).problem).share.size)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_whoever_else_solves_in_the_process_with_however_many_threads_the_program_is_solved(threads: int) -> None:
+    shared = int(subprocess.check_output([sys.executable, "-c", _OTHERS.format(threads=threads)]))
+    assert shared > 64
