@@ -31,7 +31,7 @@ from bench.contest import median_and_range, rotated, say
 from bench.mixed_fleet import DEVICES, MixedFleet, mixed_fleet
 from bench.routing import Means, Pins
 from bench.stream import DECK, Card, expected, stream
-from bench.turn import Turn, arrive, rush
+from bench.turn import Delay, Turn, arrive, rush
 from lepton_ai import Client
 
 LEARNED = "learned"
@@ -154,14 +154,29 @@ class _Contest:
 def _figures(rushes: Sequence[Turn], arrivals: Sequence[Turn]) -> dict[str, Any]:
     seconds = median_and_range([each.seconds for each in rushes], 3)
     p99_ms = median_and_range([each.p99_ms() for each in arrivals], 1)
-    latencies_s = np.concatenate([each.latencies_s for each in arrivals])
+    delays = list(itertools.chain.from_iterable(each.delays for each in arrivals))
     return {
         "seconds": seconds["median"],
         "seconds_range": seconds["range"],
         "p99_ms": p99_ms["median"],
         "p99_ms_range": p99_ms["range"],
-        "mean_ms": round(float(latencies_s.mean()) * 1e3, 1),
+        "mean_ms": round(statistics.fmean(each.total_s for each in delays) * 1e3, 1),
+        "slowest": _slowest(delays),
         "jobs_by_device": dict(sum((Counter(each.devices) for each in rushes), Counter())),
+    }
+
+
+def _slowest(delays: Sequence[Delay]) -> dict[str, Any]:
+    """Where the time of the slowest hundredth of the jobs went, on the mean, and why they were where they were."""
+    slowest = sorted(delays, key=lambda each: -each.total_s)[: max(1, len(delays) // 100)]
+    parts = ("unplaced", "wait", "rest")
+    return {
+        **{
+            f"{part}_ms": round(statistics.fmean(getattr(each, f"{part}_s") for each in slowest) * 1e3, 1)
+            for part in parts
+        },
+        "devices": dict(Counter(each.device for each in slowest)),
+        "reasons": dict(Counter(each.reason for each in slowest)),
     }
 
 
@@ -222,6 +237,15 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
     ratios = [(name, found[name], found[f"{name}_range"]) for name in ("ratio_best_fixed", "ratio_best_fixed_p99")]
     yield report.table(
         f"learned over {found['best_fixed']}, {found['best_fixed_p99']}", ("", "median", "range"), ratios
+    )
+    parts = ("unplaced_ms", "wait_ms", "rest_ms", "devices", "reasons")
+    yield report.table(
+        "where the time of the slowest hundredth of the arriving jobs went",
+        ("", *parts),
+        [
+            (name, *(each["slowest"][key] if key.endswith("_ms") else str(each["slowest"][key]) for key in parts))
+            for name, each in figures.items()
+        ],
     )
     learning = found["learning"]
     decks = enumerate(learning["deck_seconds"], 1)

@@ -16,13 +16,31 @@ from lepton_ai import Client
 from lepton_ai.handle import JobHandle
 from lepton_ai.job import Cost
 
-__all__ = ["Turn", "arrive", "rush"]
+__all__ = ["Delay", "Turn", "arrive", "rush"]
 
 #: So many jobs of the stream are handed over together, those of one kernel and one device in one call.
 _SLICE = 21
 _WAIT_S = 120.0
 
 Submitted = Sequence[tuple[JobHandle, Card]]
+
+
+class Delay(msgspec.Struct, frozen=True):
+    """Where the time of one job went that arrived by the clock."""
+
+    unplaced_s: float
+    """From when it was due until a router had placed it."""
+    wait_s: float
+    """Then until a slot took it."""
+    rest_s: float
+    """Then until its result was written, with all that the slot had taken at once."""
+    device: str
+    reason: str
+    """Why it was placed there, without the figures."""
+
+    @property
+    def total_s(self) -> float:
+        return self.unplaced_s + self.wait_s + self.rest_s
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -34,8 +52,13 @@ class Turn(msgspec.Struct, frozen=True):
     """Jobs by the device that ran them."""
     costs: list[tuple[Card, str, float]]
     """Of each job: its card, its device, and the seconds that it took there."""
-    latencies_s: list[float] = []
+    delays: list[Delay] = []
     """Of each job that arrived by the clock."""
+
+    @property
+    def latencies_s(self) -> list[float]:
+        """Of each job that arrived by the clock."""
+        return [delay.total_s for delay in self.delays]
 
     def p99_ms(self) -> float:
         return float(np.percentile(self.latencies_s, 99)) * 1e3
@@ -68,8 +91,7 @@ def arrive(client: Client, cards: Sequence[Card], pins: Pins, at_s: Sequence[flo
         submitted.append((client.submit(card.kernel, card.arguments(), device=pin), card))
         due.append(began_at + at)
     turn = _ended(start, submitted)
-    latencies = [_done_at(job) - at for (job, _), at in zip(submitted, due, strict=True)]
-    return msgspec.structs.replace(turn, latencies_s=latencies)
+    return msgspec.structs.replace(turn, delays=[_delay(job, at) for (job, _), at in zip(submitted, due, strict=True)])
 
 
 def _ended(start: float, submitted: Submitted) -> Turn:
@@ -94,6 +116,15 @@ def _cost(job: JobHandle) -> Cost:
     assert record is not None
     assert record.cost is not None
     return record.cost
+
+
+def _delay(job: JobHandle, due_at: float) -> Delay:
+    """Of a job that was due at a time, in seconds since the epoch."""
+    placement, cost = job.why(), _cost(job)
+    assert placement is not None
+    unplaced_s = placement.placed_at - due_at
+    rest_s = _done_at(job) - due_at - unplaced_s - cost.wait_s
+    return Delay(unplaced_s, cost.wait_s, rest_s, cost.device, placement.reason.partition(":")[0])
 
 
 def _done_at(job: JobHandle) -> float:

@@ -95,7 +95,7 @@ class Woken(NamedTuple):
     """What a wake-up brought."""
 
     message: bytes | None
-    """In the wake claim; None where the wait was in vain."""
+    """In the wake claim; None where the wait was in vain, or a claim has taken it over meanwhile."""
     is_all: bool
     """Nothing else waits, and nobody has asked for anything to be cancelled."""
 
@@ -121,6 +121,8 @@ class Broker:
         """How many messages of each kind waited beside the lanes at the last `claim`."""
         self.is_waking = False
         """A wake-up has been asked for, and not been taken."""
+        self._is_taken_over = False
+        """What that wake-up brought has left the wake claim with a `claim`, before its answer was read."""
         self._looked_at: dict[str, str] = {}
         """The queues that are looked at with the next wake-up, by their device."""
         self._woken: Connection | None = None
@@ -204,6 +206,7 @@ class Broker:
 
     def _wake_commands(self) -> list[Command]:
         wait_s = self._settings.lease_s / 2
+        self._is_taken_over = False
         looked_at = islice(self._known_devices, _LOOKED_QUEUES)
         self._looked_at = {device: topology.device_queue(device) for device in looked_at}
         return [
@@ -222,7 +225,7 @@ class Broker:
         """The answer to `ask_wake`: what has landed in the wake claim, and whether that is all that there is to do."""
         answer, _, _, length, others, tenants, *depths = wake.receive(6 + len(self._looked_at))
         self.is_waking = False
-        if self._refused([answer]) or answer is None:
+        if self._refused([answer]) or answer is None or self._is_taken_over:
             return Woken(None, is_all=False)
         # Whatever else is not as it should be, the next `claim` deals with.
         lanes = set() if isinstance(tenants, CommandError) else {topology.LANE, *_names(tenants)}
@@ -268,6 +271,7 @@ class Broker:
         # Nobody's job waits for what is not as it should be.
         self.marks = 0 if isinstance(marked, CommandError) else marked
         is_full = self._refused([remembered, brought, length, *depths])
+        self._is_taken_over |= brought is not None
         self.back = dict(zip(_BACK, depths, strict=False))
         room = max(0, limit - sum(self.back.values()))
         messages: list[bytes] = [brought] if isinstance(brought, bytes) else []

@@ -12,7 +12,7 @@ from rich.console import Console
 from bench import closed_loop, routing
 from bench.mixed_fleet import MixedFleet, mixed_fleet
 from bench.stream import DECK, stream
-from bench.turn import arrive, rush
+from bench.turn import Delay, arrive, rush
 
 DEVICES = ("cpu", "gpu.declared")
 
@@ -47,7 +47,20 @@ def test_jobs_that_arrive_have_latencies_from_when_they_were_due(held: MixedFlee
     turn = arrive(held.client, cards, [None] * len(cards), [0.02 * number for number in range(len(cards))])
     assert len(turn.latencies_s) == len(cards)
     assert turn.seconds >= 0.18
+    assert all(delay.device in DEVICES and ":" not in delay.reason for delay in turn.delays)
     assert 0 < turn.p99_ms() < 60_000
+
+
+def test_the_slowest_hundredth_says_where_its_time_went_and_why_it_was_there() -> None:
+    quick = [Delay(0.001, 0.001, 0.001, "cpu", "finishes first of 2 able devices")] * 198
+    slow = [Delay(0.010, 0.300, 0.020, "gpu", "a probe"), Delay(0.030, 0.100, 0.040, "cpu", "costs the others least")]
+    assert closed_loop._slowest([*quick, *slow]) == {
+        "unplaced_ms": 20.0,
+        "wait_ms": 200.0,
+        "rest_ms": 30.0,
+        "devices": {"gpu": 1, "cpu": 1},
+        "reasons": {"a probe": 1, "costs the others least": 1},
+    }
 
 
 def test_learning_is_the_excess_over_what_it_settles_at() -> None:

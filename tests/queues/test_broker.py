@@ -271,6 +271,16 @@ def test_the_message_that_woke_us_is_claimed_before_all_others(
     assert connection.call("LLEN", topology.claim(broker.incarnation, WAKE)) == 0
 
 
+def test_a_wake_up_whose_message_a_claim_took_before_its_answer_was_read_brings_nothing(
+    connection: Connection, broker: Broker, wake: Connection
+) -> None:
+    broker.ask_wake(wake)
+    push(connection, topology.LANE, b"m0")
+    assert broker.claim(Kind.NEW, 0, 0, 10) == [b"m0"]
+    assert broker.woke(wake) == (None, False)
+    wake_with(connection, broker, wake, b"m1")
+
+
 def test_a_wait_without_a_message_ends_before_the_lease_can_lapse(broker_url: str, connection: Connection) -> None:
     quick = Broker(connection, "quick", Settings(lease_s=0.2, heartbeat_s=0.1))
     wake = Connection(broker_url, "wake")
