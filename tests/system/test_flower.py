@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from celery import Celery
@@ -201,13 +202,17 @@ def test_no_password_is_shown(fleet: Fleet, flower: Flower) -> None:
 
 @pytest.fixture(scope="module")
 def gated(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Flower, Path]]:
-    """A fleet of one slot whose kernel runs until it is let go, and Flower on it."""
+    """A fleet of one slot whose kernel runs until it is let go, and Flower on it.
+
+    Its device has one job and one more, however short the next is predicted to be: the third waits in the router.
+    """
     place = tmp_path_factory.mktemp("gated")
     path = os.pathsep.join([str(KERNELS), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("LEPTON_KERNELS", "gated_kernels"), ("TEST_GATE", str(place)), ("PYTHONPATH", path)):
             patch.setenv(name, value)
-        with run_fleet(settings, {DEVICE: 1}, print) as fleet, flower_on(fleet.broker_url, place / "log") as flower:
+        short = msgspec.structs.replace(settings, credit_s=1e-6)
+        with run_fleet(short, {DEVICE: 1}, print) as fleet, flower_on(fleet.broker_url, place / "log") as flower:
             with Client(fleet.broker_url) as client:
 
                 def is_shown() -> bool:
