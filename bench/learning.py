@@ -103,9 +103,8 @@ class _Stream:
 
     def chosen(self, case: Case) -> int:
         """The device to launch on: one that lacks launches, where that is affordable, or the fastest as predicted."""
-        size = case.size
-        row = np.array([(size.flops, size.bytes, size.transfer_bytes, *size.dims)])
-        predicted = self.model.predict_many(self.truth.name, self.truth.devices, row).run_s[0]
+        estimates = self.model.predict_on(self.truth.name, self.truth.devices, case.size)
+        predicted = np.array([each.run_s for each in estimates])
         fastest = int(predicted.argmin())
         launches = [self.model.launches(self.truth.name, name) for name, _ in self.truth.devices]
         fewest = int(np.argmin(launches))

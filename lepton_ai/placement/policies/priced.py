@@ -49,8 +49,8 @@ class Priced:
 
     The search is given what `budget_s` leaves when the size of the problem tells, not the clock: so a problem has one
     plan for a budget and a seed, on every machine of one instruction set. Only where the budget ends before the steps
-    do, because the core is slow or busy, does the clock shorten the search and the plan depend on it; a `now` that stands
-    still prevents that. What comes before the search is always done, also if it takes longer than the budget.
+    do, because the core is slow or busy, does the clock shorten the search and the plan depend on it; a `now` that
+    stands still prevents that. What comes before the search is always done, also if it takes longer than the budget.
 
     Min-min sorts all costs, which for many takes longer than all else here. Above 400,000 costs it is looked at only
     where the plan is 1 % or more above its bound: on so many jobs min-min was 5 % above and more wherever devices
