@@ -26,8 +26,8 @@ Line = Callable[[Floats, Floats], Floats]
 
 #: Sizes that are kept for a kernel; a new one takes the place of the oldest.
 _MOST: Final = 4096
-#: Sizes, the last that were launched, by which new ones near them go. A window of 1,000 new sizes on 64 devices costs
-#: a millisecond more for each hundred.
+#: Sizes, the last that were launched, by which new ones near them go. With 40 the median error of a new size goes from
+#: 10.5 to 11.5 % (public timings), and 1,000 of them on 64 devices take 0.2 ms less.
 _RECENT: Final = 64
 #: A launch `distance` away in the logs of the dims weighs (1 + (distance / _REACH)^2)^-2 of one of the size itself (a
 #: Student kernel, as good as a Gaussian, and nothing to exponentiate); _DOUBT is the weight of the line.

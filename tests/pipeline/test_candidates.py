@@ -65,7 +65,7 @@ def taught(cluster: Cluster, seen: Sequence[tuple[dict[str, object], str, float]
 def both(sizes: Sequence[Sized], cluster: Cluster, model: CostModel) -> list[Candidates]:
     """Predicted one by one, and together."""
     found = []
-    for few in (1000, 0):
+    for few in ((1000, 1000), (-1, -1)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_FEW", few)
             found.append(candidates(sizes, cluster.devices, model))

@@ -183,8 +183,10 @@ def test_kernels_that_come_mixed_have_each_its_own_prices(cluster: Cluster) -> N
     together = price(mixed, cluster, CostModel())
     for at, each in enumerate(mixed):
         alone = price([each], cluster, CostModel())
-        assert together.problem.seconds[at].tolist() == alone.problem.seconds[0].tolist()
-        assert together.candidates[together.kinds[at]] == alone.candidates[0]
+        assert together.problem.seconds[at].tolist() == pytest.approx(alone.problem.seconds[0].tolist(), rel=1e-12)
+        for mine, its in zip(together.candidates[together.kinds[at]], alone.candidates[0], strict=True):
+            assert (mine.device, mine.excluded) == (its.device, its.excluded)
+            assert mine.estimate is None or mine.estimate.finish_s == pytest.approx(its.estimate.finish_s, rel=1e-12)
 
 
 def test_a_job_that_waits_is_sized_anew_where_its_kernel_is_another(cluster: Cluster) -> None:
