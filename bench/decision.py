@@ -6,7 +6,7 @@ them 100 times, on a part of the sizes. Milliseconds, medians of all rounds:
 
 - `alike`: jobs of 4 sizes. `different`: each of its own size.
 - `pricing_ms`: with the sizes of the jobs known, as for all that have been looked at once. `first_ms`: with their
-  shapes still to be read, as for jobs that have just been claimed. `tail_ms`: what deadlines add.
+  shapes still to be read, as for jobs of new sizes that have just been claimed. `tail_ms`: what deadlines add.
 - `policy_ms`: the policy, compiled.
 """
 
@@ -69,7 +69,7 @@ def _timed(jobs: list[ClaimedJob], cluster: Cluster, model: CostModel, rounds: i
     priced = price(jobs, cluster, model)
     policy.place(priced.problem)  # compiles
     return {
-        "first_ms": _median_ms(lambda: price(jobs, cluster, model), rounds, lambda: _forget(jobs)),
+        "first_ms": _median_ms(lambda: price(jobs, cluster, model), rounds, lambda: _forget(jobs, cluster)),
         "pricing_ms": _median_ms(lambda: price(jobs, cluster, model), rounds),
         "tail_ms": _median_ms(priced.tail, rounds),
         "policy_ms": _median_ms(lambda: policy.place(priced.problem), rounds),
@@ -87,8 +87,9 @@ def _median_ms(what: Callable[[], Any], rounds: int, before: Callable[[], None] 
     return round(statistics.median(taken) * 1e3, 3)
 
 
-def _forget(jobs: list[ClaimedJob]) -> None:
-    """As if they had just been claimed."""
+def _forget(jobs: list[ClaimedJob], cluster: Cluster) -> None:
+    """As if they had just been claimed, and none of their sizes had come before."""
+    cluster.sized.clear()
     for job in jobs:
         job.sized = None
 
@@ -129,10 +130,12 @@ def _taught(jobs: list[ClaimedJob], cluster: Cluster, random: np.random.Generato
     for device in cluster.devices:
         for at in random.integers(0, len(jobs), _LAUNCHES):
             job = jobs[at]
-            flops, size_bytes, moved, *dims = priced.candidates.row(priced.kinds[at])
-            run_s = (1e-5 + 3 * flops / device.peaks.flops_per_s) * float(np.exp(random.normal(0, 0.05)))
+            size = priced.candidates.sizes[priced.kinds[at]].size
+            run_s = (1e-5 + 3 * size.flops / device.peaks.flops_per_s) * float(np.exp(random.normal(0, 0.05)))
             model.learn(
-                Observation(job.kernel, device.name, 1, flops, size_bytes, 1e-5, run_s, moved, tuple(dims)),
+                Observation(
+                    job.kernel, device.name, 1, size.flops, size.bytes, 1e-5, run_s, size.transfer_bytes, size.dims
+                ),
                 device.peaks,
             )
     return model

@@ -30,7 +30,7 @@ from bench import report
 from bench.truth import Case, Truth, generated, measured
 from lepton_ai.event import Observation
 from lepton_ai.placement.costs import CostModel
-from lepton_ai.placement.drift import await_detectors
+from lepton_ai.placement.drift import has_adwin
 
 _NOISE = 0.05
 _SLOWER = 1.2
@@ -52,7 +52,6 @@ def main() -> int:
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     rounds = 1 if options.quick else options.rounds
-    has_both = await_detectors()
     truths = [
         (at, truth) for at in range(rounds) for truth in (measured(options.data) if options.data else generated(at))
     ]
@@ -63,7 +62,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     found |= _excess(truths)
     found |= _drift(truths)
     found["false_alarms"] = _false_alarms(truths[:: 5 if options.quick else 1], 2000 if options.quick else 20_000)
-    return found | {"rounds": rounds, "truths": [truth.name for _, truth in truths], "adwin": has_both}
+    return found | {"rounds": rounds, "truths": [truth.name for _, truth in truths], "adwin": has_adwin()}
 
 
 class _Stream:
@@ -103,9 +102,8 @@ class _Stream:
 
     def chosen(self, case: Case) -> int:
         """The device to launch on: one that lacks launches, where that is affordable, or the fastest as predicted."""
-        size = case.size
-        row = np.array([(size.flops, size.bytes, size.transfer_bytes, *size.dims)])
-        predicted = self.model.predict_many(self.truth.name, self.truth.devices, row).run_s[0]
+        estimates = self.model.predict_on(self.truth.name, self.truth.devices, case.size)
+        predicted = np.array([each.run_s for each in estimates])
         fastest = int(predicted.argmin())
         launches = [self.model.launches(self.truth.name, name) for name, _ in self.truth.devices]
         fewest = int(np.argmin(launches))

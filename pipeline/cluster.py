@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable
 
 import msgspec
 
 from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.errors import InvalidKernel
-from lepton_ai.formula import Formula
-from lepton_ai.kernel import KernelSpec
-from lepton_ai.signature import Signature
+from pipeline.sized import Offer, Sized
 
-__all__ = ["Cluster", "Offer", "ServedDevice"]
+__all__ = ["Cluster", "ServedDevice"]
 
 #: Work of a device whose queue is empty is forgotten so long after it was dispatched: its event has been missed.
 _FORGET_S = 30.0
@@ -58,15 +56,6 @@ class ServedDevice(msgspec.Struct, frozen=True):
         return wanted is None or wanted in (self.name, self.kind)
 
 
-class Offer(msgspec.Struct, frozen=True):
-    """A kernel that live workers announce."""
-
-    spec: KernelSpec
-    signature: Signature
-    sized_by: tuple[str, ...]
-    """The inputs by whose shapes (of arrays) and values (of scalars) the size of its jobs is known."""
-
-
 class _Outstanding(msgspec.Struct, frozen=True):
     device: str
     seconds: float
@@ -94,6 +83,8 @@ class Cluster:
         self.recovered = False
         """A device that was beyond its limits is back since the last refresh: what was parked for it can run."""
         self._offers: dict[str, Offer] = {}
+        self.sized: dict[Hashable, Sized] = {}
+        """Of jobs that have been priced, by what `pipeline.sized` knows them by, since the fleet was another."""
         self._outstanding: dict[str, _Outstanding] = {}
         self._loads: defaultdict[str, _Load] = defaultdict(_Load)
         """Foreign jobs are those that were placed before our time: other routers', or ours in an earlier life."""
@@ -106,11 +97,11 @@ class Cluster:
         self.recovered = False
         self._workers = workers
         self._states = {incarnation: each for incarnation, each in self._states.items() if incarnation in workers}
-        self._offers = {}
+        self._offers, self.sized = {}, {}
         for spec in itertools.chain.from_iterable(each.kernels for each in workers.values()):
             if spec.name not in self._offers:
                 try:
-                    self._offers[spec.name] = _offer(spec)
+                    self._offers[spec.name] = Offer.of(spec)
                 except InvalidKernel:
                     continue  # a worker of another release: its kernel cannot be priced here, so it is not offered
         by_device = sorted(workers.values(), key=lambda each: each.device)
@@ -223,10 +214,3 @@ class Cluster:
                 reasons.append(state.reason)
         told = "; ".join(reasons)
         return msgspec.structs.replace(device, share=share / device.slots, speed=speed / device.slots, reason=told)
-
-
-def _offer(spec: KernelSpec) -> Offer:
-    signature = spec.signature()
-    used = frozenset().union(*(Formula(text).names for text in (spec.flops, spec.bytes, *spec.limits.values())))
-    arrays = (name for name, argument in signature.inputs.items() if argument.dims is not None)
-    return Offer(spec, signature, (*arrays, *sorted(used & signature.inputs.keys())))

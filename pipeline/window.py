@@ -5,16 +5,16 @@ from __future__ import annotations
 import heapq
 import itertools
 import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
 from lepton_ai import topology
 from lepton_ai.job import Options
+from pipeline.sized import Sized
 from queues.broker import CLAIM_LIMIT, WAKE, Kind
 
-__all__ = ["Claim", "ClaimedJob", "Sized", "Window", "exchanged"]
+__all__ = ["Claim", "ClaimedJob", "Window", "exchanged"]
 
 
 #: A claim is written again when a part of it leaves, so it is bounded in bytes as well as in messages.
@@ -28,18 +28,6 @@ _LAST = 32
 
 #: What jobs share that are looked at in the order of their arrival: urgency, kernel, and the device they are pinned to.
 Line = tuple[int, str, str | None]
-
-
-class Sized(msgspec.Struct, eq=False):
-    """What the cost of a job depends on, as `pricing` has read it from its shapes."""
-
-    offer: Any
-    """By which announcement of its kernel."""
-    key: Hashable
-    """The same for jobs of the same size."""
-    shapes: Mapping[str, Any] | None = None
-    row: tuple[float, ...] | None = None
-    """As `CostModel.predict_many` takes it, once it was needed."""
 
 
 class ClaimedJob(msgspec.Struct, eq=False):

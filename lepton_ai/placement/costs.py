@@ -22,9 +22,9 @@ from lepton_ai.placement.drift import Drift
 from lepton_ai.placement.history import History, Past
 from lepton_ai.placement.learned import SHORTEST_S, UNKNOWN, Known, Learned, Rates, line
 from lepton_ai.placement.problem import Floats, Indices
-from lepton_ai.placement.size import FEATURES, Key, Size, features_of
+from lepton_ai.placement.size import FEATURES, Size, Sizes, features_of
 
-__all__ = ["CostModel", "Devices", "Estimates", "Size"]
+__all__ = ["CostModel", "Devices", "Estimates", "Size", "Sizes"]
 
 #: Names and announced peaks.
 Devices = Sequence[tuple[str, Peaks]]
@@ -35,6 +35,8 @@ _VERSION = 2
 _PROBES = 2
 #: Sizes whose history is in a snapshot: of a (kernel, device), and of all of them.
 _SIZES, _ALL_SIZES = 64, 16384
+#: Predictions of a (kernel, device) that are kept until more is learned.
+_KEPT = 1024
 
 
 class Estimates(msgspec.Struct, frozen=True):
@@ -102,10 +104,14 @@ class CostModel:
 
     def predict(self, kernel: str, device: str, size: Size, peaks: Peaks) -> Estimate:
         """The estimate for one launch that starts at once (`wait_s` is 0)."""
-        return self._book(kernel).predict(device, size, peaks)
+        return self._book(kernel).predict([(device, peaks)], size)[0]
 
-    def predict_many(self, kernel: str, devices: Devices, sizes: Floats) -> Estimates:
-        """The estimates for jobs on devices; [size]: flops, bytes, transfer bytes, and the dims as in `Size`."""
+    def predict_on(self, kernel: str, devices: Devices, size: Size) -> list[Estimate]:
+        """[device]: as `predict`."""
+        return self._book(kernel).predict(devices, size)
+
+    def predict_many(self, kernel: str, devices: Devices, sizes: Sizes) -> Estimates:
+        """[size, device]: as `predict`, but for what rounding does."""
         return self._book(kernel).predict_many(devices, sizes)
 
     def learn(self, seen: Observation, peaks: Peaks) -> bool:
@@ -167,28 +173,43 @@ class _Book:
         self._table: _Table | None = None
         self._stale: set[str] = set()
         """Devices of which more was learned than stands in the table."""
+        self._kept: dict[str, dict[tuple[Size, Peaks], Estimate]] = {}
+        """What was predicted of a device since it was last learned of: a lone job is like the one before it."""
 
-    def predict(self, device: str, size: Size, peaks: Peaks) -> Estimate:
-        learned = self.learned.get(device) or Learned.nothing(peaks)
-        known = self._known(learned, size, device, peaks)
-        transfer_s = learned.transfer_s(size.transfer_bytes, peaks) * size.jobs
-        return Estimate(0.0, transfer_s, learned.run_s(size, peaks, known), learned.spread(known=known.weight > 0))
+    def predict(self, devices: Devices, size: Size) -> list[Estimate]:
+        """[device]: what a launch of a size takes there."""
+        kept = [self._kept.setdefault(device, {}) for device, _ in devices]
+        found = [each.get((size, peaks)) for each, (_, peaks) in zip(kept, devices, strict=True)]
+        lacking = [at for at, each in enumerate(found) if each is None]
+        if lacking:
+            asked = [devices[at] for at in lacking]
+            for at, (device, peaks), known in zip(lacking, asked, self._known(asked, size), strict=True):
+                learned = self.learned.get(device) or Learned.nothing(peaks)
+                transfer_s = learned.transfer_s(size.transfer_bytes, peaks) * size.jobs
+                run_s, spread = learned.run_s(size, peaks, known), learned.spread(known=known.weight > 0)
+                if len(kept[at]) >= _KEPT:
+                    kept[at].clear()
+                found[at] = kept[at][size, peaks] = Estimate(0.0, transfer_s, run_s, spread)
+        return [each for each in found if each is not None]
 
-    def predict_many(self, devices: Devices, sizes: Floats) -> Estimates:
-        """What `predict` says of all sizes on all devices."""
+    def predict_many(self, devices: Devices, sizes: Sizes) -> Estimates:
+        """What `predict` says of all sizes."""
         table = self._tabulated(devices)
-        features, work = features_of(sizes[:, 3:]), np.ones((len(sizes), 3))
-        work[:, 1:] = sizes[:, :2]
+        numbers = sizes.numbers
+        features, work = features_of(numbers[:, 3:]), np.ones((len(numbers), 3))
+        work[:, 1:] = numbers[:, :2]
         log_s = line(table.rates, work, features)
-        past, launches = self.history.known_many(_keys(sizes), table.columns)
+        past, launches = self.history.known_many(sizes.keys, table.columns)
         is_known = launches > 0
         past -= log_s
-        past *= launches / (launches + table.shrink)
+        launches /= launches + table.shrink
+        past *= launches
         if not is_known.all():
             near = self.history.near(features, table.columns, lambda *of: line(table.rates, *of))
-            np.copyto(past, near, where=~is_known)
+            np.copyto(near, past, where=is_known)
+            past = near
         log_s += past
-        moved = sizes[:, 2:3] * table.rates.moved[:, 1]
+        moved = numbers[:, 2:3] * table.rates.moved[:, 1]
         moved += table.rates.moved[:, 0]
         np.maximum(moved, SHORTEST_S, out=moved)
         return Estimates(moved, np.exp(log_s, out=log_s), is_known, table.spread, table.spread_again)
@@ -198,10 +219,10 @@ class _Book:
         learned = self.learned.get(device)
         if learned is None:
             learned = self.learned[device] = Learned.nothing(peaks)
-        known = self._known(learned, size, device, peaks)
+        known = self._known([(device, peaks)], size)[0]
         learned.learn_transfer(size.transfer_bytes, peaks, transfer_s)
         deviations = learned.learn(size, peaks, known, run_s)
-        self._stale.add(device)
+        self._changed(device)
         if deviations is None:
             return False
         column = self.history.column(device)
@@ -209,33 +230,51 @@ class _Book:
         if has_drifted:
             learned.doubt()
             self.history.drop(column)
-        self.history.learn(size, column, math.log(run_s))
+        if self.history.learn(size, column, math.log(run_s)):
+            self._kept.clear()  # new sizes go by other ones now, on every device
         return has_drifted
 
     def take_over(self, kept: _Kept) -> None:
         """Goes on from what another has learned of a device."""
         self.learned[kept.device] = kept.learned
         self._drifts.pop(kept.device, None)
-        self._stale.add(kept.device)
+        self._changed(kept.device)
+        self._kept.clear()
         column = self.history.column(kept.device)
         self.history.drop(column)
         for past in kept.history:
             self.history.take_over(past, column)
 
-    def _known(self, learned: Learned, size: Size, device: str, peaks: Peaks) -> Known:
-        """What the history says of a size on a device."""
-        if not learned.n:
-            return UNKNOWN
-        column = self.history.column(device)
-        log_s, launches = self.history.known(size.key, column)
-        if launches:
-            return Known(log_s, launches / (launches + learned.shrink))
-        rates = Rates.of(1)
-        learned.write(rates, 0, peaks)
-        features = np.zeros((1, FEATURES))
-        features[0, : len(size.features)] = size.features
-        near = self.history.near(features, np.array([column]), lambda *of: line(rates, *of))
-        return Known(near=near.item())
+    def _changed(self, device: str) -> None:
+        """More was learned of a device."""
+        self._stale.add(device)
+        self._kept.pop(device, None)
+
+    def _known(self, devices: Devices, size: Size) -> list[Known]:
+        """[device]: what the history says of a size there."""
+        found = [UNKNOWN] * len(devices)
+        new: list[tuple[int, int]] = []
+        for at, (device, _) in enumerate(devices):
+            learned = self.learned.get(device)
+            if learned is None or not learned.n:
+                continue
+            column = self.history.column(device)
+            log_s, launches = self.history.known(size.key, column)
+            if launches:
+                found[at] = Known(log_s, launches / (launches + learned.shrink))
+            else:
+                new.append((at, column))
+        if new:
+            rates = Rates.of(len(new))
+            for row, (at, _) in enumerate(new):
+                device, peaks = devices[at]
+                self.learned[device].write(rates, row, peaks)
+            features = np.zeros((1, FEATURES))
+            features[0, : len(size.features)] = size.features
+            near = self.history.near(features, np.array([column for _, column in new]), lambda *of: line(rates, *of))
+            for (at, _), each in zip(new, near[0].tolist(), strict=True):
+                found[at] = Known(near=each)
+        return found
 
     def _tabulated(self, devices: Devices) -> _Table:
         table = self._table
@@ -270,9 +309,3 @@ class _Table:
         self.shrink[row] = learned.shrink
         self.spread[row] = learned.spread(known=False)
         self.spread_again[row] = learned.spread(known=True)
-
-
-def _keys(sizes: Floats) -> list[Key]:
-    """`Size.key` of launches of one job."""
-    has_dims = sizes.shape[1] > 3
-    return [(1, *each) for each in (sizes[:, 3:] if has_dims else sizes[:, :2]).tolist()]

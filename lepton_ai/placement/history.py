@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -26,8 +26,8 @@ Line = Callable[[Floats, Floats], Floats]
 
 #: Sizes that are kept for a kernel; a new one takes the place of the oldest.
 _MOST: Final = 4096
-#: Sizes, the last that were launched, by which new ones near them go. A window of 1,000 new sizes on 64 devices costs
-#: a millisecond more for each hundred.
+#: Sizes, the last that were launched, by which new ones near them go. With 40 the median error of a new size goes from
+#: 10.5 to 11.5 % (public timings), and 1,000 of them on 64 devices take 0.2 ms less.
 _RECENT: Final = 64
 #: A launch `distance` away in the logs of the dims weighs (1 + (distance / _REACH)^2)^-2 of one of the size itself (a
 #: Student kernel, as good as a Gaussian, and nothing to exponentiate); _DOUBT is the weight of the line.
@@ -59,6 +59,8 @@ class History:
         self._columns: dict[str, int] = {}
         self._recent: dict[int, None] = {}
         """Rows, the last learned of last."""
+        self._near: _Recent | None = None
+        """These, laid out."""
         self._work: Floats = np.zeros((0, 3))
         """[size]: 1, and its flops and bytes."""
         self._features: Floats = np.zeros((0, FEATURES))
@@ -77,7 +79,7 @@ class History:
             return 0.0, 0.0
         return self._log_s.item(row, column), self._launches.item(row, column)
 
-    def known_many(self, keys: list[Key], columns: Indices) -> tuple[Floats, Floats]:
+    def known_many(self, keys: Sequence[Key], columns: Indices) -> tuple[Floats, Floats]:
         """[size, device]: as `known`."""
         self._grow(0, int(columns.max(initial=-1)) + 1)
         # The last row is nobody's.
@@ -87,22 +89,28 @@ class History:
 
     def near(self, features: Floats, columns: Indices, line: Line) -> Floats:
         """[size, device]: by how much, in log seconds, launches near these sizes took longer than the line says."""
-        rows = np.fromiter(self._recent, np.intp, len(self._recent))
-        here = np.ix_(rows, columns)
-        ran = (self._launches[here] > 0).astype(np.float64)
-        others = self._features[rows]
-        beyond = (self._log_s[here] - line(self._work[rows], others)) * ran
-        apart = (features * features).sum(1)[:, np.newaxis] + (others * others).sum(1) - 2 * product(features, others.T)
-        weight = 1 / np.square(1 + np.maximum(apart, 0) / _REACH**2)
-        found: Floats = product(weight, beyond) / (product(weight, ran) + _DOUBT)
+        recent = self._looked_at()
+        launches, log_s = (each.take(recent.rows, 0).take(columns, 1) for each in (self._launches, self._log_s))
+        # The line's misses on the left, and where there are any on the right, for one product of both.
+        ran = launches > 0
+        log_s -= line(recent.work, recent.features)
+        log_s *= ran
+        weight = recent.apart(features)
+        np.square(weight, out=weight)
+        np.reciprocal(weight, out=weight)
+        sums = product(weight, np.concatenate([log_s, ran], 1))
+        found, weights = sums[:, : len(columns)], sums[:, len(columns) :]
+        weights += _DOUBT
+        found /= weights
         return found
 
-    def learn(self, size: Size, column: int, log_s: float) -> None:
-        """Folds in one launch of a size on a device."""
-        row = self._row(size, column)
+    def learn(self, size: Size, column: int, log_s: float) -> bool:
+        """Folds in one launch of a size on a device; True where new sizes go by it that did not before."""
+        row, is_new = self._row(size, column)
         launches = self._launches[row, column] + 1
         self._launches[row, column] = launches
         self._log_s[row, column] += max(_WEIGHT, 1 / launches) * (log_s - self._log_s[row, column])
+        return is_new
 
     def drop(self, column: int) -> None:
         """Forgets what is known of a device."""
@@ -123,13 +131,14 @@ class History:
         """Goes on from what another has learned of a size on a device."""
         if not past.is_possible():
             return
-        row = self._row(past.size, column)
+        row, _ = self._row(past.size, column)
         self._log_s[row, column], self._launches[row, column] = past.log_s, past.launches
 
-    def _row(self, size: Size, column: int) -> int:
-        """The row of a size, which is the last learned of from now on."""
+    def _row(self, size: Size, column: int) -> tuple[int, bool]:
+        """The row of a size, which is the last learned of from now on, and whether it was not among the last."""
         key = size.key
         row = self._rows.get(key)
+        is_new = row is None or row not in self._recent
         if row is None:
             row = len(self._rows)
             if row == _MOST:
@@ -146,7 +155,15 @@ class History:
         self._recent[row] = None
         if len(self._recent) > _RECENT:
             del self._recent[next(iter(self._recent))]
-        return row
+        if is_new:
+            self._near = None
+        return row, is_new
+
+    def _looked_at(self) -> _Recent:
+        if self._near is None:
+            rows = np.fromiter(self._recent, np.intp, len(self._recent))
+            self._near = _Recent.of(rows, self._work[rows], self._features[rows])
+        return self._near
 
     def _grow(self, rows: int, columns: int) -> None:
         have = self._log_s.shape
@@ -157,6 +174,31 @@ class History:
             self._work = _grown(self._work, rows, 3)
             self._features = _grown(self._features, rows, FEATURES)
         self._log_s, self._launches = (_grown(each, rows, columns) for each in (self._log_s, self._launches))
+
+
+class _Recent(msgspec.Struct, frozen=True):
+    """The sizes that new ones near them go by."""
+
+    rows: Indices
+    work: Floats
+    features: Floats
+    _far: Floats
+    """What (features, their squared length, 1) of a size are multiplied by."""
+
+    @classmethod
+    def of(cls, rows: Indices, work: Floats, features: Floats) -> _Recent:
+        far = np.ones((FEATURES + 2, len(rows)))
+        far[:FEATURES] = -2 * features.T
+        far[-1] = (features * features).sum(1) + _REACH**2
+        far /= _REACH**2
+        return cls(rows, work, features, far)
+
+    def apart(self, features: Floats) -> Floats:
+        """[size, one of these]: 1 + (distance / _REACH)^2."""
+        left = np.ones((len(features), FEATURES + 2))
+        left[:, :FEATURES] = features
+        left[:, FEATURES] = (features * features).sum(1)
+        return product(left, self._far)
 
 
 def _grown(table: Floats, rows: int, columns: int) -> Floats:

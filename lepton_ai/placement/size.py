@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -11,7 +13,7 @@ import numpy as np
 from lepton_ai.event import Observation
 from lepton_ai.placement.problem import Floats
 
-__all__ = ["FEATURES", "Key", "Size", "features_of"]
+__all__ = ["FEATURES", "Key", "Size", "Sizes", "features_of", "packed"]
 
 #: What launches share that are of exactly the same size: their jobs, then the dims of each, or the Work of all.
 Key = tuple[float, ...]
@@ -51,6 +53,30 @@ class Size(msgspec.Struct, frozen=True, array_like=True):
         """The constant, log(jobs), and log(1 + dim) of each dim, which may be nought."""
         dims = self.dims[: FEATURES - 2]
         return [1.0, math.log(self.jobs), *[math.log1p(min(abs(each), _LARGEST)) for each in dims]]
+
+
+def packed(size: Size) -> bytes:
+    """A row of `Sizes.numbers`."""
+    return struct.pack(f"{3 + len(size.dims)}d", size.flops, size.bytes, size.transfer_bytes, *size.dims)
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """Many launches of one job each, all with equally many dims, laid out to be looked at together."""
+
+    keys: Sequence[Key]
+    """[size]: `Size.key`."""
+    numbers: Floats
+    """[size]: flops, bytes, transfer bytes, and the dims."""
+
+    @classmethod
+    def joined(cls, keys: Sequence[Key], rows: Sequence[bytes]) -> Sizes:
+        """From `Size.key` and `packed`: an array from tuples takes ten times as long."""
+        return cls(keys, np.frombuffer(b"".join(rows)).reshape(len(rows), -1))
+
+    @classmethod
+    def of(cls, sizes: Sequence[Size]) -> Sizes:
+        """These, one or more."""
+        return cls.joined([each.key for each in sizes], [packed(each) for each in sizes])
 
 
 def features_of(dims: Floats) -> Floats:

@@ -14,7 +14,6 @@ from lepton_ai.event import Observation
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.placement.costs import CostModel, Size
-from pipeline import pricing
 from pipeline.cluster import Cluster
 from pipeline.pricing import Pricing, price
 from pipeline.window import ClaimedJob, Window
@@ -101,7 +100,7 @@ def test_nested_lists_in_a_body_have_shapes_too(cluster: Cluster) -> None:
 def test_a_large_body_is_not_opened_and_its_job_priced_as_no_work(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pricing, "_OPEN_LIMIT_BYTES", 1000)
+    monkeypatch.setattr("pipeline.sized._OPEN_LIMIT_BYTES", 1000)
     arguments = {"a": np.zeros((100, 200), "<f4"), "b": np.zeros((200, 300), "<f4")}
     assert seconds(price([job_of_body("linalg.matmul", arguments)], cluster, CostModel())) == unknown_work(cluster)
 
@@ -184,8 +183,10 @@ def test_kernels_that_come_mixed_have_each_its_own_prices(cluster: Cluster) -> N
     together = price(mixed, cluster, CostModel())
     for at, each in enumerate(mixed):
         alone = price([each], cluster, CostModel())
-        assert together.problem.seconds[at].tolist() == alone.problem.seconds[0].tolist()
-        assert together.candidates[together.kinds[at]] == alone.candidates[0]
+        assert together.problem.seconds[at].tolist() == pytest.approx(alone.problem.seconds[0].tolist(), rel=1e-12)
+        for mine, its in zip(together.candidates[together.kinds[at]], alone.candidates[0], strict=True):
+            assert (mine.device, mine.excluded) == (its.device, its.excluded)
+            assert mine.estimate is None or mine.estimate.finish_s == pytest.approx(its.estimate.finish_s, rel=1e-12)
 
 
 def test_a_job_that_waits_is_sized_anew_where_its_kernel_is_another(cluster: Cluster) -> None:

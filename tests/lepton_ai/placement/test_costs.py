@@ -14,7 +14,7 @@ from bench.truth import Truth, measured
 from lepton_ai.device import Peaks
 from lepton_ai.event import Observation
 from lepton_ai.job import Estimate
-from lepton_ai.placement.costs import CostModel, Size
+from lepton_ai.placement.costs import CostModel, Size, Sizes
 
 PEAKS = Peaks(1e9, 1e10, 1e8, 1e-4, 1e-5)
 SIZE = Size(flops=1e7, bytes=1e6)  # at the peaks: 10 ms for the flops, 0.1 ms for the bytes
@@ -326,7 +326,7 @@ def test_many_sizes_on_many_devices_are_predicted_as_each_is(
         model.learn(Observation("k", device, 1, a * b, a + b, 1e-4, run_s, moved, (a, b)), PEAKS)
     devices = [("d", PEAKS), ("e", PEAKS), ("unknown", Peaks(1e10, 1e10, 1e9, 1e-6, 1e-3))]
     sizes = [Size(a * b, a + b, 1e3, (a, b)) for a, b in asked]
-    found = model.predict_many("k", devices, np.array([(s.flops, s.bytes, s.transfer_bytes, *s.dims) for s in sizes]))
+    found = model.predict_many("k", devices, Sizes.of(sizes))
     for row, size in enumerate(sizes):
         for column, (name, peaks) in enumerate(devices):
             alone, together = model.predict("k", name, size, peaks), found.one(row, column)
@@ -337,7 +337,7 @@ def test_many_sizes_on_many_devices_are_predicted_as_each_is(
 
 
 def test_a_table_of_devices_follows_what_is_learned_after_it_was_made() -> None:
-    model, row = CostModel(), np.array([(1e6, 0.0, 0.0, 100.0)])
+    model, row = CostModel(), Sizes.of([Size(1e6, 0.0, 0.0, (100.0,))])
     before = model.predict_many("k", [("d", PEAKS)], row).run_s.item()
     for _ in range(5):
         model.learn(sized(100.0, 7.0), PEAKS)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from lepton_ai.placement import drift
-from lepton_ai.placement.drift import Drift, await_detectors
+from lepton_ai.placement.drift import Drift, has_adwin
 
 
 def alarms(misses: list[float]) -> list[int]:
@@ -19,14 +21,14 @@ def noise(count: int, seed: int = 0, shift: float = 0.0) -> list[float]:
 
 
 @pytest.fixture(params=["with river", "without"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both ways in which it may be installed."""
-    loader = drift._Loader()
-    monkeypatch.setattr(drift, "_LOADER", loader)
     if request.param == "without":
-        monkeypatch.setitem(sys.modules, "river.drift.adwin", None)
-    assert await_detectors() is (request.param == "with river")
-    return str(request.param)
+        monkeypatch.setitem(sys.modules, "river._river_rust.drift", None)
+    drift._windows.cache_clear()
+    assert has_adwin() is (request.param == "with river")
+    yield str(request.param)
+    drift._windows.cache_clear()
 
 
 @pytest.mark.parametrize("shift", [3.0, -3.0])
@@ -53,3 +55,22 @@ def test_after_an_alarm_it_begins_anew(either: str) -> None:
     while not found.notices(3.0):
         pass
     assert not any(found.notices(miss) for miss in noise(100))
+
+
+def test_the_bare_detector_alarms_when_the_one_that_river_shows_does() -> None:
+    from river.drift import ADWIN
+
+    shown, bare = ADWIN(0.002), drift._adwin()
+    for miss in [*noise(500), *noise(2000, 1, 0.5)]:
+        shown.update(miss)
+        alarm = bare.update(miss)
+        assert alarm == shown.drift_detected
+        if alarm:
+            return
+    pytest.fail("neither alarmed")
+
+
+def test_a_drift_is_looked_for_without_the_whole_of_river() -> None:
+    program = "import sys; from lepton_ai.placement.drift import Drift; Drift().notices(1.0); print(len(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert int(found.stdout) < 300
