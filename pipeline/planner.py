@@ -140,13 +140,25 @@ class Planner:
         tolls = self._tolls
         problem = msgspec.structs.replace(problem, typical_s=tolls.typical_s, pressure=tolls.pressure, toll=tolls.toll)
         policy = self._policy(problem, is_deep)
-        if policy is not self._deep:
+        if policy is self._online:
             return policy.place(problem), policy.name
         started = self._clock()
-        plan = policy.place(problem)
-        ended = self._clock()
-        self._deep_at = ended + (_PART - 1) * (ended - started)
+        try:
+            plan = policy.place(problem)
+        except Exception:  # the next window would be claimed for nothing too, and the one after it
+            log.exception("policy_left_out", policy=policy.name)
+            self._leave_out(policy)
+            return self._online.place(problem), self._online.name
+        if policy is self._deep:
+            ended = self._clock()
+            self._deep_at = ended + (_PART - 1) * (ended - started)
         return plan, policy.name
+
+    def _leave_out(self, policy: Policy) -> None:
+        if policy is self._deep:
+            self._deep = None
+        else:
+            self._compiled = None
 
     def _look_at(self, cluster: Cluster) -> None:
         """Brings the tolls up to now; of other devices they are learned anew."""

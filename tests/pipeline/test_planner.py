@@ -38,6 +38,13 @@ class Mine:
         return planned(problem, np.zeros(problem.jobs, np.intp))
 
 
+class Failing:
+    name = "externality"
+
+    def place(self, problem: Problem) -> Plan:
+        raise ZeroDivisionError
+
+
 @pytest.fixture
 def cluster() -> Cluster:
     found = Cluster()
@@ -206,6 +213,33 @@ def test_the_deep_policy_rests_so_that_it_takes_a_part_of_the_time_only(
     assert not found.wants(DEEP, 10)
     clock[0] += 0.2
     assert found.wants(DEEP, 10)
+
+
+def test_a_deep_policy_that_fails_is_left_out_and_the_window_placed_as_ever(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = planner(deep_policy="earliest_finish")
+    found.wants(DEEP, 10)
+    loaded()
+    assert found.wants(DEEP, 10)
+
+    def fails(self: EarliestFinish, problem: Problem) -> Plan:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(EarliestFinish, "place", fails)
+    decision = found.decide([*jobs(4, ms=10), *jobs(4)], cluster, 0.0, is_deep=True)
+    assert (decision.policy, len(decision.plan.device)) == ("externality", 8)
+    assert not found.wants(DEEP, 10)
+
+
+def test_a_compiled_policy_that_fails_is_left_out_for_the_plain_one(cluster: Cluster) -> None:
+    found = planner()
+    window = jobs(400)
+    plain = found.decide(window, cluster, 0.0).plan
+    loaded()
+    found._compiled = Failing()
+    assert found.decide(window, cluster, 0.0).plan.device.tolist() == plain.device.tolist()
+    assert found._compiled is None
 
 
 def test_a_policy_of_ones_own_is_the_only_one(cluster: Cluster) -> None:
