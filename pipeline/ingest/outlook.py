@@ -77,4 +77,4 @@ def _read(told: Sequence[bytes | None]) -> list[Backlog]:
     for each in told:
         with suppress(msgspec.DecodeError):  # a worker's, which tells none, or another release's
             found.append(_BACKLOG.decode(each or b""))
-    return found
+    return [each for each in found if each.is_possible()]
