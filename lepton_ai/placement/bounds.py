@@ -17,7 +17,7 @@ from lepton_ai.errors import MissingPackage
 from lepton_ai.placement.prices import bound_s, clearing_prices
 from lepton_ai.placement.problem import Floats, Problem
 
-__all__ = ["Bound", "lower_bound"]
+__all__ = ["Bound", "longest_job_s", "lower_bound"]
 
 #: `auto` solves the linear program up to so many costs: above, where kernels tie, it takes seconds and gains 0.02 %.
 _LP_MOST = 100_000
@@ -40,7 +40,7 @@ def lower_bound(problem: Problem, method: Literal["lp", "dual", "auto"] = "auto"
     `auto` is the linear program where the problem is small enough and HiGHS is there, else the dual.
     """
     problem = problem.served()
-    alone = Bound(_longest_job_s(problem), "job")
+    alone = Bound(longest_job_s(problem), "job")
     if alone.seconds == 0:
         return alone
     if method == "lp" or (method == "auto" and problem.seconds.size <= _LP_MOST):
@@ -62,7 +62,7 @@ def _seconds(bound: Bound) -> float:
     return bound.seconds
 
 
-def _longest_job_s(problem: Problem) -> float:
+def longest_job_s(problem: Problem) -> float:
     """When the job that takes longest even where it ends soonest would end, if it were alone.
 
     Of the devices of a class the soonest ready and the one of most slots are taken for one.

@@ -22,13 +22,15 @@ from lepton_ai.placement.compiled import compiled
 from lepton_ai.placement.nearby import Nearby
 from lepton_ai.placement.problem import Floats, Indices
 
-__all__ = ["exchanged"]
+__all__ = ["LONG_SEARCH", "exchanged"]
 
 #: Without units. The first temperature is for one job a device, all of whose work is 1; with more jobs it falls as what
 #: one of them can change. Found on generated instances of Braun's law and on fleets of 512 to 10,000 jobs.
 _FIRST_TEMPERATURE, _COOLING = 2.5, 1 / 20
-#: What the square of lateness costs beside waste.
-_LATENESS = 600.0
+#: What the square of lateness costs beside waste. A search that is long, of so many steps a job, is made in turn with
+#: each of the second: where jobs are large beside what a device does, the less it costs the better, if there is time.
+_LATENESS, _LATENESS_IF_LONG = (600.0,), (150.0, 50.0, 15.0)
+LONG_SEARCH = 400
 #: Where the mark is between the bound, 0, and the best makespan so far, 1.
 _MARK = 0.8
 #: Jobs of the taker looked at for a second move.
@@ -53,6 +55,31 @@ def exchanged(
     `pair` is the plan to begin with, `load` [device] when each device is then done, `worth` [device] its part of the
     value of all. Stops at a plan that ends by `enough`, and takes fewer steps where all would not be done at `until_s`.
     """
+    found, soonest = pair, _ends(load, near.place[pair])
+    turns = _LATENESS_IF_LONG if steps >= LONG_SEARCH * pair.size else _LATENESS
+    for turn, lateness in enumerate(turns):
+        if soonest <= enough or now() >= until_s:
+            break
+        by_s = now() + (until_s - now()) / (len(turns) - turn)
+        tried, ends = _cooled(near, pair, load, worth, steps // len(turns), seed + turn, enough, by_s, now, lateness)
+        if ends < soonest:
+            found, soonest = tried, ends
+    return found, soonest
+
+
+def _cooled(
+    near: Nearby,
+    pair: Indices,
+    load: Floats,
+    worth: Floats,
+    steps: int,
+    seed: int,
+    enough: float,
+    until_s: float,
+    now: Callable[[], float],
+    lateness: float,
+) -> tuple[Indices, float]:
+    """As `exchanged`, at one cost of lateness."""
     jobs, devices = pair.size, load.size
     pair, load, best = pair.copy(), load.copy(), pair.copy()
     ends = _ends(load, near.place[pair])
@@ -69,7 +96,7 @@ def exchanged(
             break
         from_, to = (hot * _COOLING ** ((turn + more) / _LOOKS) for more in (0, 1))
         ends = _annealed(
-            near.first, near.job, near.place, near.waste, near.time, worth, pair, load, best, ends, enough, _LATENESS,
+            near.first, near.job, near.place, near.waste, near.time, worth, pair, load, best, ends, enough, lateness,
             from_, to, look, state,
         )  # fmt: skip
         done += look

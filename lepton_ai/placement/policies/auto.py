@@ -6,17 +6,19 @@ problem's size are looked at in either case, until a plan ends when a lower boun
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
+from lepton_ai.placement.bounds import longest_job_s
 from lepton_ai.placement.compiled import IS_COMPILED
 from lepton_ai.placement.policies import load
 from lepton_ai.placement.problem import Plan, Policy, Problem
 
 __all__ = ["Auto"]
 
-#: Costs up to which each of the simple ones is looked at: tenths of a second. The first always is.
-_SIMPLE = {"min_min": 1_000_000, "earliest_finish": 1_000_000, "sufferage": 300_000}
-#: As plain Python they take a hundred times as long.
+_SIMPLE = ("min_min", "earliest_finish", "sufferage")
+#: Jobs times devices up to which they are looked at: tens of milliseconds.
+_MOST = 300_000
+#: As plain Python they take up to a hundred times as long.
 _UNCOMPILED = 100
 _ENOUGH = 1 + 1e-9
 
@@ -24,8 +26,8 @@ _ENOUGH = 1 + 1e-9
 class Auto:
     """Never later than the best of `earliest_finish`, `min_min` and `sufferage`, up to some size.
 
-    That is 300,000 jobs times devices for `sufferage` and a million for the others; above, it is as `priced` says, and
-    without Numba (a hundredth of those sizes) what `earliest_finish` does.
+    That is 300,000 jobs times devices. Above, it is what `priced` does; without Numba, from a hundredth of that on,
+    what `earliest_finish` does.
     """
 
     name = "auto"
@@ -38,9 +40,12 @@ class Auto:
 
     def place(self, problem: Problem) -> Plan:
         best = None if self._search is None else self._search.place(problem)
-        ends_s = np.inf if best is None else best.makespan_s(problem)
-        bound_s = _bound_s(problem)
-        for policy in self._affordable(problem):
+        simple = self._affordable(problem)
+        if best is not None and not simple:
+            return best
+        ends_s = math.inf if best is None else best.makespan_s(problem)
+        bound_s = longest_job_s(problem)
+        for policy in simple:
             if ends_s <= bound_s * _ENOUGH:
                 break
             plan = policy.place(problem)
@@ -49,23 +54,7 @@ class Auto:
         return self._simple["earliest_finish"].place(problem) if best is None else best
 
     def _affordable(self, problem: Problem) -> list[Policy]:
-        costs = problem.jobs * problem.devices * (1 if IS_COMPILED else _UNCOMPILED)
+        if problem.jobs * problem.devices * (1 if IS_COMPILED else _UNCOMPILED) > _MOST:
+            return []
         # `priced` has looked at min-min.
-        skipped = {"min_min"} if self._search is not None else set()
-        return [self._simple[name] for name, most in _SIMPLE.items() if costs <= most and name not in skipped]
-
-
-def _bound_s(problem: Problem) -> float:
-    """When the job that takes longest even where it ends soonest would end, alone on the device.
-
-    In classes, the soonest ready and the one of most slots are taken for one device.
-    """
-    if not problem.jobs or not problem.devices:
-        return 0.0
-    columns = problem.seconds.shape[1]
-    column = np.arange(problem.devices) if problem.class_of is None else problem.class_of
-    ready, slots = np.full(columns, np.inf), np.ones(columns)
-    np.minimum.at(ready, column, problem.ready)
-    np.maximum.at(slots, column, problem.slots)
-    soonest = (problem.seconds / slots + ready).min(axis=1)
-    return float(soonest[np.isfinite(soonest)].max(initial=0.0))
+        return [policy for name, policy in self._simple.items() if self._search is None or name != "min_min"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lepton_ai.placement.compiled import IS_COMPILED, compiled
 from lepton_ai.placement.equilibrium import Equilibrium, Supply, equilibrium
-from lepton_ai.placement.exchange import exchanged
+from lepton_ai.placement.exchange import LONG_SEARCH, exchanged
 from lepton_ai.placement.filling import filled
 from lepton_ai.placement.nearby import Nearby, nearby
 from lepton_ai.placement.policies.min_min import MinMin
@@ -26,8 +26,9 @@ if not IS_COMPILED:
 
 __all__ = ["Priced"]
 
-#: Choices that waste more than this part of the mean job's work are left out; of very many jobs, more than the second.
-_WASTE, _WASTE_OF_MANY, _MANY = 0.5, 0.1, 200_000
+#: Choices that waste more than this part of the mean job's work are left out: if the search is long, and of very many
+#: jobs, the second and the third.
+_WASTE, _WASTE_IF_LONG, _WASTE_OF_MANY, _MANY = 0.5, 2.0, 0.1, 200_000
 #: What a step of the search takes, by which time becomes a number of steps; the second where the caches are too small.
 _STEP_S, _STEP_S_OF_MANY = 2e-7, 5e-7
 _CHOICES_IN_CACHE = 50_000
@@ -39,6 +40,8 @@ _STEPS_A_CHOICE = 2_000
 _MOST_CHOICES = 4_000_000
 #: Costs up to which min-min is always looked at; above, where the plan is further from its bound than this.
 _MOST_FOR_MIN_MIN, _FAR = 400_000, 0.01
+#: The part of a budget after which the clock ends a search: what comes then takes time as well.
+_PART = 0.9
 #: What min-min takes for each cost.
 _MIN_MIN_A_COST_S = 6e-8
 _ENOUGH = 1 + 1e-9
@@ -49,8 +52,8 @@ class Priced:
 
     The search is given what `budget_s` leaves when the size of the problem tells, not the clock: so a problem has one
     plan for a budget and a seed, on every machine of one instruction set. Only where the budget ends before the steps
-    do, because the core is slow or busy, does the clock shorten the search and the plan depend on it; a `now` that stands
-    still prevents that. What comes before the search is always done, also if it takes longer than the budget.
+    do, because the core is slow or busy, does the clock shorten the search and the plan depend on it; a `now` that
+    stands still prevents that. What comes before the search is always done, also if it takes longer than the budget.
 
     Min-min sorts all costs, which for many takes longer than all else here. Above 400,000 costs it is looked at only
     where the plan is 1 % or more above its bound: on so many jobs min-min was 5 % above and more wherever devices
@@ -67,7 +70,7 @@ class Priced:
         self.now = now
 
     def place(self, problem: Problem) -> Plan:
-        until_s = self.now() + self.budget_s - _MIN_MIN_A_COST_S * min(problem.seconds.size, _MOST_FOR_MIN_MIN)
+        until_s = self.now() + _PART * self.budget_s - _MIN_MIN_A_COST_S * min(problem.seconds.size, _MOST_FOR_MIN_MIN)
         seconds, column = _columns_with_devices(problem)
         ready, slots = problem.ready.astype(np.float64), problem.slots.astype(np.float64)
         device = np.full(problem.jobs, UNPLACED, np.intp)
@@ -84,10 +87,12 @@ class Priced:
         market = equilibrium(seconds, Supply(ready, slots, column, seconds.shape[1]))
         if market.bound_s <= 0:
             return MinMin().place(problem).device
+        steps_s = 0.8 * (self.budget_s - _BEFORE_S - _BEFORE_A_COST_S * seconds.size)
         waste = _WASTE if len(seconds) < _MANY else _WASTE_OF_MANY
+        if steps_s > 2 * LONG_SEARCH * _STEP_S * len(seconds):
+            waste = _WASTE_IF_LONG
         near = nearby(seconds, market.most, market.prices, market.bound_s, waste / len(seconds))
         device, ends = _filled(near, market, ready / market.bound_s, slots, column)
-        steps_s = 0.8 * (self.budget_s - _BEFORE_S - _BEFORE_A_COST_S * seconds.size)
         usable = np.flatnonzero(ready < ends * market.bound_s)
         choices = int(np.bincount(column[usable], minlength=seconds.shape[1])[near.place].sum())
         if ends > _ENOUGH and steps_s > 0 and choices <= _MOST_CHOICES:
