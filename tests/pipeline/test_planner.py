@@ -161,6 +161,19 @@ def test_a_router_of_small_windows_loads_no_numba() -> None:
     assert found.stdout == "False\n"
 
 
+def test_all_of_the_deep_policy_is_compiled_before_it_is_asked() -> None:
+    """Its search takes seconds to compile, in which a router would lose its lease."""
+    program = (
+        "import threading; from pipeline.planner import DEEP, Planner; from lepton_ai.settings import Settings;"
+        "from lepton_ai.placement.costs import CostModel;"
+        "Planner(Settings(), CostModel()).wants(DEEP, 1);"
+        "[each.join() for each in threading.enumerate() if each.name == 'compile'];"
+        "from lepton_ai.placement import exchange; print(len(exchange._annealed.signatures))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout.splitlines()[-1] == "1"
+
+
 def test_the_deep_policy_is_asked_where_jobs_of_several_kinds_wait_for_room(cluster: Cluster) -> None:
     found = planner(deep_policy="earliest_finish")
     mixed = [*jobs(4, ms=10), *jobs(4, ms=100)]
