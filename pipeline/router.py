@@ -212,8 +212,8 @@ class _Session:
         """Takes the answer of the wake connection. A message that is alone goes from the wake claim to its device."""
         woken = self._broker.woke(self._wake)
         self._hear_peers()
-        devices = self._cluster.devices
-        is_free = woken.is_all and not len(self._window) and all(map(self._credit.has_room, devices))
+        usable = [device for device in self._cluster.devices if device.share > 0]
+        is_free = woken.is_all and not len(self._window) and all(map(self._credit.has_room, usable))
         if woken.message is not None and is_free:
             found = self._seen([woken.message])
             if self._stays_whole(found[0][1]):

@@ -2168,3 +2168,22 @@ def test_a_lone_job_whose_device_another_router_has_just_filled_waits_in_the_win
     connection.call("XADD", topology.EVENTS, "*", "e", event.encode(ended))
     assert worker.serve(2) == [ours, next_one]
     assert connection.call("KEYS", topology.claim("*", WAKE)) == []
+
+
+def test_a_device_beyond_its_limits_does_not_cost_jobs_for_the_others_their_short_way(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker, hot = add_worker("cpu"), add_worker("gpu")
+    start_router()
+    lane.wait_for_routers(1)
+    hot.beat(share=0.0, reason="hot")
+    lane.send()  # which is the first on its device: that is noted in another way
+    lane.wait_for("job.placed", 1)
+    connection.call("CONFIG", "RESETSTAT")
+    (sent,) = lane.send()
+    assert lane.wait_for("job.placed", 1) == [sent]
+    assert b"cmdstat_fcall:" not in connection.call("INFO", "commandstats")
+    (pinned,) = lane.send(device="gpu")
+    assert lane.wait_for("job.parked", 1) == [pinned]
+    assert connection.call("KEYS", topology.claim("*", WAKE)) == []
+    assert len(worker.serve(2)) == 2
