@@ -89,6 +89,10 @@ class ResourceState(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str = ""
     """Why that is less than all of it."""
 
+    def is_possible(self) -> bool:
+        """Whether a device could be so: what follows from these two goes into every decision."""
+        return 0 <= self.share <= 1 and 0 < self.speed < math.inf
+
 
 class Announcement(msgspec.Struct, frozen=True):
     """A worker, warm and ready: what it serves and what it can run. It stands in the worker's lease."""

@@ -19,6 +19,8 @@ __all__ = ["Cluster", "ServedDevice"]
 _FORGET_S = 30.0
 #: So many jobs are remembered at most, the newest: far more than all devices' credit, unless their ends are not told.
 _MOST_OUTSTANDING = 1_000_000
+#: No job is taken to need longer (30 years), whatever sizes it declares: of larger numbers the sums lose the others.
+_LONGEST_S = 1e9
 #: What another's job is taken to cost where we have none of our own to go by.
 _FOREIGN_S = 1e-3
 
@@ -112,8 +114,8 @@ class Cluster:
         return True
 
     def heard(self, worker: str, state: ResourceState) -> None:
-        """A worker, by its incarnation, has told of its state."""
-        if (announced := self._workers.get(worker)) is None:
+        """A worker, by its incarnation, has told of its state; what is none counts for nothing."""
+        if (announced := self._workers.get(worker)) is None or not state.is_possible():
             return
         self._states[worker] = state
         found = list(self.devices)
@@ -151,6 +153,7 @@ class Cluster:
             self.finished(job)
         elif len(self._outstanding) >= _MOST_OUTSTANDING:
             self.finished(next(iter(self._outstanding)))
+        seconds = min(seconds, _LONGEST_S)
         self._outstanding[job] = _Outstanding(device, seconds, time.monotonic(), share)
         load = self._loads[device]
         load.seconds += seconds

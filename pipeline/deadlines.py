@@ -7,6 +7,7 @@ to whichever device, so each is reckoned as a job of the usual length that all d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -41,6 +42,11 @@ class Backlog(msgspec.Struct, frozen=True):
     """Jobs that no device was given yet, by the list of a lane that they come by, the most urgent first."""
     typical_s: float = 0.0
     """What such a job takes on the device best for it, on the mean."""
+
+    def is_possible(self) -> bool:
+        """Whether a router of this release could have told this."""
+        numbers = (self.typical_s, *self.seconds.values(), *self.waiting)
+        return len(self.waiting) == len(_LISTS) and all(0 <= each < math.inf for each in numbers)
 
     def shared_s(self, devices: Iterable[ServedDevice], urgency: int) -> float:
         """How long all devices together take for the jobs that wait and are at least as urgent."""

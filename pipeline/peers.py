@@ -49,7 +49,7 @@ class Peers:
             self._alive.add(seen.source)
         elif seen.type == "job.placed" and seen.device is not None:
             self._alive.add(seen.source)
-            share = _number(seen.data.get("messages"), len(seen.jobs)) / max(1, len(seen.jobs))
+            share = min(1.0, _number(seen.data.get("messages"), len(seen.jobs)) / max(1, len(seen.jobs)))
             seconds = seen.data.get("seconds")
             for job, need_s in zip(seen.jobs, seconds if isinstance(seconds, list) else (), strict=False):
                 self._cluster.dispatched(job, seen.device, _number(need_s, 0.0), share)

@@ -140,13 +140,25 @@ class Planner:
         tolls = self._tolls
         problem = msgspec.structs.replace(problem, typical_s=tolls.typical_s, pressure=tolls.pressure, toll=tolls.toll)
         policy = self._policy(problem, is_deep)
-        if policy is not self._deep:
+        if policy is self._online:
             return policy.place(problem), policy.name
         started = self._clock()
-        plan = policy.place(problem)
-        ended = self._clock()
-        self._deep_at = ended + (_PART - 1) * (ended - started)
+        try:
+            plan = policy.place(problem)
+        except Exception:  # the next window would be claimed for nothing too, and the one after it
+            log.exception("policy_left_out", policy=policy.name)
+            self._leave_out(policy)
+            return self._online.place(problem), self._online.name
+        if policy is self._deep:
+            ended = self._clock()
+            self._deep_at = ended + (_PART - 1) * (ended - started)
         return plan, policy.name
+
+    def _leave_out(self, policy: Policy) -> None:
+        if policy is self._deep:
+            self._deep = None
+        else:
+            self._compiled = None
 
     def _look_at(self, cluster: Cluster) -> None:
         """Brings the tolls up to now; of other devices they are learned anew."""
@@ -206,7 +218,8 @@ class Planner:
         for name in wanted:
             try:
                 policy = policies.load(name)
-                policy.place(Problem(np.ones((DEEP, 2)), np.zeros(2), np.ones(2)))
+                for _ in range(3):  # what comes last has no time left while a call compiles
+                    policy.place(_uneven())
             except Exception as error:  # noqa: BLE001 - without it goes on as it does
                 log.warning("policy_left_out", policy=name, reason=str(error))
                 continue
@@ -227,6 +240,12 @@ class Planner:
             changed["tail"] = pricing.tail()
             return in_time(msgspec.structs.replace(problem, **changed))
         return msgspec.structs.replace(problem, **changed) if changed else problem
+
+
+def _uneven() -> Problem:
+    """One of which no plan is proven to be the best, so that a policy takes every step that it has."""
+    costs = 1 + np.modf(np.arange(2.0 * DEEP) * math.sqrt(2))[0]
+    return Problem(costs.reshape(DEEP, 2), np.zeros(2), np.ones(2))
 
 
 def _plain(name: str) -> Policy:

@@ -70,9 +70,10 @@ class Regret:
         added = {"jobs": 1.0, "real_s": real_s, "regret_s": max(0.0, real_s - watched.other_s)}
         if launch is not None and launch.jobs > 0 and (best_s := self._best_other_s(launch)) is not None:
             here_s = (launch.transfer_s + launch.run_s) / launch.jobs
-            added["hindsight_s"] = max(0.0, here_s - best_s)
             ratio = here_s / best_s
-            added |= {"ratios": ratio, f"ratio_{next(most for most in RATIOS if ratio <= most):g}": 1.0}
+            if 0 <= ratio < math.inf:  # an event may say anything
+                added |= {"hindsight_s": max(0.0, here_s - best_s), "ratios": ratio}
+                added[f"ratio_{next(most for most in RATIOS if ratio <= most):g}"] = 1.0
         for name, value in added.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 

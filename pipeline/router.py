@@ -211,15 +211,18 @@ class _Session:
     def _wake_up(self) -> None:
         """Takes the answer of the wake connection. A message that is alone goes from the wake claim to its device."""
         woken = self._broker.woke(self._wake)
-        devices = self._cluster.devices
-        is_free = woken.is_all and not len(self._window) and all(map(self._credit.has_room, devices))
+        self._hear_peers()
+        usable = [device for device in self._cluster.devices if device.share > 0]
+        is_free = woken.is_all and not len(self._window) and all(map(self._credit.has_room, usable))
         if woken.message is not None and is_free:
             found = self._seen([woken.message])
             if self._stays_whole(found[0][1]):
                 claim = self._window.wake_claim()
                 self._window.hold(claim, [woken.message])
                 self._admit(claim, found, may_split=False)
-                self._place()
+                # No peer is heard now: the device that had room must have it still, for nothing may wait in this claim.
+                if len(self._window):
+                    self._step(_STEP)
                 return
         self._claim(woken=woken.message is not None)
 
@@ -340,8 +343,7 @@ class _Session:
     def _place(self) -> None:
         """Places jobs, most urgent first, until no device has room for more."""
         while len(self._window):
-            if self._peers:
-                self._fold(self._events.catch_up(self._main))
+            self._hear_peers()
             room = self._credit.jobs()
             is_deep = self._planner.wants(len(self._window), room)
             count = _STEP if is_deep else min(_STEP, room) or _STEP
@@ -352,6 +354,11 @@ class _Session:
             if not left or (left < jobs and count == _STEP):
                 break
         self._more |= self._full and self._window.room > 0
+
+    def _hear_peers(self) -> None:
+        """Folds in what other routers have given to devices up to now, where there are others."""
+        if self._peers:
+            self._fold(self._events.catch_up(self._main))
 
     def _step(self, count: int, *, is_deep: bool = False) -> tuple[int, int]:
         """Looks at so many jobs and dispatches what has room; returns how many it looked at, and how many have left."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
@@ -91,6 +92,8 @@ class Window:
         """The jobs of each line by their order, the oldest first."""
         self._order = itertools.count()
         self._count = 0
+        self._waiting: Counter[int] = Counter()
+        """The jobs by their urgency."""
 
     def __len__(self) -> int:
         return self._count
@@ -151,15 +154,13 @@ class Window:
         job = ClaimedJob(ids, kernel, options, message, claim, order, line, deadline_at)
         self._lines.setdefault(line, {})[order] = job
         self._count += len(ids)
+        self._waiting[options.urgency] += len(ids)
         self._mean_jobs += _WEIGHT * (len(ids) - self._mean_jobs)
         return job
 
     def waiting(self) -> dict[int, int]:
-        """How many messages wait, by their urgency."""
-        found: dict[int, int] = {}
-        for (urgency, _, _), line in self._lines.items():
-            found[urgency] = found.get(urgency, 0) + len(line)
-        return found
+        """How many jobs wait, by their urgency."""
+        return +self._waiting
 
     def expired(self, now: float) -> list[ClaimedJob]:
         """The jobs whose deadline has passed."""
@@ -203,6 +204,7 @@ class Window:
             if not line:
                 del self._lines[job.line]
             self._count -= len(job.ids)
+            self._waiting[job.options.urgency] -= len(job.ids)
 
     def exchange(self, claim: Claim, parts: Mapping[int, Sequence[bytes]]) -> None:
         """Messages of a claim, by their `id()`, have become others."""

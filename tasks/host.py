@@ -97,7 +97,7 @@ class Contention:
             return max(_SLOWEST, ran / (ran + max(0, waited)))
         if others <= (1 - _IDLE) * processors:
             return 1.0
-        return processors / (1 + max(others, _wanting() * processors))
+        return min(1.0, max(_SLOWEST, processors / (1 + max(others, _wanting() * processors))))
 
     def _read(self, thread: int) -> tuple[int, int]:
         """Nanoseconds that a thread has run, and has waited to (Linux, Documentation/scheduler/sched-stats.rst)."""

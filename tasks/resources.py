@@ -6,10 +6,10 @@ import time
 
 from lepton_ai.device import Announcement, DeviceState, ResourceState
 from lepton_ai.settings import Settings
-from tasks.driver import Telling
+from tasks.driver import Telling, cores
 from tasks.host import Contention, Memory, Network, Processors, Traffic, Usage
 from tasks.nvml import gpu_state
-from tasks.sensors import Sensor, SlowSensor
+from tasks.sensors import Sensor, SlowSensor, opened
 from tasks.share import Judge
 from tasks.slots import Slots
 
@@ -24,11 +24,11 @@ class Resources:
     def __init__(self, settings: Settings, announcement: Announcement, slots: Slots) -> None:
         self._slots = slots
         self._judge = Judge(settings)
-        self._processors = Sensor("processors", (counted := Processors()).read)
-        self.processors = counted.count
+        self._processors = Sensor("processors", opened(Processors))
+        self.processors = cores()
         self._contention = Contention()
         self._memory = Sensor("memory", Memory.read)
-        self._network = Sensor("network", Network().read)
+        self._network = Sensor("network", opened(Network))
         self._device = _device_sensor(slots.driver, announcement.kind, settings.lease_s)
         #: What computes on the host's processors shares them with everybody.
         self._uses_processors = announcement.kind == "cpu" or announcement.emulated

@@ -5,15 +5,35 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from contextlib import suppress
+from typing import Generic, Protocol, TypeVar
 
 import structlog
 
-__all__ = ["Sensor", "SlowSensor"]
+__all__ = ["Sensor", "SlowSensor", "opened"]
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 log = structlog.get_logger()
+
+
+class _Reading(Protocol[T_co]):
+    def read(self) -> T_co: ...
+
+
+def opened(kind: Callable[[], _Reading[T]]) -> Callable[[], T]:
+    """The reading of something that counts from when it is made: now, or by the first reading for which that works."""
+    found: list[_Reading[T]] = []
+
+    def read() -> T:
+        if not found:
+            found.append(kind())
+        return found[0].read()
+
+    with suppress(Exception):  # the first reading tells why
+        found.append(kind())
+    return read
 
 
 class Sensor(Generic[T]):

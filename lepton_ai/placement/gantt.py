@@ -58,7 +58,8 @@ def _lane(resource: str, slot: int, slots: int) -> str:
 def table(schedule: Schedule) -> str:
     """HTML that stands by itself, with nothing of a task's or resource's name taken for markup."""
     bars = {bar.task: bar for bar in schedule.bars()}
-    whole_s = schedule.makespan_s
+    makespan_s = schedule.makespan_s
+    whole_s = makespan_s or 1.0  # tasks may be too short for any number
     rows = []
     for task in schedule.tasks():
         why = escape(schedule.explain(task).reason)
@@ -70,7 +71,7 @@ def table(schedule: Schedule) -> str:
                 f"<td>{bar.end_s:.3g} s</td><td>{_drawn(bar.start_s / whole_s, bar.end_s / whole_s)}</td>"
             )
         rows.append(f"<tr><td>{escape(task)}</td>{cells}<td>{why}</td></tr>")
-    caption = f"policy {escape(schedule.policy)}, makespan {whole_s:.3g} s, at least {schedule.lower_bound_s:.3g} s"
+    caption = f"policy {escape(schedule.policy)}, makespan {makespan_s:.3g} s, at least {schedule.lower_bound_s:.3g} s"
     return f"<table><caption>{caption}</caption><thead>{_HEAD}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 

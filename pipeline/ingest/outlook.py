@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,15 +35,20 @@ class Outlook:
         self._read_at = -_FRESH_S
         self._cluster = Cluster()
         self._model = CostModel()
+        self._learned: bytes | None = None
+        """The snapshot that the model was made of."""
         self._backlog = Backlog()
+        self._looking = asyncio.Lock()
 
     async def unattainable(self, kernel: str, terms: Terms, before: int) -> DeadlineUnattainable | None:
         """Why a job cannot end by its deadline that comes now, behind so many of its request; None where it can.
 
         BrokerUnavailable where the broker does not answer.
         """
-        if time.monotonic() >= self._read_at + _FRESH_S:
-            await self._look()
+        async with self._looking:  # whoever comes meanwhile goes by what the first has found
+            if time.monotonic() >= self._read_at + _FRESH_S:
+                await self._look()
+        await asyncio.sleep(0)  # of thousands of jobs in one request, each takes half a millisecond from everybody
         left_s, due_in_s = terms.deadline_s or 0.0, terms.delay_s or 0.0
         backlog = self._backlog.behind(before, terms.options.urgency)
         return unattainable(kernel, terms.options, left_s, backlog, self._cluster, self._model, due_in_s=due_in_s)
@@ -65,8 +71,11 @@ class Outlook:
         for each in found:
             if each.state is not None:
                 self._cluster.heard(each.incarnation, each.state)
-        self._model = CostModel()
-        self._model.restore(learned)
+        if learned != self._learned:
+            # A large fleet's is read in most of a second, and written anew every ten.
+            model = CostModel()
+            await asyncio.to_thread(model.restore, learned)
+            self._model, self._learned = model, learned
         lists = len(topology.lane_lists())
         self._backlog = combined(_read(told), [sum(lengths[number::lists]) for number in range(lists)])
         self._read_at = time.monotonic()
@@ -77,4 +86,4 @@ def _read(told: Sequence[bytes | None]) -> list[Backlog]:
     for each in told:
         with suppress(msgspec.DecodeError):  # a worker's, which tells none, or another release's
             found.append(_BACKLOG.decode(each or b""))
-    return found
+    return [each for each in found if each.is_possible()]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -233,6 +235,17 @@ def test_the_state_of_a_worker_that_nobody_has_announced_changes_nothing() -> No
     assert (found.share("cpu"), found.speed_of("2")) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("share", "speed"),
+    [(math.nan, 1.0), (math.inf, 1.0), (2.0, 1.0), (-1.0, 1.0), (0.5, 0.0), (0.5, -1.0), (0.5, math.nan)],
+)
+def test_a_state_that_no_device_can_be_in_changes_nothing(share: float, speed: float) -> None:
+    found = cluster(worker("1", "cpu"))
+    found.heard("1", state(0.25, "hot", 0.5))
+    found.heard("1", state(share, "", speed))
+    assert (found.share("cpu"), found.speed_of("1"), found.devices[0].reason) == (0.25, 0.5, "hot")
+
+
 def test_a_worker_has_the_speed_that_it_told_last() -> None:
     found = cluster(worker("1", "cpu"), worker("2", "cpu"))
     found.heard("1", state(speed=0.5))
@@ -252,6 +265,17 @@ def test_share_and_speed_stay_between_the_least_and_the_most_of_the_workers(
     assert min(shares) - 1e-9 <= device.share <= max(shares) + 1e-9
     assert min(speeds) - 1e-9 <= device.speed <= max(speeds) + 1e-9
     assert (device.share == 0) == (max(shares) == 0)
+
+
+def test_a_job_that_declares_an_absurd_size_leaves_nothing_behind_when_it_has_ended() -> None:
+    found = cluster(worker("1", "cpu"))
+    found.dispatched("small", "cpu", 1e-3)
+    for job in "abc":
+        found.dispatched(job, "cpu", 1e308)
+    assert found.outstanding_s("cpu") < math.inf
+    for job in "abc":
+        found.finished(job)
+    assert found.outstanding_s("cpu") == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_jobs_whose_ends_are_never_told_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

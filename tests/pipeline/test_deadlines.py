@@ -207,6 +207,21 @@ def test_without_a_router_only_the_lanes_are_known() -> None:
     assert combined([], [0, 4, 0, 0, 0]) == Backlog({}, (0, 4, 0, 0, 0), 0.0)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        Backlog(waiting=(1, 2)),
+        Backlog(waiting=(1, 0, 0, 0, -1)),
+        Backlog({"cpu": math.nan}),
+        Backlog({"cpu": -1.0}),
+        Backlog(typical_s=math.inf),
+    ],
+)
+def test_what_no_router_of_this_release_could_have_told_is_seen(told: Backlog) -> None:
+    assert not told.is_possible()
+    assert NOTHING.is_possible()
+
+
 def test_jobs_of_one_request_wait_behind_one_another() -> None:
     assert NOTHING.behind(3, 9) == Backlog(waiting=(3, 0, 0, 0, 0))
 

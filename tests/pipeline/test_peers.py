@@ -56,6 +56,15 @@ def test_the_messages_of_anothers_bundles_are_not_taken_for_more_of_others(peers
     assert cluster.outstanding_jobs("cpu") == 8
 
 
+@pytest.mark.parametrize("messages", [2**62, -1, float("nan"), "many", None])
+def test_nobody_is_taken_to_have_given_a_device_more_messages_than_jobs(
+    peers: Peers, cluster: Cluster, messages: Any
+) -> None:
+    peers.heard(placed("a", "b", messages=messages))
+    cluster.reconcile("cpu", 3)
+    assert cluster.outstanding_jobs("cpu") == 3
+
+
 def test_there_are_others_from_the_first_word_until_they_leave_or_their_lease_lapses(peers: Peers) -> None:
     assert not peers
     peers.heard(Event("router.online", "router-other"))

@@ -38,6 +38,13 @@ class Mine:
         return planned(problem, np.zeros(problem.jobs, np.intp))
 
 
+class Failing:
+    name = "externality"
+
+    def place(self, problem: Problem) -> Plan:
+        raise ZeroDivisionError
+
+
 @pytest.fixture
 def cluster() -> Cluster:
     found = Cluster()
@@ -154,6 +161,19 @@ def test_a_router_of_small_windows_loads_no_numba() -> None:
     assert found.stdout == "False\n"
 
 
+def test_all_of_the_deep_policy_is_compiled_before_it_is_asked() -> None:
+    """Its search takes seconds to compile, in which a router would lose its lease."""
+    program = (
+        "import threading; from pipeline.planner import DEEP, Planner; from lepton_ai.settings import Settings;"
+        "from lepton_ai.placement.costs import CostModel;"
+        "Planner(Settings(), CostModel()).wants(DEEP, 1);"
+        "[each.join() for each in threading.enumerate() if each.name == 'compile'];"
+        "from lepton_ai.placement import exchange; print(len(exchange._annealed.signatures))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout.splitlines()[-1] == "1"
+
+
 def test_the_deep_policy_is_asked_where_jobs_of_several_kinds_wait_for_room(cluster: Cluster) -> None:
     found = planner(deep_policy="earliest_finish")
     mixed = [*jobs(4, ms=10), *jobs(4, ms=100)]
@@ -206,6 +226,33 @@ def test_the_deep_policy_rests_so_that_it_takes_a_part_of_the_time_only(
     assert not found.wants(DEEP, 10)
     clock[0] += 0.2
     assert found.wants(DEEP, 10)
+
+
+def test_a_deep_policy_that_fails_is_left_out_and_the_window_placed_as_ever(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = planner(deep_policy="earliest_finish")
+    found.wants(DEEP, 10)
+    loaded()
+    assert found.wants(DEEP, 10)
+
+    def fails(self: EarliestFinish, problem: Problem) -> Plan:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(EarliestFinish, "place", fails)
+    decision = found.decide([*jobs(4, ms=10), *jobs(4)], cluster, 0.0, is_deep=True)
+    assert (decision.policy, len(decision.plan.device)) == ("externality", 8)
+    assert not found.wants(DEEP, 10)
+
+
+def test_a_compiled_policy_that_fails_is_left_out_for_the_plain_one(cluster: Cluster) -> None:
+    found = planner()
+    window = jobs(400)
+    plain = found.decide(window, cluster, 0.0).plan
+    loaded()
+    found._compiled = Failing()
+    assert found.decide(window, cluster, 0.0).plan.device.tolist() == plain.device.tolist()
+    assert found._compiled is None
 
 
 def test_a_policy_of_ones_own_is_the_only_one(cluster: Cluster) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from lepton_ai.device import Announcement, Peaks
@@ -90,3 +92,10 @@ def test_so_many_jobs_are_watched_and_no_more(regret: Regret, monkeypatch: pytes
     for job in "abc":
         regret.ended(succeeded(job))
     assert told(regret)["jobs"] == 2.0
+
+
+@pytest.mark.parametrize("run_s", [math.nan, math.inf, -1.0])
+def test_a_launch_that_cannot_have_been_is_held_against_nothing(regret: Regret, run_s: float) -> None:
+    regret.watch("a", 0, [0.0, 0.0], [1.0, 1.0])
+    regret.ended(succeeded("a", run_s))
+    assert told(regret) == {"jobs": 1.0}

@@ -2140,3 +2140,50 @@ def test_a_bundle_that_is_alone_and_has_to_be_split_leaves_the_wake_claim_to_the
     lane.send(3)
     assert len(worker.serve(8)) == 8
     assert sizes(connection)["difference"] == 0
+
+
+def test_a_lone_job_whose_device_another_router_has_just_filled_waits_in_the_window(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    """Not in the wake claim: the next to be woken by would be taken for it."""
+    worker = add_worker()
+    start_router()
+    lane.wait_for_routers(1)
+    connection.call("XADD", topology.EVENTS, "*", "e", event.encode(Event("router.online", "router-other")))
+    lane.settle()
+    theirs, (ours, next_one) = new_ids(600), new_ids(2)
+    placed = Event("job.placed", "router-other", device="cpu", jobs=tuple(theirs), data={"seconds": [1.0] * 600})
+    connection.many(
+        [
+            ("MULTI",),
+            ("XADD", topology.EVENTS, "*", "e", event.encode(placed)),
+            ("LPUSH", topology.LANE, lane.message(ours)),
+            ("EXEC",),
+        ]
+    )
+    until(lambda: waiting_anywhere(connection) == 1 and connection.call("LLEN", topology.LANE) == 0, "it is claimed")
+    lane.push([lane.message(next_one)])
+    until(lambda: waiting_anywhere(connection) == 2 and connection.call("LLEN", topology.LANE) == 0, "it is claimed")
+    ended = Event("job.succeeded", "worker-other", "test.spin", "cpu", tuple(theirs))
+    connection.call("XADD", topology.EVENTS, "*", "e", event.encode(ended))
+    assert worker.serve(2) == [ours, next_one]
+    assert connection.call("KEYS", topology.claim("*", WAKE)) == []
+
+
+def test_a_device_beyond_its_limits_does_not_cost_jobs_for_the_others_their_short_way(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    worker, hot = add_worker("cpu"), add_worker("gpu")
+    start_router()
+    lane.wait_for_routers(1)
+    hot.beat(share=0.0, reason="hot")
+    lane.send()  # which is the first on its device: that is noted in another way
+    lane.wait_for("job.placed", 1)
+    connection.call("CONFIG", "RESETSTAT")
+    (sent,) = lane.send()
+    assert lane.wait_for("job.placed", 1) == [sent]
+    assert b"cmdstat_fcall:" not in connection.call("INFO", "commandstats")
+    (pinned,) = lane.send(device="gpu")
+    assert lane.wait_for("job.parked", 1) == [pinned]
+    assert connection.call("KEYS", topology.claim("*", WAKE)) == []
+    assert len(worker.serve(2)) == 2

@@ -210,5 +210,7 @@ def test_what_waits_is_told_by_its_urgency() -> None:
         window.add(("x",), kernel, Options(priority=priority), b"", claim) for kernel in "ab" for priority in (9, 1)
     ]
     assert window.waiting() == {9: 2, 1: 2}
-    window.remove(jobs[:1])
+    bundle = window.add(("x", "y", "z"), "a", Options(priority=1), b"", claim)
+    assert window.waiting() == {9: 2, 1: 5}
+    window.remove([jobs[0], bundle])
     assert window.waiting() == {9: 1, 1: 2}

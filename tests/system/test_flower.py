@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import numpy as np
 import pytest
 from celery import Celery
@@ -209,10 +208,10 @@ def gated(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Itera
     place = tmp_path_factory.mktemp("gated")
     path = os.pathsep.join([str(KERNELS), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEPTON_CREDIT_S", "0.000001")
         for name, value in (("LEPTON_KERNELS", "gated_kernels"), ("TEST_GATE", str(place)), ("PYTHONPATH", path)):
             patch.setenv(name, value)
-        short = msgspec.structs.replace(settings, credit_s=1e-6)
-        with run_fleet(short, {DEVICE: 1}, print) as fleet, flower_on(fleet.broker_url, place / "log") as flower:
+        with run_fleet(settings, {DEVICE: 1}, print) as fleet, flower_on(fleet.broker_url, place / "log") as flower:
             with Client(fleet.broker_url) as client:
 
                 def is_shown() -> bool:

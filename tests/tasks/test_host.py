@@ -76,6 +76,14 @@ def test_where_more_threads_want_a_processor_than_there_are_each_gets_less(tmp_p
     assert Contention(tmp_path).speed([], 4, 3.0) == 1.0  # that was a minute ago: now some are idle
 
 
+def test_of_many_processors_that_are_not_all_taken_a_thread_has_no_more_than_one(
+    tmp_path: Path, load: list[float]
+) -> None:
+    assert Contention(tmp_path).speed([], 64, 60.0) == 1.0
+    load[0] = 1e4
+    assert Contention(tmp_path).speed([], 2, 2.0) == pytest.approx(0.05)
+
+
 def test_a_thread_that_is_new_counts_from_when_it_was_first_seen(scheduler: Scheduler) -> None:
     contention = Contention(scheduler.folder)
     scheduler.says(1, 1000, 9000)

@@ -24,6 +24,7 @@ def slots() -> Any:
 @pytest.fixture(autouse=True)
 def _two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.host.cores", lambda: 2)
+    monkeypatch.setattr("tasks.resources.cores", lambda: 2)
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
@@ -71,6 +72,19 @@ def test_a_gpu_whose_driver_has_no_sensors_is_asked_by_nvml(slots: Any, monkeypa
     while (found := resources.read()).device is None:
         assert time.monotonic() < deadline
     assert found.device == told
+
+
+def test_where_the_system_tells_nothing_the_worker_is_there_all_the_same(
+    slots: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise PermissionError
+
+    for name in ("cpu_percent", "net_io_counters", "virtual_memory"):
+        monkeypatch.setattr(f"psutil.{name}", refused)
+    found = Resources(Settings(), CPU, slots).read()
+    assert (found.host_cpu, found.memory_total_bytes, found.network_bytes_per_s) == (0.0, 0, 0.0)
+    assert (found.share, found.speed) == (1.0, 1.0)
 
 
 def test_reading_is_cheap(slots: Any) -> None:

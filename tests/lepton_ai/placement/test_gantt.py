@@ -29,6 +29,12 @@ def test_the_table_has_a_row_a_task_and_takes_no_name_for_markup() -> None:
     assert "policy earliest_finish, makespan 1 s, at least 1 s" in html
 
 
+def test_tasks_too_short_for_any_number_are_shown_all_the_same() -> None:
+    shortest = Demand.read("a", {"priority": 1, "seconds": 5e-324, "size": 0.1})
+    found = Schedule([Supply.read("CPU", {"used": 0, "total": 1})], [shortest], policies.load("earliest_finish"))
+    assert "makespan 0 s" in gantt.table(found)
+
+
 def test_the_chart_has_a_bar_a_placed_task_and_a_row_a_slot() -> None:
     pytest.importorskip("altair", reason="the chart needs the extra plot")
     found = gantt.chart(schedule()).to_dict()
