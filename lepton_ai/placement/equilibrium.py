@@ -17,28 +17,29 @@ from lepton_ai.placement.compiled import compiled
 from lepton_ai.placement.prices import sums
 from lepton_ai.placement.problem import Floats, Indices
 
-__all__ = ["Equilibrium", "Supply", "equilibrium"]
+__all__ = ["Equilibrium", "Supply", "equilibrium", "power_of_two"]
 
-#: Sharpness of each stage: each twice the one before. The coarse ones look at a sample of the jobs.
-_COARSE = (8.0, 16.0, 32.0)
-_FINE = (64.0, 128.0, 256.0)
-#: The fine ones look at so many; what more there are only take part in the last steps.
-_MANY, _LAST_STEPS = 25_000, 2
-_SAMPLE, _SAMPLE_A_COLUMN = 512, 32
+#: Each stage: the sharpness is 2 to this power; jobs looked at for each column, evenly chosen.
+_COARSE = ((3, 16), (4, 16), (5, 16))
+_FINE = ((6, 32), (7, 32))
+#: The sharpest comes last, at first for so many jobs, then for all.
+_LAST, _MANY = 8, 25_000
+#: Fewest jobs that a stage looks at, if there are as many; times that it looks at them, at most, and at all of very
+#: many.
+_SAMPLE = 512
+_STEPS, _STEPS_OF_ALL = 12, 3
+#: A stage ends where what is asked for is so far off what there is, in value; the last ones where it is the second.
+_OFF, _LAST_OFF = 0.03, 0.005
 #: Jobs that choose among more columns than that are alike enough that so many of them tell how the prices of the
 #: columns change what is asked for.
 _FEW = 8
 _SLOPES, _SLOPES_A_COLUMN = 256, 16
-#: Newton steps of a stage at most.
-_STEPS = 12
-#: Of the slope of a price alone: what is added to it.
-_DAMPING = 0.1
-#: Times the sharpness: the longest step of a price's logarithm, and the one after which the next stage begins.
-_REACH, _NEAR = 3.0, 0.5
 #: Beside what all need together: how long a job may take alone.
 _ROOM = 1.05
-#: Times the sharpness: the longest step of a price's logarithm, and the one after which the next stage begins.
-_REACH, _NEAR = 1.5, 0.5
+#: The first step of a stage is about as long as such a part of what doubles a price's share, and the next ones so many
+#: times as long, or as short where the step before was too long.
+_REACH, _LONGER, _FARTHEST = 8.0, 4.0, 128.0
+_REGULAR = 1e-9
 
 
 class Supply(msgspec.Struct, frozen=True):
@@ -94,20 +95,24 @@ def equilibrium(seconds: Floats, supply: Supply) -> Equilibrium:
     A job that alone would take longer than all need together is not to be bought where it does (Lenstra, Shmoys and
     Tardos, "Approximation algorithms for scheduling unrelated parallel machines", Math. Programming 46, 1990).
     """
-    jobs, columns = seconds.shape
-    sample = _evenly(seconds, max(_SAMPLE, _SAMPLE_A_COLUMN * columns))
-    many = _evenly(seconds, _MANY)
-    level = before = _where_no_column_is_preferred(sample)
+    columns = seconds.shape[1]
+    level = _where_no_column_is_preferred(_evenly(seconds, _SAMPLE))
     longest_job_s = _longest_job_s(seconds, *supply.soonest())
     most = np.full(columns, np.inf)
-    level, before = _cleared(sample, jobs, supply, most, level, before, _COARSE, _STEPS)
+    for doublings, a_column in _COARSE:
+        rows = _evenly(seconds, max(_SAMPLE, a_column * columns))
+        level = _cleared(rows, len(seconds), supply, most, level, doublings, _STEPS, _OFF)
     ready, slots = supply.soonest()
-    limit_s = _ROOM * max(longest_job_s, supply.end_s(_cost(seconds, most, level), np.exp(level)))
+    limit_s = _ROOM * max(longest_job_s, supply.end_s(_paid(seconds, most, np.exp(level)), np.exp(level)))
     most = np.maximum(limit_s - ready, 0.0) * slots
-    level, before = _cleared(many, jobs, supply, most, level, before, _FINE, _STEPS)
-    if len(many) < jobs:
-        level, _ = _cleared(seconds, jobs, supply, most, level, level, _FINE[-1:], _LAST_STEPS)
-    proven_s = supply.end_s(_cost(seconds, most, level), np.exp(level))
+    for doublings, a_column in _FINE:
+        rows = _evenly(seconds, max(_SAMPLE, a_column * columns))
+        level = _cleared(rows, len(seconds), supply, most, level, doublings, _STEPS, _OFF)
+    many = _evenly(seconds, _MANY)
+    level = _cleared(many, len(seconds), supply, most, level, _LAST, _STEPS, _LAST_OFF)
+    if len(many) < len(seconds):
+        level = _cleared(seconds, len(seconds), supply, most, level, _LAST, _STEPS_OF_ALL, _LAST_OFF)
+    proven_s = supply.end_s(_paid(seconds, most, np.exp(level)), np.exp(level))
     # No plan that ends by the limit ends sooner than what is proven for those, and the others end later.
     bound_s = max(min(proven_s, limit_s), longest_job_s)
     _, slots = supply.by(bound_s)
@@ -127,33 +132,35 @@ def _cleared(
     supply: Supply,
     most: Floats,
     level: Floats,
-    before: Floats,
-    stages: tuple[float, ...],
+    doublings: int,
     steps: int,
-) -> tuple[Floats, Floats]:
-    """[column] log prices after the stages, and before the last of them."""
+    enough: float,
+) -> Floats:
+    """[column] log prices near the equilibrium for so many jobs as these."""
     share = jobs / len(seconds)
-    width = sums(supply.column, supply.slots, supply.columns)
+    sharpness = 2.0**doublings
     thin = max(1, len(seconds) // max(_SLOPES, _SLOPES_A_COLUMN * level.size))
-    for sharpness in stages:
-        # What is left of the way to the sharpest prices halves from stage to stage.
-        level, before = level + (level - before) / 2, level
-        for _ in range(steps):
-            asked, change, cost = _asked(seconds, most, np.exp(level), width, sharpness, thin)
-            if not asked.any():
-                return level, before
-            proven_s = supply.end_s(share * cost, np.exp(level))
-            step = _newton(share * asked, share * change, *supply.by(proven_s), _REACH / sharpness)
-            level = level + step
-            if np.abs(step).max() * sharpness < _NEAR:
+    weight = np.exp(level) * sums(supply.column, supply.slots, supply.columns)
+    weight /= weight.sum()
+    best_s, reach = 0.0, _REACH
+    step = excess = volume = slots = np.zeros(level.size)
+    slope = np.diag(step)
+    for turn in range(steps):
+        prices = np.exp(level + step)
+        asked, change, cost = _asked(seconds, most, prices, weight, doublings, thin)
+        end_s = supply.end_s(share * cost, prices)
+        if end_s > best_s:
+            level, best_s, reach = level + step, end_s, min(_FARTHEST, reach * (_LONGER if turn else 1))
+            offered, slots = supply.by(end_s)
+            excess, volume, slope = share * asked - offered, share * asked + offered, share * change
+            if prices @ np.abs(excess) < enough * share * cost:
                 break
-    return level, before
-
-
-def _cost(seconds: Floats, most: Floats, level: Floats) -> float:
-    """What the jobs pay at the least."""
-    _, _, cost = _asked(seconds, most, np.exp(level), most, np.inf, len(seconds))
-    return cost
+        elif turn:
+            reach /= _LONGER
+        else:
+            break
+        step = _newton(excess, slope, volume, slots, sharpness / reach)
+    return level
 
 
 def _where_no_column_is_preferred(seconds: Floats) -> Floats:
@@ -165,21 +172,23 @@ def _where_no_column_is_preferred(seconds: Floats) -> Floats:
     return level
 
 
-def _newton(asked: Floats, change: Floats, offered: Floats, slots: Floats, reach: float) -> Floats:
-    """[column]: the step of the log prices towards `asked + change step = offered + slots later`, for one `later`.
+def _newton(excess: Floats, change: Floats, volume: Floats, slots: Floats, damping: float) -> Floats:
+    """[column]: the step of the log prices towards `excess + change step = slots later`, for one `later`.
 
-    All prices times a factor change nothing, so the steps sum to 0.
+    All prices times a factor change nothing, so the steps sum to 0. Damped as by Levenberg and Marquardt, with what is
+    asked and offered as the measure: so the price of a column that nobody asks for falls by at most 1 / damping.
     """
-    columns = asked.size
+    columns = excess.size
+    # What is neither asked for nor to be had has no slope; this much keeps the system regular.
+    volume = volume + _REGULAR * volume.sum()
     matrix = np.zeros((columns + 1, columns + 1))
-    matrix[:columns, :columns] = change
+    matrix[:columns, :columns] = change - np.diag(damping * volume)
     matrix[:columns, columns] = -slots
     matrix[columns, :columns] = 1
-    # Who is asked by nobody has no slope; this much keeps the system regular and such a price falling.
-    matrix[np.arange(columns), np.arange(columns)] -= 1e-6 * asked.sum() / columns + _DAMPING * asked
-    matrix[:columns] /= max(float(asked.sum()), 1e-300)
-    excess = (offered - asked) / max(float(asked.sum()), 1e-300)
-    return np.clip(np.linalg.solve(matrix, np.append(excess, 0.0))[:columns], -reach, reach)
+    # In parts of all there is: times may be of any size.
+    matrix[:columns] /= volume.sum()
+    step: Floats = np.linalg.solve(matrix, np.append(-excess / volume.sum(), 0.0))[:columns]
+    return step
 
 
 @compiled
@@ -195,8 +204,29 @@ def _longest_job_s(seconds: Floats, ready: Floats, slots: Floats) -> float:
 
 
 @compiled
+def power_of_two(ratio: float, doublings: int) -> float:
+    """The ratio to the power of `2 ** doublings`: a tenth of what logarithm and exponential take."""
+    for _ in range(doublings):
+        ratio *= ratio
+    return ratio
+
+
+@compiled
+def _paid(seconds: Floats, most: Floats, prices: Floats) -> float:
+    """What the jobs pay at the least."""
+    cost = 0.0
+    for job in range(seconds.shape[0]):
+        least = np.inf
+        for column in range(seconds.shape[1]):
+            if seconds[job, column] <= most[column]:
+                least = min(least, prices[column] * seconds[job, column])
+        cost += least
+    return cost
+
+
+@compiled
 def _asked(
-    seconds: Floats, most: Floats, prices: Floats, width: Floats, sharpness: float, thin: int
+    seconds: Floats, most: Floats, prices: Floats, weight: Floats, doublings: int, thin: int
 ) -> tuple[Floats, Floats, float]:
     """[column] seconds asked for; [column, column] how they change with log prices; what the jobs pay at the least.
 
@@ -206,6 +236,7 @@ def _asked(
     asked = np.zeros(columns)
     change = np.zeros((columns, columns))
     cost = 0.0
+    sharpness = 2.0**doublings
     # Columns dearer than that get less than a hundredth of the job.
     dear = np.exp(5.0 / sharpness)
     at = np.empty(columns, np.intp)
@@ -215,20 +246,21 @@ def _asked(
         for column in range(columns):
             if seconds[job, column] <= most[column]:
                 least = min(least, prices[column] * seconds[job, column])
-        cost += least
         few, total = 0, 0.0
         for column in range(columns):
             its = prices[column] * seconds[job, column]
             if its <= least * dear and seconds[job, column] <= most[column]:
                 at[few] = column
-                part[few] = prices[column] * width[column]
+                part[few] = weight[column]
                 if its > least:
-                    part[few] *= np.exp(sharpness * np.log(least / its))
+                    part[few] *= power_of_two(least / its, doublings)
                 total += part[few]
                 few += 1
+        pays = least * total ** (-1 / sharpness)
+        cost += pays
         for one in range(few):
             column = at[one]
-            takes = seconds[job, column] * part[one] / total
+            takes = pays / prices[column] * part[one] / total
             asked[column] += takes
             if 1 < few <= _FEW or (few > 1 and job % thin == 0):
                 takes *= sharpness if few <= _FEW else thin * sharpness

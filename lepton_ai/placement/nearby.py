@@ -45,26 +45,25 @@ class Nearby(msgspec.Struct, frozen=True):
         return pair
 
 
-#: A job's pairs are no more than these, fewer where there are very many jobs.
-_MOST_PAIRS, _MOST_PAIRS_OF_MANY, _MANY = 32, 5, 200_000
-#: A job that takes this part of the bound is long: it has so many pairs whatever they waste.
-_LONG, _PAIRS_OF_LONG = 0.02, 16
+#: A job that takes this part of the bound is long: it has pairs whatever they waste.
+_LONG = 0.02
 #: What differs by less than a part in so many costs the same.
 _GRAINS = 1_024
 
 
-def nearby(seconds: Floats, most: Floats, prices: Floats, bound_s: float, most_waste: float) -> Nearby:
-    """The few cheapest of each job, among those that take no more than `most` [column] seconds.
+def nearby(
+    seconds: Floats, most: Floats, prices: Floats, bound_s: float, most_waste: float, few: int, chosen: Indices
+) -> Nearby:
+    """Where each job is, which is `chosen` [job], its column, and where else it costs least: so `few` pairs at most.
 
-    Short jobs have only pairs that waste no more than `most_waste`.
+    Others take no more than `most` [column] seconds, and those of short jobs waste no more than `most_waste`.
     """
-    few = _MOST_PAIRS if len(seconds) < _MANY else _MOST_PAIRS_OF_MANY
-    return Nearby(*_nearby(seconds, most, prices / bound_s, bound_s, most_waste, few))
+    return Nearby(*_nearby(seconds, most, prices / bound_s, bound_s, most_waste, few, chosen))
 
 
 @compiled
 def _nearby(
-    seconds: Floats, most: Floats, prices: Floats, bound_s: float, most_waste: float, few: int
+    seconds: Floats, most: Floats, prices: Floats, bound_s: float, most_waste: float, few: int, chosen: Indices
 ) -> tuple[Indices, Indices, Indices, Floats, Floats]:
     jobs, columns = seconds.shape
     first = np.zeros(jobs + 1, np.intp)
@@ -80,9 +79,9 @@ def _nearby(
         dear[job] = np.inf if is_long else least + most_waste
         pairs = 0
         for at in range(columns):
-            if prices[at] * seconds[job, at] <= dear[job] and seconds[job, at] <= most[at]:
+            if at == chosen[job] or (prices[at] * seconds[job, at] <= dear[job] and seconds[job, at] <= most[at]):
                 pairs += 1
-        first[job + 1] = first[job] + min(pairs, _PAIRS_OF_LONG if is_long else few)
+        first[job + 1] = first[job] + min(pairs, few)
     of = np.empty(first[jobs], np.intp)
     place = np.empty(first[jobs], np.intp)
     waste = np.empty(first[jobs])
@@ -94,8 +93,9 @@ def _nearby(
             # Each job begins at another column: where many cost the same, not all jobs are to have the same few.
             at = (turn + job) % columns
             cost = prices[at] * seconds[job, at]
-            if cost <= dear[job] and seconds[job, at] <= most[at]:
+            if at == chosen[job] or (cost <= dear[job] and seconds[job, at] <= most[at]):
                 grain = np.floor((cost / cheapest[job] - 1) * _GRAINS) if cheapest[job] > 0 else 0.0
+                grain = -1.0 if at == chosen[job] else grain
                 if pair == end and grain >= waste[end - 1]:
                     continue
                 here = min(pair, end - 1)

@@ -17,7 +17,8 @@ from lepton_ai.placement.compiled import IS_COMPILED, compiled
 from lepton_ai.placement.equilibrium import Equilibrium, Supply, equilibrium
 from lepton_ai.placement.exchange import LONG_SEARCH, exchanged
 from lepton_ai.placement.filling import filled
-from lepton_ai.placement.nearby import Nearby, nearby
+from lepton_ai.placement.multiples import without_multiples
+from lepton_ai.placement.nearby import nearby
 from lepton_ai.placement.policies.min_min import MinMin
 from lepton_ai.placement.problem import UNPLACED, Floats, Indices, Plan, Problem
 
@@ -26,9 +27,8 @@ if not IS_COMPILED:
 
 __all__ = ["Priced"]
 
-#: Choices that waste more than this part of the mean job's work are left out: if the search is long, and of very many
-#: jobs, the second and the third.
-_WASTE, _WASTE_IF_LONG, _WASTE_OF_MANY, _MANY = 0.5, 2.0, 0.1, 200_000
+#: Choices that waste more than this part of the mean job's work are left out: the second if the search is long.
+_WASTE, _WASTE_IF_LONG = 0.5, 2.0
 #: What a step of the search takes, by which time becomes a number of steps; the second where the caches are too small.
 _STEP_S, _STEP_S_OF_MANY = 2e-7, 5e-7
 _CHOICES_IN_CACHE = 50_000
@@ -36,8 +36,9 @@ _CHOICES_IN_CACHE = 50_000
 _BEFORE_S, _BEFORE_A_COST_S = 1.5e-3, 1.2e-7
 #: Steps for each choice, at most: a small problem is done long before its budget.
 _STEPS_A_CHOICE = 2_000
-#: Choices (of devices) up to which there is a search.
-_MOST_CHOICES = 4_000_000
+#: Choices of devices that a search looks at, about, and of columns a job: with fewer there is no search. What so many
+#: jobs leave to be found is next to nothing.
+_MOST_CHOICES, _MOST_PAIRS, _FEWEST_PAIRS = 1_500_000, 16, 3
 #: Costs up to which min-min is always looked at; above, where the plan is further from its bound than this.
 _MOST_FOR_MIN_MIN, _FAR = 400_000, 0.01
 #: The part of a budget after which the clock ends a search: what comes then takes time as well.
@@ -84,45 +85,43 @@ class Priced:
     def _placed(self, seconds: Floats, ready: Floats, slots: Floats, column: Indices, until_s: float) -> Indices:
         """[job]: the device, for jobs that each have one."""
         problem = Problem(seconds, ready, slots, column)
-        market = equilibrium(seconds, Supply(ready, slots, column, seconds.shape[1]))
+        seconds, column, slots = without_multiples(seconds, column, slots)
+        supply = Supply(ready, slots, column, seconds.shape[1])
+        market = equilibrium(seconds, supply)
         if market.bound_s <= 0:
             return MinMin().place(problem).device
-        steps_s = 0.8 * (self.budget_s - _BEFORE_S - _BEFORE_A_COST_S * seconds.size)
-        waste = _WASTE if len(seconds) < _MANY else _WASTE_OF_MANY
-        if steps_s > 2 * LONG_SEARCH * _STEP_S * len(seconds):
-            waste = _WASTE_IF_LONG
-        near = nearby(seconds, market.most, market.prices, market.bound_s, waste / len(seconds))
-        device, ends = _filled(near, market, ready / market.bound_s, slots, column)
-        usable = np.flatnonzero(ready < ends * market.bound_s)
-        choices = int(np.bincount(column[usable], minlength=seconds.shape[1])[near.place].sum())
-        if ends > _ENOUGH and steps_s > 0 and choices <= _MOST_CHOICES:
-            steps = int(steps_s / (_STEP_S if choices <= _CHOICES_IN_CACHE else _STEP_S_OF_MANY))
-            steps = min(steps, _STEPS_A_CHOICE * choices)
-            near = near.on_devices(column, slots, usable)
-            pair = near.pairs_of(device)
-            load = _load(device, near.time[pair], ready / market.bound_s)
-            worth = market.prices[column] * slots
-            pair, ends = exchanged(near, pair, load, worth, steps, self.seed, _ENOUGH, until_s, self.now)
-            device = near.place[pair]
-        if ends > _ENOUGH and (seconds.size <= _MOST_FOR_MIN_MIN or ends > 1 + _FAR):
+        device, ends = filled(seconds, market, supply)
+        if ends > _ENOUGH:
+            device, ends = self._searched(seconds, market, supply, device, ends, until_s)
+        if ends > _ENOUGH and (problem.seconds.size <= _MOST_FOR_MIN_MIN or ends > 1 + _FAR):
             other = MinMin().place(problem)
             if other.makespan_s(problem) < ends * market.bound_s:
                 return other.device
         return device
 
-
-def _filled(near: Nearby, market: Equilibrium, ready: Floats, slots: Floats, column: Indices) -> tuple[Indices, float]:
-    """[job] the device; when the plan ends, in units of the bound."""
-    cheapest = near.first[:-1]
-    length = near.time[cheapest] * market.prices[near.place[cheapest]]
-    best, soonest = np.empty(0, np.intp), np.inf
-    for divided in (True, False) if length.size < _MANY else (True,):
-        pair, device = filled(near, length, market.prices, ready, slots, column, divided=divided)
-        load = _load(device, near.time[pair] / slots[device], ready)
-        ends = float(load[np.bincount(device, minlength=load.size) > 0].max())
-        if ends < soonest:
-            best, soonest = device, ends
-    return best, soonest
+    def _searched(
+        self, seconds: Floats, market: Equilibrium, supply: Supply, device: Indices, ends: float, until_s: float
+    ) -> tuple[Indices, float]:
+        """[job] the device, and when the plan ends in units of the bound, for a plan that is to end sooner."""
+        jobs, columns = seconds.shape
+        steps_s = 0.8 * (self.budget_s - _BEFORE_S - _BEFORE_A_COST_S * seconds.size)
+        if steps_s <= 0:
+            return device, ends
+        waste = _WASTE_IF_LONG if steps_s > 2 * LONG_SEARCH * _STEP_S * jobs else _WASTE
+        few = min(_MOST_PAIRS, int(_MOST_CHOICES * columns / (jobs * supply.ready.size)))
+        if few < _FEWEST_PAIRS:
+            return device, ends
+        near = nearby(seconds, market.most, market.prices, market.bound_s, waste / jobs, few, supply.column[device])
+        usable = np.flatnonzero(supply.ready < ends * market.bound_s)
+        near = near.on_devices(supply.column, supply.slots, usable)
+        choices = near.place.size
+        steps = int(steps_s / (_STEP_S if choices <= _CHOICES_IN_CACHE else _STEP_S_OF_MANY))
+        steps = min(steps, _STEPS_A_CHOICE * choices)
+        pair = near.pairs_of(device)
+        load = _load(device, near.time[pair], supply.ready / market.bound_s)
+        worth = market.prices[supply.column] * supply.slots
+        pair, ends = exchanged(near, pair, load, worth, steps, self.seed, _ENOUGH, until_s, self.now)
+        return near.place[pair], ends
 
 
 def _load(device: Indices, time: Floats, ready: Floats) -> Floats:

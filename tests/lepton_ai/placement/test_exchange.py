@@ -18,7 +18,8 @@ DEVICES = 5
 def market(seed: int, jobs: int) -> tuple[Nearby, Floats]:
     seconds = np.random.default_rng(seed).uniform(1, 10, (jobs, DEVICES))
     found = equilibrium(seconds, Supply(np.zeros(DEVICES), np.ones(DEVICES), np.arange(DEVICES), DEVICES))
-    return nearby(seconds, found.most, found.prices, found.bound_s, 0.5 / jobs), found.prices
+    cheapest = (found.prices * np.where(seconds <= found.most, seconds, np.inf)).argmin(axis=1)
+    return nearby(seconds, found.most, found.prices, found.bound_s, 0.5 / jobs, 16, cheapest), found.prices
 
 
 def load_of(near: Nearby, pair: np.ndarray) -> Floats:

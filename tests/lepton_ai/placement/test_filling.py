@@ -1,31 +1,49 @@
-"""Shares rounded to a plan, and columns filled evenly."""
+"""Shares rounded to a plan, columns filled evenly, and what is late at the end moved."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from lepton_ai.placement.equilibrium import Equilibrium, Supply
 from lepton_ai.placement.filling import filled
-from lepton_ai.placement.nearby import nearby
 
 
-def loads(seconds: np.ndarray, column: np.ndarray, *, divided: bool) -> np.ndarray:
-    """[device], where all columns are worth the same."""
-    jobs, columns = seconds.shape
-    prices = np.full(columns, 1 / column.size)
-    bound_s = seconds.min(axis=1).sum() / column.size
-    near = nearby(seconds, np.full(columns, np.inf), prices, bound_s, 1.0 / jobs)
-    ready, slots = np.zeros(column.size), np.ones(column.size)
-    pair, device = filled(near, seconds.min(axis=1), prices, ready, slots, column, divided=divided)
-    np.testing.assert_array_equal(column[device], near.place[pair])
-    return np.bincount(device, near.time[pair], column.size)
+def loads(seconds: np.ndarray, column: np.ndarray, slots: np.ndarray | None = None) -> np.ndarray:
+    """[device], in units of the bound, where a slot is worth the same on every device."""
+    slots = np.ones(column.size) if slots is None else slots
+    columns = seconds.shape[1]
+    market = Equilibrium(
+        np.full(columns, 1 / slots.sum()), seconds.min(axis=1).sum() / slots.sum(), np.full(columns, np.inf)
+    )
+    device, ends = filled(seconds, market, Supply(np.zeros(column.size), slots, column, columns))
+    time = seconds[np.arange(len(seconds)), column[device]] / market.bound_s
+    found = np.bincount(device, time / slots[device], column.size)
+    assert ends == pytest.approx(found.max())
+    return found
+
+
+def drawn(jobs: int, columns: int) -> np.ndarray:
+    """Jobs that take as long on every column."""
+    return np.random.default_rng(0).uniform(1, 2, (jobs, 1)) * np.ones(columns)
 
 
 def test_jobs_that_cost_the_same_everywhere_end_together() -> None:
-    seconds = np.random.default_rng(0).uniform(1, 2, (400, 1)) * np.ones(4)
-    for divided in (True, False):
-        assert loads(seconds, np.arange(4), divided=divided).max() < 1.02
+    assert loads(drawn(400, 4), np.arange(4)).max() < 1.005
+
+
+def test_jobs_that_cost_the_same_on_very_many_columns_end_together() -> None:
+    assert loads(drawn(6_000, 96), np.arange(96)).max() < 1.01
 
 
 def test_devices_of_a_class_end_together() -> None:
-    seconds = np.random.default_rng(0).uniform(1, 2, (400, 1)) * np.ones(2)
-    assert loads(seconds, np.array([0, 1, 0, 1, 1]), divided=True).max() < 1.03
+    assert loads(drawn(400, 2), np.array([0, 1, 0, 1, 1])).max() < 1.01
+
+
+def test_devices_of_a_class_that_are_not_alike_end_together() -> None:
+    assert loads(drawn(400, 1), np.zeros(4, np.intp), np.array([10.0, 5.0, 0.5, 1.5])).max() < 1.01
+
+
+def test_a_job_leaves_the_device_that_ends_last_where_that_ends_sooner() -> None:
+    seconds = np.array([[4.0, np.inf], [4.0, np.inf], [3.9, 4.1], [3.9, 4.1]])
+    assert loads(seconds, np.arange(2)).max() * seconds.min(axis=1).sum() / 2 < 8.3

@@ -61,6 +61,30 @@ def test_classes_of_devices_are_filled_without_a_column_for_each() -> None:
     assert gap(classes(20_000, of_each=16)) < 0.005
 
 
+def kernels(jobs: int, models: int, of_each: int, *, exact: bool) -> Problem:
+    """Jobs of ten kernels, which differ only in size, on models whose devices differ by a tenth in their clocks.
+
+    Not `exact`: and by a thousandth from job to job, so no device's times are those of another.
+    """
+    random = np.random.default_rng([jobs, models, of_each])
+    kernel, model = random.integers(0, 10, jobs), np.arange(models * of_each) % models
+    speed = random.lognormal(0, 1, models) * random.lognormal(0, 0.7, (10, models))
+    seconds = random.lognormal(0, 0.5, (jobs, 1)) * (random.lognormal(0, 1, (10, 1)) / speed)[kernel][:, model]
+    seconds *= random.lognormal(0, 0.1, model.size)
+    if not exact:
+        seconds *= random.lognormal(0, 1e-3, seconds.shape)
+    return idle(seconds)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_jobs_that_cost_the_same_on_dozens_of_devices_are_near_the_bound_without_a_search(exact: bool) -> None:
+    assert gap(kernels(6_000, 12, 8, exact=exact), budget_s=0.0) < 0.02
+
+
+def test_the_more_such_jobs_the_nearer() -> None:
+    assert gap(kernels(30_000, 4, 24, exact=False), budget_s=0.0) < 0.005
+
+
 def test_more_jobs_than_are_searched_are_placed_near_the_bound_too() -> None:
     assert gap(classes(260_000, of_each=64)) < 0.005
 
