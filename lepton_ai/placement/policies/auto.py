@@ -15,9 +15,8 @@ from lepton_ai.placement.problem import Plan, Policy, Problem
 
 __all__ = ["Auto"]
 
-_SIMPLE = ("min_min", "earliest_finish", "sufferage")
-#: Jobs times devices up to which they are looked at: tens of milliseconds.
-_MOST = 300_000
+#: Jobs times devices up to which each is looked at: tens of milliseconds. Above, where there is something better.
+_SIMPLE = {"min_min": 300_000, "earliest_finish": 100_000_000, "sufferage": 300_000}
 #: As plain Python they take up to a hundred times as long.
 _UNCOMPILED = 100
 _ENOUGH = 1 + 1e-9
@@ -26,8 +25,9 @@ _ENOUGH = 1 + 1e-9
 class Auto:
     """Never later than the best of `earliest_finish`, `min_min` and `sufferage`, up to some size.
 
-    That is 300,000 jobs times devices. Above, it is what `priced` does; without Numba, from a hundredth of that on,
-    what `earliest_finish` does.
+    That is 300,000 jobs times devices, and for `earliest_finish` 100 million. Above, it is what `priced` does, which
+    looks at min-min wherever it ends 1 % or more above its bound. Without Numba, from 3,000 jobs times devices on, it
+    is what `earliest_finish` does.
     """
 
     name = "auto"
@@ -54,7 +54,8 @@ class Auto:
         return self._simple["earliest_finish"].place(problem) if best is None else best
 
     def _affordable(self, problem: Problem) -> list[Policy]:
-        if problem.jobs * problem.devices * (1 if IS_COMPILED else _UNCOMPILED) > _MOST:
-            return []
+        cells = problem.jobs * problem.devices
+        if self._search is None:
+            return list(self._simple.values()) if cells * _UNCOMPILED <= _SIMPLE["min_min"] else []
         # `priced` has looked at min-min.
-        return [policy for name, policy in self._simple.items() if self._search is None or name != "min_min"]
+        return [policy for name, policy in self._simple.items() if name != "min_min" and cells <= _SIMPLE[name]]

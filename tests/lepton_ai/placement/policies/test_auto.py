@@ -46,6 +46,11 @@ def test_without_numba_it_is_the_best_of_the_simple_ones(seed: int, jobs: int, d
         assert Auto().place(problem).makespan_s(problem) == pytest.approx(best, rel=1e-9)
 
 
+def test_earliest_finish_ends_no_sooner_on_a_large_problem() -> None:
+    problem = problem_of(2, 20_000, 40)
+    assert Auto(budget_s=0.001).place(problem).makespan_s(problem) <= ends_s("earliest_finish", problem)
+
+
 def test_without_numba_a_large_problem_is_placed_by_earliest_finish() -> None:
     problem = problem_of(1, 4_000, 5)
     with pytest.MonkeyPatch.context() as patch:
