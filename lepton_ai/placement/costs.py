@@ -33,6 +33,8 @@ Devices = Sequence[tuple[str, Peaks]]
 _VERSION = 2
 #: Launches of a kernel on each device that come before it is chosen by what is predicted.
 _PROBES = 2
+#: Kernels that are remembered; a new one takes the place of the oldest. Whoever can write events could name ever more.
+_KERNELS = 4096
 #: Sizes whose history is in a snapshot: of a (kernel, device), and of all of them.
 _SIZES, _ALL_SIZES = 64, 16384
 #: Predictions of a (kernel, device) that are kept until more is learned.
@@ -151,7 +153,12 @@ class CostModel:
                 self._book(each.kernel).take_over(each)
 
     def _book(self, kernel: str) -> _Book:
-        return self._books.setdefault(kernel, _Book())
+        book = self._books.get(kernel)
+        if book is None:
+            if len(self._books) >= _KERNELS:
+                del self._books[next(iter(self._books))]
+            book = self._books[kernel] = _Book()
+        return book
 
 
 class _Kept(msgspec.Struct, array_like=True):

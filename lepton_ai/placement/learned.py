@@ -30,6 +30,8 @@ __all__ = ["SHORTEST_S", "UNKNOWN", "Known", "Learned", "Rates", "line"]
 #: No launch is shorter or longer.
 SHORTEST_S: Final = 1e-9
 _LONGEST_S: Final = 1e7
+#: And none is predicted to be longer than a number can be.
+_LONGEST_LOG: Final = 700.0
 #: A launch many times slower or faster than predicted counts as one so many times: it may have been somebody else's
 #: fault. The residual, too, makes a prediction no more than so many times the base.
 _MOST: Final = 10.0
@@ -162,7 +164,7 @@ class Learned(msgspec.Struct):
 
     def run_s(self, size: Size, peaks: Peaks, known: Known = UNKNOWN) -> float:
         """The predicted seconds of a launch."""
-        return math.exp(self._expected(size, _work(size, peaks), known))
+        return math.exp(min(_LONGEST_LOG, self._expected(size, _work(size, peaks), known)))
 
     def transfer_s(self, size_bytes: float, peaks: Peaks) -> float:
         """The predicted seconds between message and device, for a job with arguments of this size."""

@@ -32,6 +32,8 @@ _HORIZON: Final = 200.0
 _IDLE: Final = 0.05
 #: No device is taken to be busier: what is left of 1 divides.
 _BUSIEST: Final = 0.97
+#: A job counts as so many typical ones at most: anybody may declare one that would take for ever.
+_OUTLIER: Final = 10_000.0
 #: Weight of the newest job in the typical one's time.
 _NEWEST: Final = 0.005
 
@@ -141,6 +143,8 @@ def _placed(
             best_s = math.inf
             for need_s in seconds[job]:
                 best_s = min(best_s, need_s)
+            if mean[1]:
+                best_s, busy_s = min(best_s, _OUTLIER * mean[0]), min(busy_s, _OUTLIER * mean[0])
             mean[1] += 1
             mean[0] += max(_NEWEST, 1 / mean[1]) * (best_s - mean[0])
             # It decays over the horizon: so its sum is the mean a second.

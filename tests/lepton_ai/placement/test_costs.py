@@ -430,3 +430,11 @@ def test_measured_matrix_products_are_predicted_after_fifty_others(public: list[
 
 def test_measured_sizes_that_come_again_are_predicted_after_fifty_launches(public: list[Truth]) -> None:
     assert all(median_error(truth, 50, 20) <= 0.05 for truth in public)
+
+
+def test_however_many_kernels_are_told_of_a_few_thousand_are_remembered() -> None:
+    model = CostModel()
+    for at in range(4100):
+        model.learn(launch(0.5, f"k{at}"), PEAKS)
+    assert model.launches("k0", "d") == 0
+    assert model.launches("k4099", "d") == 1

@@ -89,3 +89,15 @@ def test_the_plain_loops_learn_what_the_compiled_ones_do() -> None:
     np.testing.assert_allclose(compiled.pressure, plain.pressure)
     np.testing.assert_allclose(compiled.toll, plain.toll)
     assert compiled.typical_s == pytest.approx(plain.typical_s)
+
+
+def test_a_job_that_would_take_for_ever_does_not_make_all_others_seem_short_for_long() -> None:
+    tolls = Tolls(1)
+    for turn in range(400):
+        tolls.advance(turn * 2.0)
+        tolls.placed(one_job([1.0]), np.array([0]), [True])
+    tolls.placed(one_job([1e290]), np.array([0]), [True])
+    for turn in range(3000):
+        tolls.advance(800 + turn * 2.0)
+        tolls.placed(one_job([1.0]), np.array([0]), [True])
+    assert tolls.typical_s == pytest.approx(1.0, rel=0.01)
