@@ -71,7 +71,9 @@ class Priced:
         self.now = now
 
     def place(self, problem: Problem) -> Plan:
-        until_s = self.now() + _PART * self.budget_s - _MIN_MIN_A_COST_S * min(problem.seconds.size, _MOST_FOR_MIN_MIN)
+        until_s = self.now() + _PART * self.budget_s
+        if problem.seconds.size <= _MOST_FOR_MIN_MIN:
+            until_s -= _MIN_MIN_A_COST_S * problem.seconds.size
         seconds, column = _columns_with_devices(problem)
         ready, slots = problem.ready.astype(np.float64), problem.slots.astype(np.float64)
         device = np.full(problem.jobs, UNPLACED, np.intp)
