@@ -20,14 +20,14 @@ from lepton_ai.placement.problem import Floats, Indices
 __all__ = ["Equilibrium", "Supply", "equilibrium", "power_of_two"]
 
 #: Each stage: the sharpness is 2 to this power; jobs looked at for each column, evenly chosen.
-_COARSE = ((3, 16), (4, 16), (5, 16))
+_COARSE = ((3, 8), (4, 8), (5, 8))
 _FINE = ((6, 32), (7, 32))
 #: The sharpest comes last, at first for so many jobs, then for all.
 _LAST, _MANY = 8, 25_000
 #: Fewest jobs that a stage looks at, if there are as many; times that it looks at them, at most, and at all of very
 #: many.
 _SAMPLE = 512
-_STEPS, _STEPS_OF_ALL = 12, 3
+_STEPS, _STEPS_OF_ALL = 9, 3
 #: A stage ends where what is asked for is so far off what there is, in value; the last ones where it is the second.
 _OFF, _LAST_OFF = 0.03, 0.005
 #: Jobs that choose among more columns than that are alike enough that so many of them tell how the prices of the

@@ -21,7 +21,7 @@ from lepton_ai.placement.equilibrium import Equilibrium, Supply, power_of_two
 from lepton_ai.placement.prices import sums
 from lepton_ai.placement.problem import Floats, Indices
 
-__all__ = ["filled"]
+__all__ = ["eased", "filled"]
 
 #: What the square costs beside waste, for the mean job's share of the work.
 _LATE = 5.0
@@ -59,10 +59,20 @@ def filled(seconds: Floats, market: Equilibrium, supply: Supply) -> tuple[Indice
         )  # fmt: skip
         time = seconds[np.arange(jobs), chosen] / market.bound_s
         device, load = _longest_first(order, chosen, time, ready.copy(), slots, alike, by_ready.copy(), begins)
-        ends = _eased(seconds, most, prices, column, slots, least, market.bound_s, device, load, _LOOKED_AT)
+        ends = float(load[np.bincount(device, minlength=load.size) > 0].max())
         if ends < soonest:
             best, soonest = device, ends
     return best, soonest
+
+
+def eased(seconds: Floats, market: Equilibrium, supply: Supply, device: Indices) -> tuple[Indices, float]:
+    """The same after moves of one job from the device that ends last, as long as that helps."""
+    device = device.copy()
+    time = seconds[np.arange(device.size), supply.column[device]] / supply.slots[device]
+    load = (supply.ready + sums(device, time, supply.ready.size)) / market.bound_s
+    prices, most, column = market.prices / market.bound_s, market.most, supply.column
+    ends = _eased(seconds, most, prices, column, supply.slots, market.bound_s, device, load, _LOOKED_AT)
+    return device, ends
 
 
 def _longest_to_shortest(length: Floats) -> Indices:
@@ -200,13 +210,12 @@ def _eased(
     prices: Floats,
     column: Indices,
     slots: Floats,
-    least: Floats,
     bound_s: float,
     device: Indices,
     load: Floats,
     looks: int,
 ) -> float:
-    """When the plan ends, after moves of one job from the device that ends last, as long as that helps.
+    """When the plan then ends; it is left in `device`.
 
     What a move wastes, all others have to make up for: so it counts as later.
     """

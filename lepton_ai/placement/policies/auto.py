@@ -44,7 +44,8 @@ class Auto:
         if best is not None and not simple:
             return best
         ends_s = math.inf if best is None else best.makespan_s(problem)
-        bound_s = longest_job_s(problem)
+        # Of many jobs no plan ends with the longest of them, and to look for it takes longer than earliest finish.
+        bound_s = longest_job_s(problem) if len(simple) > 1 else 0.0
         for policy in simple:
             if ends_s <= bound_s * _ENOUGH:
                 break

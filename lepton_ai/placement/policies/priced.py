@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lepton_ai.placement.compiled import IS_COMPILED, compiled
 from lepton_ai.placement.equilibrium import Equilibrium, Supply, equilibrium
 from lepton_ai.placement.exchange import LONG_SEARCH, exchanged
-from lepton_ai.placement.filling import filled
+from lepton_ai.placement.filling import eased, filled
 from lepton_ai.placement.multiples import without_multiples
 from lepton_ai.placement.nearby import nearby
 from lepton_ai.placement.policies.min_min import MinMin
@@ -71,7 +71,9 @@ class Priced:
         self.now = now
 
     def place(self, problem: Problem) -> Plan:
-        until_s = self.now() + _PART * self.budget_s - _MIN_MIN_A_COST_S * min(problem.seconds.size, _MOST_FOR_MIN_MIN)
+        until_s = self.now() + _PART * self.budget_s
+        if problem.seconds.size <= _MOST_FOR_MIN_MIN:
+            until_s -= _MIN_MIN_A_COST_S * problem.seconds.size
         seconds, column = _columns_with_devices(problem)
         ready, slots = problem.ready.astype(np.float64), problem.slots.astype(np.float64)
         device = np.full(problem.jobs, UNPLACED, np.intp)
@@ -93,6 +95,8 @@ class Priced:
         device, ends = filled(seconds, market, supply)
         if ends > _ENOUGH:
             device, ends = self._searched(seconds, market, supply, device, ends, until_s)
+            # Not before: where all devices are full, a search finds no job that can go where it wastes less.
+            device, ends = eased(seconds, market, supply, device)
         if ends > _ENOUGH and (problem.seconds.size <= _MOST_FOR_MIN_MIN or ends > 1 + _FAR):
             other = MinMin().place(problem)
             if other.makespan_s(problem) < ends * market.bound_s:

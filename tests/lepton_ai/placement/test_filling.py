@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lepton_ai.placement.equilibrium import Equilibrium, Supply
-from lepton_ai.placement.filling import filled
+from lepton_ai.placement.filling import eased, filled
 
 
 def loads(seconds: np.ndarray, column: np.ndarray, slots: np.ndarray | None = None) -> np.ndarray:
@@ -16,7 +16,8 @@ def loads(seconds: np.ndarray, column: np.ndarray, slots: np.ndarray | None = No
     market = Equilibrium(
         np.full(columns, 1 / slots.sum()), seconds.min(axis=1).sum() / slots.sum(), np.full(columns, np.inf)
     )
-    device, ends = filled(seconds, market, Supply(np.zeros(column.size), slots, column, columns))
+    supply = Supply(np.zeros(column.size), slots, column, columns)
+    device, ends = eased(seconds, market, supply, filled(seconds, market, supply)[0])
     time = seconds[np.arange(len(seconds)), column[device]] / market.bound_s
     found = np.bincount(device, time / slots[device], column.size)
     assert ends == pytest.approx(found.max())
