@@ -111,7 +111,7 @@ def equilibrium(seconds: Floats, supply: Supply) -> Equilibrium:
     many = _evenly(seconds, _MANY)
     level = _cleared(many, len(seconds), supply, most, level, _LAST, _STEPS, _LAST_OFF)
     if len(many) < len(seconds):
-        level = _cleared(seconds, len(seconds), supply, most, level, _LAST, _STEPS_OF_ALL, _LAST_OFF)
+        level = _cleared(seconds, len(seconds), supply, most, level, _LAST, _STEPS_OF_ALL, _LAST_OFF, _FARTHEST)
     proven_s = supply.end_s(_paid(seconds, most, np.exp(level)), np.exp(level))
     # No plan that ends by the limit ends sooner than what is proven for those, and the others end later.
     bound_s = max(min(proven_s, limit_s), longest_job_s)
@@ -135,6 +135,7 @@ def _cleared(
     doublings: int,
     steps: int,
     enough: float,
+    reach: float = _REACH,
 ) -> Floats:
     """[column] log prices near the equilibrium for so many jobs as these."""
     share = jobs / len(seconds)
@@ -142,7 +143,7 @@ def _cleared(
     thin = max(1, len(seconds) // max(_SLOPES, _SLOPES_A_COLUMN * level.size))
     weight = np.exp(level) * sums(supply.column, supply.slots, supply.columns)
     weight /= weight.sum()
-    best_s, reach = 0.0, _REACH
+    best_s = 0.0
     step = excess = volume = slots = np.zeros(level.size)
     slope = np.diag(step)
     for turn in range(steps):
