@@ -1,11 +1,12 @@
 """Prices of devices' time in a millisecond: the equilibrium of a market in which every job buys where it is cheapest.
 
-A job divides itself among the columns by `price slots (price seconds) ** -sharpness`, so evenly where all cost the
-same, which is the entropic form of the linear
-program's dual (for the market's side of it: Cole and Devanur et al., "Convex program duality, Fisher markets, and Nash
-social welfare", EC 2017). Prices are in equilibrium where every column is asked for as much as it can do by one time.
-Newton's method in the prices' logarithms follows the equilibrium while the sharpness grows. `prices.py` is the careful
-way to a bound; this is for whoever has to decide in the meantime, and ends a few hundredths of a percent below it.
+A job divides what it pays among the columns by `worth (price seconds) ** -sharpness`, so evenly where all cost the
+same, and pays the CES cost `(sum of these) ** (-1 / sharpness)`, which its least cost becomes as the sharpness grows
+(Arrow, Chenery, Minhas and Solow, Rev. Economics and Statistics 43, 1961). What it asks for is that cost's derivative
+(Shephard's lemma), so where every column is asked for as much as it can do by one time, the smoothed dual of the
+linear program, that time, is highest. Newton's method in the prices' logarithms climbs it while the sharpness grows: a
+step after which the time is no later is taken back. `prices.py` is the careful way to a bound; this is for whoever has
+to decide in the meantime, and ends a few hundredths to a tenth of a percent below it.
 """
 
 from __future__ import annotations
@@ -229,7 +230,7 @@ def _paid(seconds: Floats, most: Floats, prices: Floats) -> float:
 def _asked(
     seconds: Floats, most: Floats, prices: Floats, weight: Floats, doublings: int, thin: int
 ) -> tuple[Floats, Floats, float]:
-    """[column] seconds asked for; [column, column] how they change with log prices; what the jobs pay at the least.
+    """[column] seconds asked for; [column, column] how they change with log prices; what the jobs pay.
 
     Of the jobs that choose among more than a few columns, one in `thin` tells the second.
     """

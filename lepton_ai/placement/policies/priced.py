@@ -1,8 +1,9 @@
 """Jobs where they are cheapest, at prices of the devices that make all of them end together; then a short search.
 
-Four steps, each compiled by Numba: prices in equilibrium (`equilibrium.py`), each job's few cheap choices
-(`nearby.py`), their rounding to a plan (`filling.py`), and moves and swaps of those choices by simulated annealing
-(`exchange.py`). The plan of min-min is taken where it ends sooner. Each file names the source of its method.
+Columns that are multiples of others are made one (`multiples.py`). Then, each compiled by Numba: prices in equilibrium
+(`equilibrium.py`), their rounding to a plan (`filling.py`), each job's few cheap choices (`nearby.py`), moves and swaps
+of those by simulated annealing (`exchange.py`), and moves away from the device that ends last. The plan of min-min is
+taken where it ends sooner. Each file names the source of its method.
 """
 
 from __future__ import annotations
