@@ -1,4 +1,4 @@
-"""Probes: the first two launches of a kernel on each device, which no prediction would have sent there.
+"""Probes: launches of a kernel on a device to which no prediction would have sent them, so that it is known.
 
 Who only goes where it is predicted to be quickest never learns that it is quicker elsewhere. Two launches on each
 device and greedy choice after them end 3.4 % above an oracle, greedy choice alone 8.7 %. One more each time that all
