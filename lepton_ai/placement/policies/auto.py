@@ -39,7 +39,8 @@ class Auto:
         self._simple = {name: load(name) for name in _SIMPLE}
 
     def place(self, problem: Problem) -> Plan:
-        best = None if self._search is None else self._search.place(problem)
+        # One job has one place where it ends first, for which there is nothing to search.
+        best = None if self._search is None or problem.jobs == 1 else self._search.place(problem)
         simple = self._affordable(problem)
         if best is not None and not simple:
             return best
@@ -56,7 +57,7 @@ class Auto:
 
     def _affordable(self, problem: Problem) -> list[Policy]:
         cells = problem.jobs * problem.devices
-        if self._search is None:
+        if self._search is None or problem.jobs == 1:
             return list(self._simple.values()) if cells * _UNCOMPILED <= _SIMPLE["min_min"] else []
         # `priced` has looked at min-min.
         return [policy for name, policy in self._simple.items() if name != "min_min" and cells <= _SIMPLE[name]]
