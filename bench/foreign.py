@@ -26,8 +26,8 @@ import numpy as np
 from lepton_ai.client import Client
 from lepton_ai.device import Announcement, ResourceState
 from lepton_ai.event import Event
-from lepton_ai.kernel import Work
 from lepton_ai.placement.costs import CostModel
+from lepton_ai.placement.size import Size
 from lepton_ai.settings import Settings
 from pipeline.supervisor import run_fleet
 from queues.connection import Connection
@@ -139,8 +139,7 @@ def _replayed(
         if each.type == "device.heartbeat":
             speed = speed_of(msgspec.convert(each.data["state"], ResourceState))
         elif (launch := each.observation) is not None:
-            work = Work(launch.flops, launch.bytes)
-            predicted_s = model.predict(launch.kernel, launch.device, work, worker.peaks, 0.0).run_s / speed
+            predicted_s = model.predict(launch.kernel, launch.device, Size.of(launch), worker.peaks).run_s / speed
             if (phase := _phase(at, marks)) is not None:
                 logs.setdefault(phase, []).append(math.log(launch.run_s / predicted_s))
             model.learn(msgspec.structs.replace(launch, run_s=launch.run_s * speed), worker.peaks)
