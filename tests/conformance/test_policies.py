@@ -243,3 +243,9 @@ def test_earliest_finish_is_the_greedy_rule_written_out(problem: Problem) -> Non
             best = min(able, key=lambda device: busy[device] + row[device])
             assert (plan.device[job], plan.wait[job]) == (best, busy[best])
             busy[best] += row[best] / problem.slots[best]
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_an_option_that_a_policy_does_not_take_is_refused_by_name(name: str) -> None:
+    with pytest.raises(InvalidSettings, match=f"the policy {name} takes .*, not sneed"):
+        policies.load(name, sneed=1)

@@ -7,6 +7,7 @@ for, and where the package is missing the error names the extra that brings it.
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from typing import Any
 
@@ -24,7 +25,8 @@ def names() -> list[str]:
 def load(name: str, **options: Any) -> Policy:
     """The policy of a name, which is its file's and its own, made with these options.
 
-    InvalidSettings lists the names where there is none; MissingPackage names the extra that it needs.
+    InvalidSettings lists the names where there is none, and the options where one is not among them; MissingPackage
+    names the extra that it needs.
     """
     if name not in names():
         raise InvalidSettings(f"no policy {name!r}; there are {', '.join(names())}", "policy")
@@ -35,9 +37,10 @@ def load(name: str, **options: Any) -> Policy:
         raise MissingPackage(
             f"the policy {name} needs the package {package}: pip install 'lepton-ai[solvers]'", "policy"
         ) from None
-    found: Policy = next(
-        value(**options)
-        for value in vars(module).values()
-        if isinstance(value, type) and getattr(value, "name", None) == name
+    policy: type[Policy] = next(
+        value for value in vars(module).values() if isinstance(value, type) and getattr(value, "name", None) == name
     )
-    return found
+    takes = inspect.signature(policy).parameters
+    if unknown := sorted(options.keys() - takes.keys()):
+        raise InvalidSettings(f"the policy {name} takes {', '.join(takes) or 'no options'}, not {unknown[0]}", "policy")
+    return policy(**options)
