@@ -151,7 +151,10 @@ class Planner:
             return self._online.place(problem), self._online.name
         if policy is self._deep:
             ended = self._clock()
-            self._deep_at = ended + (_PART - 1) * (ended - started)
+            self._deep_at = ended + (_PART - 1) * (took_s := ended - started)
+            if took_s > self._settings.lease_s / 2:  # once more so long, and what was claimed is another router's
+                log.warning("policy_left_out", policy=policy.name, took_s=round(took_s, 2), reason="half the lease")
+                self._leave_out(policy)
         return plan, policy.name
 
     def _leave_out(self, policy: Policy) -> None:

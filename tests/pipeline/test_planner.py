@@ -228,6 +228,28 @@ def test_the_deep_policy_rests_so_that_it_takes_a_part_of_the_time_only(
     assert found.wants(DEEP, 10)
 
 
+def test_a_deep_policy_that_takes_half_the_lease_is_not_asked_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    found = Planner(
+        msgspec.structs.replace(SETTINGS, deep_policy="earliest_finish"), CostModel(), None, lambda: clock[0]
+    )
+    found.wants(DEEP, 10)
+    loaded()
+    quickly = EarliestFinish.place
+
+    def slowly(self: EarliestFinish, problem: Problem) -> Plan:
+        clock[0] += SETTINGS.lease_s * 0.6
+        return quickly(self, problem)
+
+    monkeypatch.setattr(EarliestFinish, "place", slowly)
+    decision = found.decide([*jobs(4, ms=10), *jobs(4)], cluster, 0.0, is_deep=True)
+    assert decision.policy == "earliest_finish"
+    clock[0] += 1000.0
+    assert not found.wants(DEEP, 10)
+
+
 def test_a_deep_policy_that_fails_is_left_out_and_the_window_placed_as_ever(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
