@@ -203,12 +203,13 @@ def test_no_password_is_shown(fleet: Fleet, flower: Flower) -> None:
 def gated(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Flower, Path]]:
     """A fleet of one slot whose kernel runs until it is let go, and Flower on it.
 
-    Its device has one job and one more, however short the next is predicted to be: the third waits in the router.
+    Its slot takes a job at a time, and its device has one more, however short they are predicted to be: the third waits
+    in the router.
     """
     place = tmp_path_factory.mktemp("gated")
     path = os.pathsep.join([str(KERNELS), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEPTON_CREDIT_S", "0.000001")
+        patch.setenv("LEPTON_BATCH_JOBS", "1")
         for name, value in (("LEPTON_KERNELS", "gated_kernels"), ("TEST_GATE", str(place)), ("PYTHONPATH", path)):
             patch.setenv(name, value)
         with run_fleet(settings, {DEVICE: 1}, print) as fleet, flower_on(fleet.broker_url, place / "log") as flower:
