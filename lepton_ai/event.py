@@ -209,10 +209,10 @@ def _data(each: Event, at: int) -> dict[str, Any]:
         name: value for name, value in (("kernel", each.kernel), ("device", each.device)) if value is not None
     }
     data |= {name: value for name, value in each.data.items() if name not in _ROUTERS_OWN}
-    seconds = each.data.get("seconds")
-    if isinstance(seconds, list) and at < len(seconds):  # whoever writes events may write anything there
+    if at < len(seconds := each.data.get("seconds", ())):
         data["predicted_s"] = seconds[at]
-    if (launch := each.observation) is not None and launch.jobs > 0:
+    if each.observation is not None:
+        launch = each.observation
         data |= {
             "transfer_s": launch.transfer_s / launch.jobs,
             "run_s": launch.run_s / launch.jobs,

@@ -165,10 +165,3 @@ def test_a_job_is_told_its_own_part_of_what_its_launch_took() -> None:
     one, two, three, _ = (each.data for each in cloud_events("5-0", [seconds, succeeded]))
     assert (one, two) == ({"devices": {"cpu": 2}, "predicted_s": 1.0}, {"devices": {"cpu": 2}, "predicted_s": 2.0})
     assert three == {"kernel": "k", "device": "cpu", "transfer_s": 0.05, "run_s": 0.2, "batch": 4}
-
-
-@pytest.mark.parametrize("seconds", [7, None, "1", {"a": 1}, [], [1.0]])
-def test_whatever_stands_in_the_place_of_seconds_a_feed_goes_on(seconds: object) -> None:
-    launch = Observation("k", "cpu", 0, 1.0, 1.0, 0.2, 0.8)
-    odd = Event("job.placed", "w", device="cpu", jobs=("a", "b"), observation=launch, data={"seconds": seconds})
-    assert [each.subject for each in cloud_events("5-0", [odd])] == ["a", "b"]
