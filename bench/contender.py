@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench import kernels
+from bench import synthetic
 from bench.load import Load
 from bench.peer import URL, Peer, Place
 
@@ -67,7 +67,7 @@ class Contender:
         found = []
         for batch in range(batches):
             for number, array in enumerate(arrays):
-                array[0] = array[-kernels.PAGE] = batch * at_once + number
+                array[0] = array[-synthetic.PAGE] = batch * at_once + number
             start = time.perf_counter()
             totals = self._peer.carry(arrays)
             found.append(time.perf_counter() - start)

@@ -30,7 +30,7 @@ from pipeline.supervisor import Fleet, run_fleet
 
 __all__ = ["KERNELS", "Arena", "Contender", "Missing", "Turn", "arena", "median_and_range", "rotated", "say", "turns"]
 
-KERNELS = "bench.kernels"
+KERNELS = "bench.synthetic"
 #: After a turn: until what was put off (acknowledgements, telemetry) is done, and counted.
 _SETTLE_S = 0.3
 #: The log of the broker is rewritten between turns where it has grown by so much, so that it never is in one.

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.stream import DECK, expected
-from lepton_ai.device import Peaks, kind_of
-from lepton_ai.kernel import Kernel, Run
+from lepton_ai.device import DeviceState, Peaks, kind_of
+from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Run
 from tasks.driver import Found
 
 __all__ = ["SPEEDS", "Answers", "DeclaredDriver", "Speed", "open_device", "probe", "variant"]
@@ -79,6 +79,7 @@ class DeclaredDriver:
     """The opened stand-in. It has one set of units: whatever several slots launch is run one after the other."""
 
     emulated = True
+    stream = None
 
     def __init__(self, kind: str, slots: int, speed: Speed) -> None:
         self.kind = kind
@@ -102,12 +103,18 @@ class DeclaredDriver:
         return array
 
     def synchronize(self) -> None:
-        """Returns at once: `launch` has waited."""
+        """Returns at once: `answer` has waited."""
 
     def close(self) -> None:
         """Nothing to give back."""
 
-    def launch(self, kernel: Kernel, answers: Answers, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def launch(self, run: Run, inputs: Inputs, context: Context) -> Outputs:
+        return run(inputs, context)
+
+    def state(self) -> DeviceState:
+        return DeviceState()
+
+    def answer(self, kernel: Kernel, answers: Answers, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs, when the device would have them."""
         with self._unit:
             start = time.perf_counter()
@@ -162,7 +169,7 @@ class Answers:
 def variant(kernel: Kernel, driver: DeclaredDriver) -> Run:
     """The variant of a kernel of the stream for this device."""
     answers = Answers(kernel)
-    return lambda inputs, _: driver.launch(kernel, answers, inputs)
+    return lambda inputs, _: driver.answer(kernel, answers, inputs)
 
 
 def open_device(device: str, slots: int) -> DeclaredDriver:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bench import kernels, report
+from bench import report, synthetic
 from bench.contest import arena, median_and_range, turns
 from bench.cpu import CORES
 from bench.load import Load, spinning
@@ -67,9 +67,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def cost_s(load: Load) -> float:
     """CPU seconds of one job's kernel while every core runs one: the median of a second's worth."""
-    count = max(5, round(0.5 / kernels.cpu_s(load.n)))
+    count = max(5, round(0.5 / synthetic.cpu_s(load.n)))
     with ThreadPoolExecutor(CORES) as pool:
-        found = pool.map(lambda _: [kernels.cpu_s(load.n) for _ in range(count)], range(CORES))
+        found = pool.map(lambda _: [synthetic.cpu_s(load.n) for _ in range(count)], range(CORES))
         return statistics.median(each for one in found for each in one)
 
 

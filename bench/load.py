@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bench import kernels
+from bench import synthetic
 
 DATA = bytes(range(7, 256)) + bytes(range(7))
 
@@ -23,7 +23,7 @@ class Load(NamedTuple):
 
     def check(self, totals: Sequence[float]) -> None:
         """Raises ValueError where a result is not that of its job."""
-        tail = 2.0 + (self.n + DATA[0] if self.kernel == "bench.noop" else kernels.loop(self.n))
+        tail = 2.0 + (self.n + DATA[0] if self.kernel == "bench.noop" else synthetic.loop(self.n))
         for number, total in enumerate(totals):
             if total != number + tail:
                 raise ValueError(f"job {number} of {self.label} gave {total!r} and not {number + tail!r}")
@@ -35,4 +35,4 @@ NOOP = Load("noop", "bench.noop", 3)
 def spinning(seconds: float) -> Load:
     """Jobs that compute for so long on this machine."""
     label = f"{seconds * 1e6:g}us" if seconds < 1e-3 else f"{seconds * 1e3:g}ms"
-    return Load(label, "bench.spin", kernels.loops_of(seconds))
+    return Load(label, "bench.spin", synthetic.loops_of(seconds))

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tasks.kernels.finance import black_scholes
-from tasks.kernels.medical import median_filter
-from tasks.kernels.retrieval import top_k
+from tasks.kernels.finance_black_scholes import black_scholes
+from tasks.kernels.medical_median_filter import median_filter
+from tasks.kernels.retrieval_top_k import top_k
 from tasks.warmup import IdleContext, difference
 
 __all__ = ["DECK", "KERNELS", "Card", "check", "expected", "stream"]

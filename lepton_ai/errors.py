@@ -21,12 +21,14 @@ LeptonError                     anything of ours
 │   ├── TimeLimitExceeded       it ran longer than it may
 │   ├── JobDead                 it killed the workers that ran it, or its retries are used up
 │   ├── BlobLost                an argument or result that was kept outside the message is gone
+│   ├── DeviceOutOfMemory       no device that can run it has memory enough for it
 │   └── RetryJob                its kernel asks to be run again later
 ├── Unavailable                 try again later
 │   ├── BrokerUnavailable       Redis cannot be reached or refuses writes
 │   ├── Overloaded              too much waits already, or the broker's memory is nearly full
 │   ├── QuotaExceeded           too much of this tenant waits already
 │   └── NoBroker                no broker is configured and none can be started
+├── DeviceLost                  the device fails whatever it is asked, and its worker has to open it anew
 ├── ResultTimeout               the wait ended before the job did; the job goes on
 └── Fenced                      somebody else owns what this process still holds
 
@@ -41,6 +43,8 @@ __all__ = [
     "BlobLost",
     "BrokerUnavailable",
     "DeadlineUnattainable",
+    "DeviceLost",
+    "DeviceOutOfMemory",
     "Fenced",
     "InvalidArguments",
     "InvalidKernel",
@@ -207,6 +211,10 @@ class BlobLost(JobFailed):
     status = 409
 
 
+class DeviceOutOfMemory(JobFailed):
+    code = "device_out_of_memory"
+
+
 class RetryJob(JobFailed):
     """A kernel raises it to be run again after `delay_s`, or after what its retry policy says where that is None."""
 
@@ -238,6 +246,11 @@ class QuotaExceeded(Unavailable):
 
 class NoBroker(Unavailable):
     code = "no_broker"
+
+
+class DeviceLost(LeptonError):
+    code = "device_lost"
+    status = 503
 
 
 class ResultTimeout(LeptonError, TimeoutError):

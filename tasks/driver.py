@@ -9,16 +9,16 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import msgspec
 from numpy.typing import NDArray
 
 from lepton_ai.device import DeviceState, Peaks, kind_of
 from lepton_ai.errors import InvalidSettings
-from lepton_ai.kernel import DEVICE_KINDS
+from lepton_ai.kernel import DEVICE_KINDS, Context, Inputs, Outputs, Run
 
-__all__ = ["Driver", "Found", "Telling", "best_s", "cores", "open_device", "probe"]
+__all__ = ["Driver", "Found", "best_s", "cores", "open_device", "probe"]
 
 _REPEATS = 5
 
@@ -33,8 +33,19 @@ class Driver(Protocol):
     def peaks(self) -> Peaks:
         """What the device can do at best, measured now (well under a second)."""
 
+    @property
+    def stream(self) -> Any:
+        """The calling thread's own stream or queue; None where the device has none."""
+
     def upload(self, array: NDArray[Any]) -> Any:
         """The array where kernels of this device can read it. May share memory; kernels never write to inputs."""
+
+    def launch(self, run: Run, inputs: Inputs, context: Context) -> Outputs:
+        """What a variant makes of uploaded inputs, finished.
+
+        What the kernel raises comes through. What the toolkit raises because the device is short of memory becomes
+        DeviceOutOfMemory, and what it raises because the device is gone, DeviceLost; so do `upload` and `download`.
+        """
 
     def download(self, value: Any) -> NDArray[Any]:
         """An output back in host memory."""
@@ -42,16 +53,14 @@ class Driver(Protocol):
     def synchronize(self) -> None:
         """Returns when everything that this thread launched has finished."""
 
+    def state(self) -> DeviceState:
+        """What the device says of its memory, its utilization and its sensors now; nothing of what it has none of.
+
+        Asked once a heartbeat, from a thread of its own, so it may take long.
+        """
+
     def close(self) -> None:
         """Gives the device back. Nothing may be called after it."""
-
-
-@runtime_checkable
-class Telling(Protocol):
-    """A driver whose device has sensors, which may be added to the contract."""
-
-    def state(self) -> DeviceState:
-        """What the device says of itself now. Asked once a heartbeat, from a thread of its own, so it may take long."""
 
 
 class Found(msgspec.Struct, frozen=True):

@@ -6,9 +6,8 @@ import time
 
 from lepton_ai.device import Announcement, DeviceState, ResourceState
 from lepton_ai.settings import Settings
-from tasks.driver import Telling, cores
+from tasks.driver import cores
 from tasks.host import Contention, Memory, Network, Processors, Traffic, Usage
-from tasks.nvml import gpu_state
 from tasks.sensors import Sensor, SlowSensor, opened
 from tasks.share import Judge
 from tasks.slots import Slots
@@ -29,7 +28,7 @@ class Resources:
         self._contention = Contention()
         self._memory = Sensor("memory", Memory.read)
         self._network = Sensor("network", opened(Network))
-        self._device = _device_sensor(slots.driver, announcement.kind, settings.lease_s)
+        self._device = SlowSensor(announcement.kind, slots.driver.state, settings.lease_s)
         #: What computes on the host's processors shares them with everybody.
         self._uses_processors = announcement.kind == "cpu" or announcement.emulated
         self._seen = (time.monotonic(), slots.busy_s)
@@ -43,7 +42,7 @@ class Resources:
         usage = self._processors.read() or _UNKNOWN
         memory = self._memory.read() or Memory(0, 0)
         traffic = self._network.read() or Traffic()
-        device = None if self._device is None else self._device.read()
+        device = self._device.read()
         others = max(0.0, usage.here - usage.own)
         state = ResourceState(
             busy_slots=self._slots.busy,
@@ -66,12 +65,6 @@ class Resources:
         if not self._uses_processors:
             return 1.0
         return self._contention.speed(self._slots.threads, self.processors, others * self.processors)
-
-
-def _device_sensor(driver: object, kind: str, patience_s: float) -> SlowSensor[DeviceState] | None:
-    if isinstance(driver, Telling):
-        return SlowSensor(kind, driver.state, patience_s)
-    return SlowSensor(kind, gpu_state(), patience_s) if kind == "gpu" else None
 
 
 def _foreign(device: DeviceState | None, busy: float) -> float | None:

@@ -487,8 +487,7 @@ class Runner:
             else:
                 inputs[key] = value
         uploaded = time.perf_counter()
-        found = self._repertoire.runs[kernel.name](inputs, context)
-        driver.synchronize()
+        found = driver.launch(self._repertoire.runs[kernel.name], inputs, context)
         ran = time.perf_counter()
         if found.keys() != kernel.signature.outputs.keys():
             raise KernelFailed(f"{kernel.name} returned {sorted(found)}, not {sorted(kernel.signature.outputs)}")

@@ -68,8 +68,7 @@ def launch(run: Run, inputs: dict[str, Any], driver: Driver, context: Any) -> di
     uploaded = {
         name: driver.upload(value) if isinstance(value, np.ndarray) else value for name, value in inputs.items()
     }
-    outputs = run(uploaded, context)
-    driver.synchronize()
+    outputs = driver.launch(run, uploaded, context)
     return {name: driver.download(value) for name, value in outputs.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from celery import Celery
 from celery.utils import uuid
 
-from bench import kernels, peer
+from bench import peer, synthetic
 from bench.load import Load
 from queues.addresses import celery_addresses
 
@@ -41,7 +41,7 @@ def make_app(*, results: bool = True) -> Celery:
 
 
 app = make_app()
-for _name, _function in kernels.FUNCTIONS.items():
+for _name, _function in synthetic.FUNCTIONS.items():
     app.task(name=_name)(_function)
 
 

@@ -15,7 +15,7 @@ from dramatiq.encoder import PickleEncoder
 from dramatiq.results import Results
 from dramatiq.results.backends import RedisBackend
 
-from bench import kernels, peer
+from bench import peer, synthetic
 from bench.load import Load
 
 _WAIT_MS = 300_000
@@ -27,7 +27,7 @@ broker = RedisBroker(
 dramatiq.set_broker(broker)
 dramatiq.set_encoder(PickleEncoder())
 _actors = {
-    name: dramatiq.actor(function, actor_name=name.replace(".", "_")) for name, function in kernels.FUNCTIONS.items()
+    name: dramatiq.actor(function, actor_name=name.replace(".", "_")) for name, function in synthetic.FUNCTIONS.items()
 }
 
 

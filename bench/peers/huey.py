@@ -11,7 +11,7 @@ from typing import Any
 
 from huey import RedisExpireHuey
 
-from bench import kernels, peer
+from bench import peer, synthetic
 from bench.load import Load
 
 _AT_ONCE = 500
@@ -22,7 +22,7 @@ huey = RedisExpireHuey("bench", url=peer.broker_url(), expire_time=3600)
 #: Pushes a note behind each result, which spares its waiter the polling and makes many slower.
 notifying = RedisExpireHuey("bench", url=peer.broker_url(), expire_time=3600, notify_result=True)
 _tasks = {
-    each: {name: each.task(name=name.replace(".", "_"))(function) for name, function in kernels.FUNCTIONS.items()}
+    each: {name: each.task(name=name.replace(".", "_"))(function) for name, function in synthetic.FUNCTIONS.items()}
     for each in (huey, notifying)
 }
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import redis
 
-from bench import kernels, peer
+from bench import peer, synthetic
 from bench.load import Load
 
 _QUEUE = "bench.raw"
@@ -67,7 +67,7 @@ class Peer(peer.Peer):
 
 def main() -> None:
     connection: Any = redis.Redis.from_url(peer.broker_url(), socket_timeout=None)
-    functions = {**kernels.FUNCTIONS, "bench.touch": lambda a: kernels.touch(np.frombuffer(a, np.float32))}
+    functions = {**synthetic.FUNCTIONS, "bench.touch": lambda a: synthetic.touch(np.frombuffer(a, np.float32))}
     count = _AT_ONCE
     while True:
         _, messages = connection.blmpop(0, 1, _QUEUE, direction="LEFT", count=count)

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from bench import cpu, kernels
+from bench import cpu, synthetic
 from bench.load import Load
 from bench.peers import ray_tasks
 
@@ -15,10 +15,10 @@ from bench.peers import ray_tasks
 @ray.remote
 class _Actor:
     def call(self, kernel: str, row: Mapping[str, Any]) -> float:
-        return kernels.FUNCTIONS[kernel](**row)
+        return synthetic.FUNCTIONS[kernel](**row)
 
     def touch(self, array: Any) -> float:
-        return kernels.touch(array)
+        return synthetic.touch(array)
 
 
 class Peer(ray_tasks.Peer):

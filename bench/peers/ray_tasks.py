@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from bench import cpu, kernels, peer
+from bench import cpu, peer, synthetic
 from bench.load import Load
 
 
@@ -30,8 +30,8 @@ class Peer(peer.Peer):
         self.prepare()
 
     def prepare(self) -> None:
-        self._functions = {name: ray.remote(function) for name, function in kernels.FUNCTIONS.items()}
-        self._touch = ray.remote(kernels.touch)
+        self._functions = {name: ray.remote(function) for name, function in synthetic.FUNCTIONS.items()}
+        self._touch = ray.remote(synthetic.touch)
 
     def run(self, load: Load, rows: Sequence[Mapping[str, Any]]) -> list[float]:
         function = self._functions[load.kernel]

@@ -10,7 +10,7 @@ from typing import Any
 from taskiq.serializers import MSGPackSerializer
 from taskiq_redis import ListQueueBroker, RedisAsyncResultBackend
 
-from bench import kernels, peer
+from bench import peer, synthetic
 from bench.load import Load
 
 _AT_ONCE = 100
@@ -27,12 +27,12 @@ broker = (
 
 @broker.task(task_name="bench.noop")
 async def _noop(x: float, y: float, n: int, data: str) -> float:
-    return kernels.noop(x, y, n, base64.b64decode(data))
+    return synthetic.noop(x, y, n, base64.b64decode(data))
 
 
 @broker.task(task_name="bench.spin")
 async def _spin(x: float, y: float, n: int, data: str) -> float:
-    return kernels.spin(x, y, n, base64.b64decode(data))
+    return synthetic.spin(x, y, n, base64.b64decode(data))
 
 
 _tasks = {"bench.noop": _noop, "bench.spin": _spin}

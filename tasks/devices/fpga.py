@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from lepton_ai.device import Peaks
+from lepton_ai.device import DeviceState, Peaks
 from lepton_ai.errors import InvalidKernel, InvalidSettings
+from lepton_ai.kernel import Context, Inputs, Outputs, Run
 from lepton_ai.settings import Settings
 from tasks.driver import Found, best_s, cores
 
@@ -141,6 +142,12 @@ class FpgaDriver:
             cl.enqueue_copy(self._thread.queue, buffer, view, is_blocking=True)
         return Array(buffer, view.shape, view.dtype, None)
 
+    def launch(self, run: Run, inputs: Inputs, context: Context) -> Outputs:
+        """What the variant makes of uploaded inputs, finished."""
+        outputs = run(inputs, context)
+        self.synchronize()
+        return outputs
+
     def download(self, value: Any) -> NDArray[Any]:
         """An output in host memory, without a copy where the device reads that."""
         if not isinstance(value, Array):
@@ -161,6 +168,15 @@ class FpgaDriver:
         self._thread.queue.finish()
         self._thread.launched.clear()
 
+    @property
+    def stream(self) -> Any:
+        """The calling thread's command queue."""
+        return self._thread.queue
+
+    def state(self) -> DeviceState:
+        """Nothing: OpenCL asks no sensors."""
+        return DeviceState()
+
     def close(self) -> None:
         """Gives back every thread's queue, the programs and the context."""
         del self._threads, self._programs, self._context
@@ -170,7 +186,7 @@ class FpgaDriver:
 
         A board without a good binary for `linalg.matmul` is taken to do one operation a byte until costs are learned.
         """
-        from tasks.kernels.linalg import matmul
+        from tasks.kernels.linalg_matmul import matmul
 
         nothing: Any = None
         source = np.ones(_COPY_BYTES, np.uint8)

@@ -89,8 +89,7 @@ def launch(name: str, kind: str, inputs: Inputs) -> dict[str, NDArray[Any]]:
     if isinstance(driver, str):
         pytest.skip(driver)
     uploaded = {key: driver.upload(value) if isinstance(value, np.ndarray) else value for key, value in inputs.items()}
-    outputs = run_of(name, kind)(uploaded, Quiet())
-    driver.synchronize()
+    outputs = driver.launch(run_of(name, kind), uploaded, Quiet())
     return {key: np.array(driver.download(value)) for key, value in outputs.items()}
 
 

@@ -90,7 +90,7 @@ def test_a_module_that_takes_a_name_that_is_taken_is_refused_as_a_whole(write) -
 
 
 def test_a_module_that_shows_a_kernel_of_ours_again_is_no_quarrel(write) -> None:
-    module = write("lepton_test_again", "from tasks.kernels.linalg import matmul\nagain = matmul\n")
+    module = write("lepton_test_again", "from tasks.kernels.linalg_matmul import matmul\nagain = matmul\n")
     assert catalogue.load([module, module]).refused == {}
 
 

@@ -39,7 +39,9 @@ class Slots(SimpleNamespace):
 
 @pytest.fixture
 def slots() -> Slots:
-    return Slots(busy_s=0.0, busy=1, count=2, heed=lambda _: None, driver=None, threads=[])
+    return Slots(
+        busy_s=0.0, busy=1, count=2, heed=lambda _: None, driver=SimpleNamespace(state=DeviceState), threads=[]
+    )
 
 
 @pytest.fixture

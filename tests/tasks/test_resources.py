@@ -18,7 +18,7 @@ GPU = msgspec.structs.replace(CPU, device="gpu", kind="gpu")
 
 @pytest.fixture
 def slots() -> Any:
-    return SimpleNamespace(busy=0, busy_s=0.0, count=2, driver=None, threads=[])
+    return SimpleNamespace(busy=0, busy_s=0.0, count=2, driver=SimpleNamespace(state=DeviceState), threads=[])
 
 
 @pytest.fixture(autouse=True)
@@ -62,16 +62,6 @@ def test_what_a_device_did_while_no_slot_of_ours_had_it_was_for_others(slots: An
     assert found.foreign_utilization == pytest.approx(0.8)
     slots.busy_s += 1000.0
     assert resources.read().foreign_utilization == 0.0
-
-
-def test_a_gpu_whose_driver_has_no_sensors_is_asked_by_nvml(slots: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = DeviceState(temperature_c=50.0)
-    monkeypatch.setattr("tasks.resources.gpu_state", lambda: lambda: told)
-    resources = Resources(Settings(), GPU, slots)
-    deadline = time.monotonic() + 5
-    while (found := resources.read()).device is None:
-        assert time.monotonic() < deadline
-    assert found.device == told
 
 
 def test_where_the_system_tells_nothing_the_worker_is_there_all_the_same(

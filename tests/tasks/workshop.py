@@ -15,11 +15,11 @@ import numpy as np
 
 from lepton_ai import results, topology, wire
 from lepton_ai.bundle import bundled
-from lepton_ai.device import Peaks
+from lepton_ai.device import DeviceState, Peaks
 from lepton_ai.direct_protocol import writer
 from lepton_ai.identity import minute_of, new_id, new_ids, run_of
 from lepton_ai.job import Estimate, Meta, Options, Placement
-from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Retry
+from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Retry, Run
 from lepton_ai.parcel import Blobs
 from lepton_ai.settings import Settings
 from lepton_ai.succession import FollowUps, Sequel
@@ -42,6 +42,7 @@ class TinyDriver:
 
     kind = "cpu"
     emulated = True
+    stream = None
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -55,7 +56,13 @@ class TinyDriver:
     def download(self, value: Any) -> np.ndarray:
         return np.asarray(value)
 
+    def launch(self, run: Run, inputs: Inputs, context: Context) -> Outputs:
+        return run(inputs, context)
+
     def synchronize(self) -> None: ...
+
+    def state(self) -> DeviceState:
+        return DeviceState()
 
     def close(self) -> None: ...
 

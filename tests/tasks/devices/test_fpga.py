@@ -23,8 +23,8 @@ from lepton_ai.errors import InvalidKernel, InvalidSettings
 from tasks.devices import fpga
 from tasks.devices.fpga import FpgaDriver
 from tasks.driver import cores, open_device
-from tasks.kernels.linalg import matmul
-from tasks.kernels.vision import ndvi
+from tasks.kernels.linalg_matmul import matmul
+from tasks.kernels.vision_ndvi import ndvi
 from tasks.warmup import IdleContext, launch, warm
 
 ROOT = Path(__file__).parents[3]

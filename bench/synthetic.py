@@ -1,4 +1,4 @@
-"""What the benches compute: the same functions for Lepton (LEPTON_KERNELS=bench.kernels) and for every peer.
+"""What the benches compute: the same functions for Lepton (LEPTON_KERNELS=bench.synthetic) and for every peer.
 
 `bench.noop` adds; `bench.spin` computes for as long as its loops last, on a Numba function that holds no GIL.
 `bench.touch` reads one number of each page of a large array.
