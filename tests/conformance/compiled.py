@@ -1,7 +1,8 @@
 """Compiles what the simulator launched for real cards: `python -m tests.conformance.compiled LAUNCHES`, without a card.
 
 Prints JSON: for each launch what the compiler said against it, empty where nothing. It types and lowers every function
-as numba-cuda does before its first launch; where NVVM and NVRTC are installed too (`pip install 'numba-cuda[cu13]'`), it makes PTX.
+as numba-cuda does before its first launch; where NVVM and NVRTC are installed too, by
+`pip install 'numba-cuda[cu13]'`, it makes PTX.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def compiled(launch: Launch, make: Any) -> str:
     )
     try:
         make(
-            bound(cuda, function, helpers),
+            bound(cuda, function, helpers, dict(launch.constants)),
             tuple(typed(*each) for each in launch.types),
             cc=CAPABILITY,
             device=False,

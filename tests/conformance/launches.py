@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Launch(msgspec.Struct, frozen=True):
     kernel: str
     function: tuple[str, str]
     helpers: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, int], ...]
     types: tuple[tuple[str, int], ...]
     """The dtype of each argument, and its dims: 0 for a number."""
 
@@ -64,10 +65,12 @@ def pytest_configure() -> None:
         function: Callable[..., None],
         threads: Sequence[int] | None = None,
         helpers: Sequence[Callable[..., Any]] = (),
+        constants: Mapping[str, int] | None = None,
     ) -> Launcher:
-        launcher = compile_(driver, function, threads, helpers)
+        launcher = compile_(driver, function, threads, helpers, constants)
         launcher.__class__ = WatchedLauncher
-        launcher.origin = (WATCH.kernel, named(function), tuple(map(named, helpers)))  # type: ignore[attr-defined]
+        changed = tuple(sorted((constants or {}).items()))
+        launcher.origin = (WATCH.kernel, named(function), tuple(map(named, helpers)), changed)  # type: ignore[attr-defined]
         return launcher
 
     Kernel.build = watched_build  # type: ignore[method-assign]
