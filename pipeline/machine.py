@@ -15,9 +15,22 @@ from lepton_ai.errors import InvalidSettings
 from pipeline.processes import Program, environment, start
 from queues.broker import LISTS_EACH
 
-__all__ = ["Found", "checked", "cores", "default_workers", "look_for_devices", "parse_workers"]
+__all__ = ["Found", "Unit", "checked", "cores", "default_workers", "look_for_devices", "parse_workers"]
 
 _PROBE_S = 60.0
+
+
+class Unit(msgspec.Struct, frozen=True):
+    """One of several devices of a kind, which take a worker each."""
+
+    device: str
+    """Its name with its model, as in `gpu.h100`."""
+    environ: dict[str, str]
+    """What leaves a worker this one alone."""
+
+    def serves(self, device: str) -> bool:
+        """Whether a worker for `device`, which may be a kind alone, is one for this."""
+        return device in (self.device, kind_of(self.device))
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -29,6 +42,7 @@ class Found(msgspec.Struct, frozen=True):
     """The device, or what is missing."""
     fix: str | None = None
     emulated: bool = False
+    units: tuple[Unit, ...] = ()
 
     @property
     def missing(self) -> str:
@@ -58,7 +72,8 @@ def look_for_devices() -> tuple[Found, ...]:
 
 def default_workers(found: Sequence[Found]) -> dict[str, int]:
     """A worker for each device that is there, with its slots. Another device's worker needs a core beside the cpu's."""
-    others = [each.kind for each in found if each.available and each.kind != "cpu"]
+    kinds = [each for each in found if each.available and each.kind != "cpu"]
+    others = [device for each in kinds for device in ([unit.device for unit in each.units] or [each.kind])]
     return {"cpu": max(1, cores() - 1 if others else cores()), **dict.fromkeys(others, 1)}
 
 
@@ -86,6 +101,8 @@ def checked(workers: Mapping[str, int], found: Sequence[Found]) -> None:
         if known is None or not known.available:
             why = "no driver for it was found" if known is None else known.missing
             raise InvalidSettings(f"there is no {device} on this machine: {why}")
+        if known.units and not any(unit.serves(device) for unit in known.units):
+            raise InvalidSettings(f"there is no {device} on this machine, only {known.what}")
 
 
 def cores() -> int:

@@ -18,7 +18,7 @@ import msgspec
 from lepton_ai.errors import BrokerUnavailable, InvalidSettings
 from lepton_ai.placement import policies
 from lepton_ai.settings import Settings
-from pipeline.machine import Found, checked, default_workers, look_for_devices, parse_workers
+from pipeline.machine import Found, Unit, checked, default_workers, look_for_devices, parse_workers
 from pipeline.processes import Program, environment
 from pipeline.supervisor import free_port, programs
 from queues import guardian
@@ -45,6 +45,11 @@ class Setup(msgspec.Struct, frozen=True):
     found: tuple[Found, ...]
 
     @property
+    def units(self) -> list[Unit]:
+        """The devices of which there may be several of a kind."""
+        return [unit for each in self.found for unit in each.units]
+
+    @property
     def openapi_url(self) -> str:
         return f"{self.http_url}/openapi/openapi.json"
 
@@ -62,7 +67,7 @@ class Setup(msgspec.Struct, frozen=True):
             "LEPTON_LOG": self.settings.log,
         }
         environ = environment(own)
-        found = programs(environ, self.workers)
+        found = programs(environ, self.workers, self.units)
         if self.flower_url:
             port = self.flower_url.rpartition(":")[2]
             arguments = f"-m celery -A queues.monitor flower --address=127.0.0.1 --port={port} --logging=warning"

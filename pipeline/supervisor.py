@@ -6,7 +6,7 @@ import contextlib
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,12 +16,24 @@ import msgspec
 from lepton_ai.device import Announcement
 from lepton_ai.errors import BrokerUnavailable, Unavailable
 from lepton_ai.settings import Settings
+from pipeline.machine import Unit
 from pipeline.processes import Processes, Program, ending, environment
 from queues.broker import announcements
 from queues.connection import CommandError, Connection
 from queues.embedded import EmbeddedBroker
 
-__all__ = ["SERVICES", "Arrival", "Fleet", "free_port", "programs", "run_fleet", "worker_arguments", "worker_name"]
+__all__ = [
+    "SERVICES",
+    "Arrival",
+    "Fleet",
+    "Post",
+    "free_port",
+    "posts",
+    "programs",
+    "run_fleet",
+    "worker_arguments",
+    "worker_name",
+]
 
 SERVICES = ("router", "telemetry", "ingest")
 _STOP_S = 20.0
@@ -83,47 +95,72 @@ def run_fleet(
         yield fleet
 
 
-def programs(environ: dict[str, str], workers: Mapping[str, int]) -> list[Program]:
-    """The services and a worker for each device, which `workers` maps to its slots."""
+class Post(msgspec.Struct, frozen=True):
+    """A worker that is to be here."""
+
+    name: str
+    """Its device's name, and a number where several share that; its Celery node is called so, `@` this host."""
+    device: str
+    slots: int
+    environ: dict[str, str] = {}
+
+
+def posts(workers: Mapping[str, int], units: Sequence[Unit] = ()) -> list[Post]:
+    """A worker for each device, which `workers` maps to its slots, or for each of the units that go by its name."""
+    found: list[Post] = []
+    for device, slots in workers.items():
+        own = [unit.environ for unit in units if unit.serves(device)] or [{}]
+        for number, environ in enumerate(own, 1):
+            found.append(Post(device if len(own) == 1 else f"{device}-{number}", device, slots, environ))
+    return found
+
+
+def programs(environ: dict[str, str], workers: Mapping[str, int], units: Sequence[Unit] = ()) -> list[Program]:
+    """The services and the workers: see `posts`."""
     return [
         *(Program(name, ("-m", "pipeline", name), environ) for name in SERVICES),
         *(
-            Program(worker_name(device), tuple(worker_arguments(device, slots)), environ)
-            for device, slots in workers.items()
+            Program(worker_name(post.name), tuple(_worker_arguments(post)), environ | post.environ)
+            for post in posts(workers, units)
         ),
     ]
 
 
-def worker_name(device: str) -> str:
-    """The name of the process that serves a device here."""
-    return f"worker-{device}"
+def worker_name(post: str) -> str:
+    """The name of the process of a worker here."""
+    return f"worker-{post}"
 
 
 def worker_arguments(device: str, slots: int) -> list[str]:
     """The command line, after the interpreter, of a real Celery worker that serves a device."""
-    arguments = f"-m celery -q -A tasks.worker worker -P threads --without-gossip --without-mingle -Q lepton.{device}"
-    return [*arguments.split(), "-c", str(slots), "-n", f"{device}@%h", "--loglevel", "WARNING"]
+    return _worker_arguments(Post(device, device, slots))
+
+
+def _worker_arguments(post: Post) -> list[str]:
+    queue = f"lepton.{post.device}"
+    arguments = f"-m celery -q -A tasks.worker worker -P threads --without-gossip --without-mingle -Q {queue}"
+    return [*arguments.split(), "-c", str(post.slots), "-n", f"{post.name}@%h", "--loglevel", "WARNING"]
 
 
 class Arrival:
     """Looks who has come up since it was made: the workers by their announcements, the ingest by its own word."""
 
-    def __init__(self, broker_url: str, http_url: str, devices: Mapping[str, int]) -> None:
+    def __init__(self, broker_url: str, http_url: str, posts: Iterable[str]) -> None:
         self.online: set[str] = set()
         self._broker_url = broker_url
         self._http_url = http_url
-        self._devices = set(devices)
+        self._nodes = {f"{post}@{socket.gethostname()}": post for post in posts}
         self._since = time.time()
         self._told: set[str] = set()
 
     def complete(self) -> bool:
         """Looks once; whether every worker is online and the ingest ready."""
         with contextlib.suppress(BrokerUnavailable):
-            self.online |= {each.device for each in self.announced()}
-        return self.online >= self._devices and _is_ready(self._http_url)
+            self.online |= {self.post(each) for each in self.announced()}
+        return self.online.issuperset(self._nodes.values()) and _is_ready(self._http_url)
 
     def news(self) -> list[str]:
-        """The devices that have come online since the last call."""
+        """The workers that have come online since the last call, by the names of their posts."""
         news = sorted(self.online - self._told)
         self._told |= self.online
         return news
@@ -135,14 +172,17 @@ class Arrival:
                 found = announcements(connection)
         except CommandError as error:
             raise BrokerUnavailable(error.message) from error
-        mine = {f"{device}@{socket.gethostname()}" for device in self._devices}
         # Not what an earlier run has left: a lease outlives its worker for a while.
-        return [each for each in found if each.worker in mine and each.started_at >= self._since]
+        return [each for each in found if each.worker in self._nodes and each.started_at >= self._since]
+
+    def post(self, worker: Announcement) -> str:
+        """The name of the post of a worker of ours."""
+        return self._nodes[worker.worker]
 
 
 def _tell(arrival: Arrival, tell: Callable[[str], None]) -> None:
-    for device in arrival.news():
-        tell(f"{device} is online")
+    for post in arrival.news():
+        tell(f"{post} is online")
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -25,7 +25,7 @@ from pipeline.output import Output
 from pipeline.processes import Processes, Program, ending, environment
 from pipeline.setup import FLOWER, Setup, set_up
 from pipeline.signals import Signals
-from pipeline.supervisor import SERVICES, Arrival, worker_name
+from pipeline.supervisor import SERVICES, Arrival, posts, worker_name
 from queues import logs
 from queues.addresses import celery_addresses
 from queues.broker import LISTS_EACH
@@ -81,8 +81,9 @@ class _Up:
         self._output = output
         self._signals = signals
         self._processes = Processes(output.of, _note, restart=True)
-        self._arrival = Arrival(setup.broker_url, setup.http_url, setup.workers)
-        self._workers = {worker_name(device): device for device in setup.workers}
+        names = [post.name for post in posts(setup.workers, setup.units)]
+        self._arrival = Arrival(setup.broker_url, setup.http_url, names)
+        self._workers = [worker_name(name) for name in names]
         self._broker_failed = ""
 
     def run(self) -> int:
@@ -281,7 +282,7 @@ class _Up:
         now, clock = time.time(), time.monotonic()
         found: dict[str, int] = {}
         for each in self._arrival.announced():
-            name = worker_name(each.device)
+            name = worker_name(self._arrival.post(each))
             if each.started_at >= now - clock + self._processes.began(name):  # not the lease of one that was killed
                 held = [("LLEN", topology.held(each.incarnation, slot)) for slot in range(each.slots)]
                 found[name] = sum(broker.many(held))

@@ -16,6 +16,7 @@ import os
 import re
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -29,7 +30,7 @@ from lepton_ai.device import DeviceState, Peaks
 from lepton_ai.errors import DeviceLost, DeviceOutOfMemory, InvalidKernel, InvalidSettings, LeptonError
 from lepton_ai.kernel import Context, Inputs, Outputs, Run
 from tasks.cuda_memory import Lease, Memory, Staging
-from tasks.driver import Found, best_s
+from tasks.driver import Found, Unit, best_s
 from tasks.nvml import cuda_version, gpu_state
 
 __all__ = ["Array", "GpuDriver", "Launcher", "bound", "model_of", "open_device", "probe"]
@@ -514,7 +515,18 @@ def _look() -> tuple[Any, Found]:
         return None, Found(
             "gpu", False, what, f"pip install 'numba-cuda[cu{min(13, max(12, cuda_version() // 1000))}]'"
         )
-    return cuda, Found("gpu", True, ", ".join(_name(each) for each in devices), None)
+    return cuda, _several([(_name(each), str(each.uuid)) for each in devices])
+
+
+def _several(cards: Sequence[tuple[str, str]]) -> Found:
+    """What to say of cards, by their names and UUIDs."""
+    units = tuple(Unit(f"gpu.{model_of(name)}", {"CUDA_VISIBLE_DEVICES": uuid}) for name, uuid in cards)
+    counts = Counter((name, unit.device) for (name, _), unit in zip(cards, units, strict=True))
+    what = [
+        f"{count} x {name} ({device})" if count > 1 else f"{name} ({device})"
+        for (name, device), count in counts.items()
+    ]
+    return Found("gpu", True, ", ".join(what), None, units=units)
 
 
 def _name(device: Any) -> str:

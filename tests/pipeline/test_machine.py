@@ -8,10 +8,16 @@ import pytest
 
 from lepton_ai.errors import InvalidSettings
 from pipeline import machine
-from pipeline.machine import Found, checked, cores, default_workers, look_for_devices, parse_workers
+from pipeline.machine import Found, Unit, checked, cores, default_workers, look_for_devices, parse_workers
 
 CPU = Found("cpu", available=True, what="a processor")
 FPGA = Found("fpga", available=True, what="PoCL", emulated=True)
+GPUS = Found(
+    "gpu",
+    available=True,
+    what="2 x Tesla T4 (gpu.t4), NVIDIA A10G (gpu.a10g)",
+    units=tuple(Unit(device, {}) for device in ("gpu.t4", "gpu.a10g", "gpu.t4")),
+)
 NO_GPU = Found("gpu", available=False, what="no NVIDIA driver", fix="install one")
 
 
@@ -62,6 +68,17 @@ def test_beside_another_device_it_leaves_a_core_for_that_ones_worker(
     assert default_workers([CPU, NO_GPU, FPGA]) == {"cpu": slots, "fpga": 1}
 
 
+def test_cards_get_a_worker_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    assert default_workers([CPU, GPUS]) == {"cpu": 7, "gpu.t4": 1, "gpu.a10g": 1}
+
+
+def test_cards_are_asked_for_by_their_model_or_by_none() -> None:
+    checked({"gpu": 1, "gpu.t4": 1}, [CPU, GPUS])
+    with pytest.raises(InvalidSettings, match=r"no gpu\.h100 on this machine, only 2 x Tesla T4 \(gpu\.t4\), NVIDIA"):
+        checked({"gpu.h100": 1}, [CPU, GPUS])
+
+
 def test_a_device_that_is_there_may_be_asked_for_under_any_model() -> None:
     checked({"cpu": 1, "fpga.vendor": 1}, [CPU, FPGA])
 
@@ -85,14 +102,17 @@ def as_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "tasks" / "__main__.py"
 
 
-ANSWER = '[{"kind":"cpu","available":true,"what":"x","fix":null,"emulated":false},{"kind":"gpu","available":false}]'
+ANSWER = (
+    '[{"kind":"cpu","available":true,"what":"x","fix":null,"emulated":false},{"kind":"gpu","available":true,'
+    '"units":[{"device":"gpu.t4","environ":{"CUDA_VISIBLE_DEVICES":"GPU-a"}}]}]'
+)
 
 
 def test_the_probes_last_line_is_its_answer(as_tasks: Path, capfd: pytest.CaptureFixture[str]) -> None:
     as_tasks.write_text(f"import sys\nprint('loading')\nprint('warning', file=sys.stderr)\nprint({ANSWER!r})\n")
     assert look_for_devices() == (
         Found("cpu", available=True, what="x"),
-        Found("gpu", available=False),
+        Found("gpu", available=True, units=(Unit("gpu.t4", {"CUDA_VISIBLE_DEVICES": "GPU-a"}),)),
     )
     assert capfd.readouterr() == ("", "")
 
