@@ -288,7 +288,7 @@ def _order_gpu(keys: NDArray[np.uint64], first: int, ranks: NDArray[np.int32], i
 @top_k.on("gpu")
 def _gpu(device: Any) -> Run:
     """Scores by tiles, then the best of each chunk of them, then the best of those, until one chunk is left."""
-    constants, selecting, smallest = ({}, _SELECTING, _CHUNK) if not device.simulated else (_SIMULATED, 4, 4)
+    constants, selecting, smallest = ({}, _SELECTING, _CHUNK) if not device.simulated else (_SIMULATED, 2, 4)
     side, wide = constants.get("_SIDE", _SIDE), constants.get("_WIDE", _WIDE)
     score = device.compile(_scores_gpu, threads=(side, side), constants=constants)
     select = device.compile(_select_gpu, threads=(selecting,))
