@@ -6,7 +6,7 @@ import contextlib
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,24 +16,13 @@ import msgspec
 from lepton_ai.device import Announcement
 from lepton_ai.errors import BrokerUnavailable, Unavailable
 from lepton_ai.settings import Settings
-from pipeline.machine import Unit
+from pipeline.machine import WorkerPlan, planned
 from pipeline.processes import Processes, Program, ending, environment
 from queues.broker import announcements
 from queues.connection import CommandError, Connection
 from queues.embedded import EmbeddedBroker
 
-__all__ = [
-    "SERVICES",
-    "Arrival",
-    "Fleet",
-    "Post",
-    "free_port",
-    "posts",
-    "programs",
-    "run_fleet",
-    "worker_arguments",
-    "worker_name",
-]
+__all__ = ["SERVICES", "Arrival", "Fleet", "free_port", "programs", "run_fleet", "worker_arguments"]
 
 SERVICES = ("router", "telemetry", "ingest")
 _STOP_S = 20.0
@@ -78,10 +67,11 @@ def run_fleet(
         processes = Processes(lambda name: (logs / name).open("wb"), lambda *_, **__: None, restart=False)
         fleet = Fleet(broker.url, f"http://127.0.0.1:{port}", processes.running, logs)
         stack.callback(_stop, processes)
-        for program in programs(environment(own), workers):
+        plans = planned(workers)
+        for program in programs(environment(own), plans):
             processes.start(program)
         tell("warming the kernels (the first start compiles them)")
-        arrival = Arrival(fleet.broker_url, fleet.http_url, workers)
+        arrival = Arrival(fleet.broker_url, fleet.http_url, plans)
         try:
             while not arrival.complete():
                 fleet.check()
@@ -95,94 +85,64 @@ def run_fleet(
         yield fleet
 
 
-class Post(msgspec.Struct, frozen=True):
-    """A worker that is to be here."""
-
-    name: str
-    """Its device's name, and a number where several share that; its Celery node is called so, `@` this host."""
-    device: str
-    slots: int
-    environ: dict[str, str] = {}
-
-
-def posts(workers: Mapping[str, int], units: Sequence[Unit] = ()) -> list[Post]:
-    """A worker for each device, which `workers` maps to its slots, or for each of the units that go by its name."""
-    found: list[Post] = []
-    for device, slots in workers.items():
-        own = [unit.environ for unit in units if unit.serves(device)] or [{}]
-        for number, environ in enumerate(own, 1):
-            found.append(Post(device if len(own) == 1 else f"{device}-{number}", device, slots, environ))
-    return found
-
-
-def programs(environ: dict[str, str], workers: Mapping[str, int], units: Sequence[Unit] = ()) -> list[Program]:
-    """The services and the workers: see `posts`."""
+def programs(environ: dict[str, str], workers: Iterable[WorkerPlan]) -> list[Program]:
+    """The services and the workers."""
     return [
         *(Program(name, ("-m", "pipeline", name), environ) for name in SERVICES),
         *(
-            Program(worker_name(post.name), tuple(_worker_arguments(post)), environ | post.environ)
-            for post in posts(workers, units)
+            Program(each.process, tuple(worker_arguments(each.device, each.slots, each.name)), environ | each.environ)
+            for each in workers
         ),
     ]
 
 
-def worker_name(post: str) -> str:
-    """The name of the process of a worker here."""
-    return f"worker-{post}"
-
-
-def worker_arguments(device: str, slots: int) -> list[str]:
-    """The command line, after the interpreter, of a real Celery worker that serves a device."""
-    return _worker_arguments(Post(device, device, slots))
-
-
-def _worker_arguments(post: Post) -> list[str]:
-    queue = f"lepton.{post.device}"
-    arguments = f"-m celery -q -A tasks.worker worker -P threads --without-gossip --without-mingle -Q {queue}"
-    return [*arguments.split(), "-c", str(post.slots), "-n", f"{post.name}@%h", "--loglevel", "WARNING"]
+def worker_arguments(device: str, slots: int, name: str | None = None) -> list[str]:
+    """The command line, after the interpreter, of a real Celery worker that serves a device, by its name if none."""
+    arguments = f"-m celery -q -A tasks.worker worker -P threads --without-gossip --without-mingle -Q lepton.{device}"
+    return [*arguments.split(), "-c", str(slots), "-n", f"{name or device}@%h", "--loglevel", "WARNING"]
 
 
 class Arrival:
     """Looks who has come up since it was made: the workers by their announcements, the ingest by its own word."""
 
-    def __init__(self, broker_url: str, http_url: str, posts: Iterable[str]) -> None:
+    def __init__(self, broker_url: str, http_url: str, workers: Iterable[WorkerPlan]) -> None:
         self.online: set[str] = set()
         self._broker_url = broker_url
         self._http_url = http_url
-        self._nodes = {f"{post}@{socket.gethostname()}": post for post in posts}
+        self._nodes = {f"{each.name}@{socket.gethostname()}": each.name for each in workers}
         self._since = time.time()
         self._told: set[str] = set()
 
     def complete(self) -> bool:
         """Looks once; whether every worker is online and the ingest ready."""
         with contextlib.suppress(BrokerUnavailable):
-            self.online |= {self.post(each) for each in self.announced()}
-        return self.online.issuperset(self._nodes.values()) and _is_ready(self._http_url)
+            self.online |= set(self.announced())
+        return self.online >= set(self._nodes.values()) and _is_ready(self._http_url)
 
     def news(self) -> list[str]:
-        """The workers that have come online since the last call, by the names of their posts."""
+        """The workers that have come online since the last call, by name."""
         news = sorted(self.online - self._told)
         self._told |= self.online
         return news
 
-    def announced(self) -> list[Announcement]:
-        """Our workers that are online now; BrokerUnavailable while the broker is."""
+    def announced(self) -> dict[str, Announcement]:
+        """Our workers that are online now, by name; BrokerUnavailable while the broker is."""
         try:
             with contextlib.closing(Connection(self._broker_url, "supervisor")) as connection:
                 found = announcements(connection)
         except CommandError as error:
             raise BrokerUnavailable(error.message) from error
         # Not what an earlier run has left: a lease outlives its worker for a while.
-        return [each for each in found if each.worker in self._nodes and each.started_at >= self._since]
-
-    def post(self, worker: Announcement) -> str:
-        """The name of the post of a worker of ours."""
-        return self._nodes[worker.worker]
+        return {
+            self._nodes[each.worker]: each
+            for each in found
+            if each.worker in self._nodes and each.started_at >= self._since
+        }
 
 
 def _tell(arrival: Arrival, tell: Callable[[str], None]) -> None:
-    for post in arrival.news():
-        tell(f"{post} is online")
+    for name in arrival.news():
+        tell(f"{name} is online")
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -8,7 +8,18 @@ import pytest
 
 from lepton_ai.errors import InvalidSettings
 from pipeline import machine
-from pipeline.machine import Found, Unit, checked, cores, default_workers, look_for_devices, parse_workers
+from pipeline.machine import (
+    Found,
+    Unit,
+    WorkerPlan,
+    checked,
+    cores,
+    default_workers,
+    look_for_devices,
+    on_units,
+    parse_workers,
+    planned,
+)
 
 CPU = Found("cpu", available=True, what="a processor")
 FPGA = Found("fpga", available=True, what="PoCL", emulated=True)
@@ -16,7 +27,10 @@ GPUS = Found(
     "gpu",
     available=True,
     what="2 x Tesla T4 (gpu.t4), NVIDIA A10G (gpu.a10g)",
-    units=tuple(Unit(device, {}) for device in ("gpu.t4", "gpu.a10g", "gpu.t4")),
+    units=tuple(
+        Unit(device, {"CUDA_VISIBLE_DEVICES": uuid})
+        for device, uuid in (("gpu.t4", "A"), ("gpu.a10g", "B"), ("gpu.t4", "C"))
+    ),
 )
 NO_GPU = Found("gpu", available=False, what="no NVIDIA driver", fix="install one")
 
@@ -71,6 +85,27 @@ def test_beside_another_device_it_leaves_a_core_for_that_ones_worker(
 def test_cards_get_a_worker_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cores", lambda: 8)
     assert default_workers([CPU, GPUS]) == {"cpu": 7, "gpu.t4": 1, "gpu.a10g": 1}
+
+
+def test_each_card_of_a_model_has_a_worker_which_sees_it_alone() -> None:
+    plans = planned({"cpu": 2, "gpu.t4": 1, "gpu.a10g": 2}, [CPU, GPUS])
+    assert [(each.name, each.device, each.slots, each.environ.get("CUDA_VISIBLE_DEVICES")) for each in plans] == [
+        ("cpu", "cpu", 2, None),
+        ("gpu.t4", "gpu.t4", 1, "A"),
+        ("gpu.t4-2", "gpu.t4", 1, "C"),
+        ("gpu.a10g", "gpu.a10g", 2, "B"),
+    ]
+
+
+def test_a_device_without_a_model_is_every_card() -> None:
+    assert [each.environ["CUDA_VISIBLE_DEVICES"] for each in planned({"gpu": 1}, [GPUS])] == ["A", "B", "C"]
+
+
+def test_workers_that_are_planned_already_get_cards_in_turn() -> None:
+    plans = [WorkerPlan(f"gpu.t4-{number}", "gpu.t4", 1, {"X": "1"}) for number in range(3)]
+    assert [each.environ for each in on_units(plans, [GPUS])] == [
+        {"CUDA_VISIBLE_DEVICES": uuid, "X": "1"} for uuid in ("A", "C", "A")
+    ]
 
 
 def test_cards_are_asked_for_by_their_model_or_by_none() -> None:

@@ -43,7 +43,7 @@ def test_it_is_the_services_and_a_worker_for_each_device(held: ExitStack) -> Non
 def test_without_workers_they_are_what_the_machine_has(held: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     found = (Found("cpu", available=True), Found("fpga", available=True, emulated=True), Found("gpu", available=False))
     monkeypatch.setattr(module, "look_for_devices", lambda: found)
-    assert list(set_up(FREE[2:], held).workers) == ["cpu", "fpga"]
+    assert [each.device for each in set_up(FREE[2:], held).workers] == ["cpu", "fpga"]
 
 
 def test_each_card_has_a_worker_of_its_own(held: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_each_card_has_a_worker_of_its_own(held: ExitStack, monkeypatch: pytest.
     found = (Found("cpu", available=True), Found("gpu", available=True, units=units))
     monkeypatch.setattr(module, "look_for_devices", lambda: found)
     setup = set_up(FREE[2:], held)
-    assert names(setup)[3:] == ["worker-cpu", "worker-gpu.t4-1", "worker-gpu.t4-2"]
+    assert names(setup)[3:] == ["worker-cpu", "worker-gpu.t4", "worker-gpu.t4-2"]
     assert setup.programs()[-1].environ["CUDA_VISIBLE_DEVICES"] == "B"
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from lepton_ai.errors import Unavailable
 from lepton_ai.settings import Settings
-from pipeline.machine import Unit
-from pipeline.supervisor import Arrival, Fleet, free_port, posts, programs, run_fleet, worker_arguments
+from pipeline.machine import WorkerPlan, planned
+from pipeline.supervisor import Arrival, Fleet, free_port, programs, run_fleet, worker_arguments
 
 
 def test_a_workers_command_line_names_its_device_queue_and_its_slots() -> None:
@@ -26,44 +26,21 @@ def test_a_workers_command_line_names_its_device_queue_and_its_slots() -> None:
 
 
 def test_a_lepton_is_three_services_and_a_worker_a_device() -> None:
-    found = programs({}, {"cpu.big": 2, "fpga": 1})
+    found = programs({}, planned({"cpu.big": 2, "fpga": 1}))
     assert [each.name for each in found] == ["router", "telemetry", "ingest", "worker-cpu.big", "worker-fpga"]
 
 
-UNITS = [
-    Unit(f"gpu.{model}", {"CUDA_VISIBLE_DEVICES": uuid}) for model, uuid in [("t4", "A"), ("a10g", "B"), ("t4", "C")]
-]
-
-
-def test_each_of_several_cards_of_a_model_has_a_worker_which_sees_it_alone() -> None:
-    found = programs({"X": "1"}, {"cpu": 2, "gpu.t4": 1, "gpu.a10g": 2}, UNITS)[3:]
-    assert [(each.name, each.environ.get("CUDA_VISIBLE_DEVICES")) for each in found] == [
-        ("worker-cpu", None),
-        ("worker-gpu.t4-1", "A"),
-        ("worker-gpu.t4-2", "C"),
-        ("worker-gpu.a10g", "B"),
-    ]
-    assert all(each.environ["X"] == "1" for each in found)
-    line = shlex.join(found[2].arguments)
-    for part in ("-Q lepton.gpu.t4 ", "-n gpu.t4-2@%h", "-c 1"):
-        assert part in line
-
-
-def test_a_device_without_a_model_is_every_card() -> None:
-    assert [post.name for post in posts({"gpu": 1}, UNITS)] == ["gpu-1", "gpu-2", "gpu-3"]
-
-
-def test_workers_have_arrived_once_each_of_a_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_have_arrived_once_each_of_a_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
     here = socket.gethostname()
     online: list[SimpleNamespace] = []
     monkeypatch.setattr("pipeline.supervisor.Connection", lambda *_: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr("pipeline.supervisor.announcements", lambda _: online)
     monkeypatch.setattr("pipeline.supervisor._is_ready", lambda _: True)
-    arrival = Arrival("", "", [post.name for post in posts({"gpu.t4": 1}, UNITS)])
-    for name, complete in ((f"gpu.t4-1@{here}", False), ("gpu.t4-2@elsewhere", False), (f"gpu.t4-2@{here}", True)):
-        online.append(SimpleNamespace(worker=name, device="gpu.t4", started_at=time.time()))
+    arrival = Arrival("", "", [WorkerPlan(name, "gpu.t4", 1) for name in ("gpu.t4", "gpu.t4-2")])
+    for worker, complete in ((f"gpu.t4@{here}", False), ("gpu.t4-2@elsewhere", False), (f"gpu.t4-2@{here}", True)):
+        online.append(SimpleNamespace(worker=worker, device="gpu.t4", started_at=time.time()))
         assert arrival.complete() is complete
-    assert arrival.news() == ["gpu.t4-1", "gpu.t4-2"]
+    assert arrival.news() == ["gpu.t4", "gpu.t4-2"]
 
 
 def test_a_free_port_can_be_listened_on() -> None:
