@@ -98,6 +98,11 @@ class TpuDriver:
         """
         return Program(self, function, tuple(static), tuple(donate))
 
+    @staticmethod
+    def bucket(size: int) -> int:
+        """The size to which an axis is padded; for static values too."""
+        return bucket(size)
+
     def upload(self, array: NDArray[Any]) -> Array:
         """The array on the device, zeros around it. One that fills its buckets is not copied on the host."""
         padded = tuple(bucket(size) for size in array.shape)

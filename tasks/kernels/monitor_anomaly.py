@@ -114,6 +114,56 @@ def _cpu(device: Any) -> Run:
     return run
 
 
+@anomaly.on("tpu")
+def _tpu(device: Any) -> Run:
+    """Takes one series, or a stack of them as rows, each value at once.
+
+    Means and squared deviations of 1, 2, 4, 8, ... values up to each are doubled from step to step, and those that
+    the window's binary digits name are joined to it, both by Chan, Golub and LeVeque (1979, eq. 2.1). As on the cpu
+    nothing is subtracted, and a window of equal values comes out with the deviation 0.
+    """
+    import jax.numpy as jnp
+    from jax import lax
+
+    def join(mean: Any, m2: Any, count: Any, more_mean: Any, more_m2: Any, more: Any) -> tuple[Any, Any]:
+        gap, total = more_mean - mean, count + more
+        return mean + gap * (more / total), m2 + more_m2 + gap * gap * (count * more / total)
+
+    def later(values: Any, by: Any) -> Any:
+        """The values `by` places on. What comes round from the end is in no window that is asked for."""
+        return jnp.roll(values, by, axis=-1)
+
+    def score(series: Any, window: Any) -> Any:
+        def step(state: Any) -> Any:
+            size, mean, m2, taken, all_mean, all_m2 = state
+            count, so_far = size.astype(series.dtype), taken.astype(series.dtype)
+            joined = join(all_mean, all_m2, so_far, later(mean, taken), later(m2, taken), count)
+            # An empty window has no mean, so the first part is taken as it is.
+            first, named = taken == 0, (window & size) != 0
+            all_mean = jnp.where(named, jnp.where(first, mean, joined[0]), all_mean)
+            all_m2 = jnp.where(named, jnp.where(first, m2, joined[1]), all_m2)
+            taken = jnp.where(named, taken + size, taken)
+            mean, m2 = join(mean, m2, count, later(mean, size), later(m2, size), count)
+            return 2 * size, mean, m2, taken, all_mean, all_m2
+
+        zeros = jnp.zeros_like(series)
+        start = jnp.ones_like(window), series, zeros, jnp.zeros_like(window), zeros, zeros
+        *_, mean, m2 = lax.while_loop(lambda state: state[0] <= window, step, start)
+        difference = series - later(mean, 1)
+        m2 = later(m2, 1)
+        z = jnp.where((m2 == 0) & (difference == 0), 0.0, difference / jnp.sqrt(m2 / window))
+        return jnp.where(jnp.arange(series.shape[-1]) < window, jnp.nan, z)
+
+    program = device.program(score)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        series = inputs["series"]
+        window = min(inputs["window"], max(series.shape[-1], 1))
+        return program({"score": series.shape}, series, np.int64(window))
+
+    return run
+
+
 @anomaly.samples
 def _samples() -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)
