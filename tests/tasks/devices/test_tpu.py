@@ -140,7 +140,7 @@ def test_a_donated_input_gives_its_memory_where_an_output_fits_and_is_gone(drive
     assert driver.download(found["sum"]).tolist() == [2.0] * 100
     assert x.values.is_deleted()
     assert not y.values.is_deleted()
-    with pytest.raises((ValueError, RuntimeError), match="deleted|donated"):
+    with pytest.raises((ValueError, RuntimeError), match=r"deleted|donated"):
         program({"sum": (100,)}, x, y)
     driver.synchronize()
 
