@@ -32,6 +32,7 @@ GPUS = Found(
         for device, uuid in (("gpu.t4", "A"), ("gpu.a10g", "B"), ("gpu.t4", "C"))
     ),
 )
+TPU = Found("tpu", available=True, what="JAX", emulated=True)
 NO_GPU = Found("gpu", available=False, what="no NVIDIA driver", fix="install one")
 
 
@@ -84,7 +85,7 @@ def test_beside_another_device_it_leaves_a_core_for_that_ones_worker(
 
 def test_cards_get_a_worker_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cores", lambda: 8)
-    assert default_workers([CPU, GPUS]) == {"cpu": 7, "gpu.t4": 1, "gpu.a10g": 1}
+    assert default_workers([CPU, GPUS]) == {"cpu": 5, "gpu.t4": 1, "gpu.a10g": 1}
 
 
 def test_each_card_of_a_model_has_a_worker_which_sees_it_alone() -> None:
@@ -112,6 +113,14 @@ def test_cards_are_asked_for_by_their_model_or_by_none() -> None:
     checked({"gpu": 1, "gpu.t4": 1}, [CPU, GPUS])
     with pytest.raises(InvalidSettings, match=r"no gpu\.h100 on this machine, only 2 x Tesla T4 \(gpu\.t4\), NVIDIA"):
         checked({"gpu.h100": 1}, [CPU, GPUS])
+
+
+@pytest.mark.parametrize(("count", "slots"), [(8, 6), (3, 1), (2, 1)])
+def test_beside_two_other_devices_it_leaves_a_core_for_each(
+    monkeypatch: pytest.MonkeyPatch, count: int, slots: int
+) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: count)
+    assert default_workers([CPU, FPGA, TPU]) == {"cpu": slots, "fpga": 1, "tpu": 1}
 
 
 def test_a_device_that_is_there_may_be_asked_for_under_any_model() -> None:
