@@ -10,15 +10,17 @@ takes a hundred thousand times as long. It never does so unasked.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
 import os
 import re
+import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -491,6 +493,9 @@ _PIP = "pip install 'lepton-ai[gpu]'"
 def _look() -> tuple[Any, Found]:
     """The module numba.cuda where a GPU is there, or simulated, and what to say of it."""
     os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
+    # Asked first, because numba-cuda takes most of a second to import.
+    if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1" and not _has_driver():
+        return None, Found("gpu", False, "CUDA finds no GPU: no NVIDIA driver is installed", None)
     try:
         cuda = importlib.import_module("numba.cuda")
         from numba.cuda.core import config
@@ -517,6 +522,18 @@ def _look() -> tuple[Any, Found]:
             "gpu", False, what, f"pip install 'numba-cuda[cu{min(13, max(12, cuda_version() // 1000))}]'"
         )
     return cuda, _several([(_name(each), str(each.uuid)) for each in devices])
+
+
+def _has_driver() -> bool:
+    """Whether the library of NVIDIA's driver loads from where numba-cuda looks for it."""
+    for name in ("nvcuda.dll",) if sys.platform == "win32" else _DRIVERS:
+        with suppress(OSError):
+            ctypes.CDLL(name)
+            return True
+    return False
+
+
+_DRIVERS = ("libcuda.so.1", "libcuda.so", "/usr/lib64/libcuda.so.1", "/usr/lib/libcuda.so.1")
 
 
 def _several(cards: Sequence[tuple[str, str]]) -> Found:

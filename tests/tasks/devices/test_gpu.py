@@ -66,6 +66,7 @@ def test_several_cards_are_told_by_their_models_and_left_alone_by_their_uuids() 
 
 
 def test_without_numba_cuda_it_says_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "numba.cuda", None)
     found = gpu.probe()
     assert (found.available, found.fix) == (False, "pip install 'lepton-ai[gpu]'")
