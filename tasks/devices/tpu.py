@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -289,7 +290,12 @@ def open_device(device: str, slots: int) -> TpuDriver:
 
 
 def probe() -> Found:
-    """The chip, or the processor that stands in for one, or what is missing for that."""
+    """The chip, or the processor that stands in for one, or what is missing for that.
+
+    Where only the processor can be meant JAX is not loaded to find it, which takes seconds.
+    """
+    if _chip() is None and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and find_spec("jax") and find_spec("jaxlib"):
+        return Found("tpu", True, f"JAX {metadata.version('jax')} on {processor()}, emulated", None, True)
     return _look(cores())[1]
 
 
