@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import math
 import os
+import re
 import tempfile
 import threading
 from collections import Counter, deque
@@ -31,15 +32,17 @@ from numpy.typing import NDArray
 from lepton_ai.device import DeviceState, Peaks
 from lepton_ai.errors import DeviceLost, DeviceOutOfMemory, InvalidKernel, InvalidSettings
 from lepton_ai.kernel import Context, Inputs, Outputs, Run
-from tasks.driver import Found, best_s, cache_folder, cores, instructions, processor
+from tasks.driver import Found, Unit, best_s, cache_folder, cores, instructions, processor
 
-__all__ = ["Array", "Program", "TpuDriver", "bucket", "open_device", "probe"]
+__all__ = ["Array", "Program", "TpuDriver", "bucket", "model_of", "open_device", "probe"]
 
 _MATMUL_SIZE = 512
 _COPY_BYTES = 16 * 2**20
 #: Programs that a thread may have launched and not waited for.
 _AHEAD = 8
 _PIP = "pip install 'lepton-ai[tpu]'"
+#: What leaves a process one chip, beside the number of that: the bounds of a slice of one.
+_ALONE = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
 #: What XLA's errors begin with, or hold, where the chip itself has failed.
 _LOST = ("UNAVAILABLE", "DATA_LOSS", "halted unexpectedly")
 
@@ -315,11 +318,19 @@ def _look(slots: int) -> tuple[Any, Found]:
     on = processor() if device.platform == "cpu" else device.device_kind
     what = f"JAX {jax.__version__} on {on}"
     if not emulated:
-        return device, Found("tpu", True, what, None)
+        chips = len({tuple(each.coords) for each in jax.local_devices()})  # of some, each core is a device to JAX
+        name = f"tpu.{model_of(device.device_kind)}"
+        units = tuple(Unit(name, _ALONE | {"TPU_VISIBLE_CHIPS": str(chip)}) for chip in range(chips))
+        return device, Found("tpu", True, f"{what}, {chips} chip{'s' * (chips != 1)}", None, False, units)
     lacking = _chip() is not None and find_spec("libtpu") is None
     beside = [f"although there is {_chip()}, for lack of libtpu"] if lacking else []
     fix = "pip install 'jax[tpu]'" if lacking else None
     return device, Found("tpu", True, ", ".join([what, "emulated", *beside]), fix, emulated)
+
+
+def model_of(kind: str) -> str:
+    """The model in the name that JAX has for a chip: `TPU v5 lite` is `v5lite`."""
+    return re.sub(r"[^a-z0-9]", "", kind.lower().replace("tpu", "")) or "unknown"
 
 
 def _chip() -> Path | None:
