@@ -44,6 +44,13 @@ def _whole(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any]:
     return random.integers(-9, 10, shape)
 
 
+def _windows(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Rows (key, start, count, sum, least, most) of windows five seconds wide, some in the same window."""
+    rows = random.standard_normal(shape)
+    rows[:, :3] = random.integers([-5, -4, 1], [5, 4, 9], (shape[0], 3)) * [1, 5, 1]
+    return rows
+
+
 #: Values of an input where standard normal ones would not do, by kernel and input.
 VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any]]] = {
     "finance.black_scholes": {
