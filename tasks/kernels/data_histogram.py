@@ -66,7 +66,7 @@ def _guess(low: float, high: float, bins: int) -> tuple[float, float, float]:
 
 _BLOCK = 2048
 #: A call counts in int32, half the memory to scatter to, so it takes no more values than that can count.
-_MOST = 2**31 - 1
+_LEAST, _MOST = np.int32(-(2**31)), np.int32(2**31 - 1)
 
 
 def _count(
@@ -88,17 +88,17 @@ def _count(
         for i in range(block.size):
             value = block[i]
             inside = (value >= lowest) & (value <= highest)
-            place = np.float64(value) * scale + shift
+            place: Any = np.float64(value) * scale + shift
             place = place if inside else 0.5
             whole = np.int32(place)
             part = place - whole
             whole = whole if (part >= margin) & (part <= 1 - margin) else np.int32(-1)
             found[i] = whole if inside else bins
         for i in range(block.size):
-            bin = found[i]
-            if bin < 0:
-                bin = min(np.int32(np.searchsorted(edges, block[i], "right") - 1), np.int32(bins - 1))
-            counts[np.uint32(bin)] += np.int32(1)
+            number = found[i]
+            if number < 0:
+                number = min(np.int32(np.searchsorted(edges, block[i], "right") - 1), np.int32(bins - 1))
+            counts[np.uint32(number)] += np.int32(1)
 
 
 @histogram.on("cpu")
@@ -127,10 +127,172 @@ def _cpu(device: Any) -> Run:
     return run
 
 
+cuda: Any  # numba.cuda, on a GPU
+#: Up to so many bins each block has counts of its own in shared memory, 32 of the 48 KiB that it may have.
+_SHARED = 8192
+
+
+def _bin_gpu(value: float, edges: Values, bins: int, scale: float, shift: float) -> int:
+    """The bin of a number inside: the guess where that is right, else by halving the edges."""
+    place = value * scale + shift
+    guess = min(max(int(place), 0), bins - 1)
+    if edges[guess] <= value and (value < edges[guess + 1] or guess == bins - 1):
+        return guess
+    low, high = 0, bins
+    while high - low > 1:
+        middle = (low + high) // 2
+        if edges[middle] <= value:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _count_gpu(values: Values, edges: Values, scale: float, shift: float, counts: NDArray[np.int64]) -> None:
+    bins = counts.size
+    for i in range(cuda.grid(1), values.size, cuda.gridsize(1)):
+        value = values[i]
+        if value >= edges[0] and value <= edges[bins]:
+            cuda.atomic.add(counts, _bin_gpu(value, edges, bins, scale, shift), np.int64(1))
+
+
+def _share_gpu(values: Values, edges: Values, scale: float, shift: float, counts: NDArray[np.int64]) -> None:
+    own = cuda.shared.array(_SHARED, np.int32)
+    bins = counts.size
+    for i in range(cuda.threadIdx.x, bins, cuda.blockDim.x):
+        own[i] = 0
+    cuda.syncthreads()
+    for i in range(cuda.grid(1), values.size, cuda.gridsize(1)):
+        value = values[i]
+        if value >= edges[0] and value <= edges[bins]:
+            cuda.atomic.add(own, _bin_gpu(value, edges, bins, scale, shift), np.int32(1))
+    cuda.syncthreads()
+    for i in range(cuda.threadIdx.x, bins, cuda.blockDim.x):
+        if own[i] > 0:
+            cuda.atomic.add(counts, i, np.int64(own[i]))
+
+
+@histogram.on("gpu")
+def _gpu(device: Any) -> Run:
+    """Atomic sums, in shared memory first where the bins fit there."""
+    threads = 16 if device.simulated else 512
+    share = device.compile(_share_gpu, threads=(threads,), helpers=(_bin_gpu,))
+    count = device.compile(_count_gpu, helpers=(_bin_gpu,))
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        values, bounds = inputs["values"], (inputs["low"], inputs["high"], inputs["bins"])
+        scale, shift, _ = _guess(*bounds)
+        counts = device.zeros((inputs["bins"],), np.int64)
+        arguments = values, device.upload(_edges(*bounds)), np.float64(scale), np.float64(shift), counts
+        if counts.size <= _SHARED:
+            # Each block adds its counts to the result, so it should have many more values than bins.
+            blocks = min(-(-values.size // (16 * threads)), 4 if device.simulated else 512)
+            share(blocks, *arguments)
+        else:
+            count(values.size, *arguments)
+        return {"counts": counts}
+
+    return run
+
+
+@histogram.on("tpu")
+def _tpu(device: Any) -> Run:
+    """Sorts, and looks up where the edges would stand: counting by scattering is what a TPU is slowest at."""
+    import jax
+    import jax.numpy as jnp
+
+    def count(values: Any, edges: Any, size: Any, bins: Any) -> Any:
+        # Ranks of bits, for to XLA's arithmetic the least numbers are 0.
+        bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+        ranks = jnp.where(bits >= 0, bits, _LEAST - bits)
+        counted = (jnp.arange(values.size) < size) & ~jnp.isnan(values)
+        ordered = jnp.sort(jnp.where(counted, ranks, _MOST))
+        left, right = (jnp.searchsorted(ordered, edges, side=side) for side in ("left", "right"))
+        below = jnp.where(jnp.arange(edges.size) == bins, right, left)
+        return (below[1:] - below[:-1]).astype(jnp.int64)
+
+    program = device.program(count)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        values, bins = inputs["values"], inputs["bins"]
+        edges = _edges(inputs["low"], inputs["high"], bins)
+        if np.isnan(edges[0]):
+            return {"counts": np.zeros(bins, np.int64)}
+        bits = edges.view(np.int32)
+        ranks = device.upload(np.where(bits >= 0, bits, _LEAST - bits))
+        found: Outputs = program({"counts": (bins,)}, values, ranks, np.int64(values.size), np.int64(bins))
+        return found
+
+    return run
+
+
+# A group is one work-item with a share of the values and counts of its own, so that nothing is atomic; the counts are
+# then added up, a block of bins at a time.
+_OPENCL = """
+#pragma OPENCL EXTENSION cl_khr_fp64 : enable
+
+__kernel __attribute__((reqd_work_group_size(1, 1, 1)))
+void fill(__global const float* restrict values, __global const float* restrict edges, __global uint* restrict tables,
+          ulong size, ulong share, int bins, double scale, double shift) {
+  const ulong start = get_group_id(0) * share, stop = min(start + share, size);
+  __global uint* counts = tables + get_group_id(0) * (ulong)bins;
+  for (int bin = 0; bin < bins; bin++) counts[bin] = 0;
+  const float lowest = edges[0], highest = edges[bins];
+  for (ulong i = start; i < stop; i++) {
+    const float value = values[i];
+    if (!(value >= lowest && value <= highest)) continue;
+    const double place = value * scale + shift;
+    int low = place > 0 ? place < bins ? (int)place : bins - 1 : 0;
+    if (!(edges[low] <= value && (value < edges[low + 1] || low == bins - 1))) {  // the guess was wrong
+      int high = bins;
+      low = 0;
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (edges[middle] <= value) low = middle;
+        else high = middle;
+      }
+    }
+    counts[low]++;
+  }
+}
+
+__kernel __attribute__((reqd_work_group_size(1, 1, 1)))
+void join(__global const uint* restrict tables, int parts, int bins, __global long* restrict counts) {
+  const int start = get_group_id(0) * PART, stop = min(start + PART, bins);
+  for (int bin = start; bin < stop; bin++) {
+    long sum = 0;
+    for (int part = 0; part < parts; part++) sum += tables[(ulong)part * bins + bin];
+    counts[bin] = sum;
+  }
+}
+"""
+_PART = 1024
+#: Each share has at least so many values, and all tables together at most so many counts.
+_SHARE, _MOST_PARTS, _MOST_COUNTS = 2**17, 16, 2**22
+
+
+@histogram.on("fpga")
+def _fpga(device: Any) -> Run:
+    program = device.program(_OPENCL, "data.histogram", PART=_PART)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        values, bins, bounds = inputs["values"], inputs["bins"], (inputs["low"], inputs["high"], inputs["bins"])
+        parts = max(1, min(values.size // _SHARE, _MOST_PARTS, _MOST_COUNTS // bins))
+        tables, counts = device.empty((parts, bins), np.uint32), device.empty((bins,), np.int64)
+        scale, shift, _ = _guess(*bounds)
+        sizes = np.uint64(values.size), np.uint64(-(-values.size // parts)), np.int32(bins)
+        guess = np.float64(scale), np.float64(shift)
+        program.launch("fill", (parts,), values, device.upload(_edges(*bounds)), tables, *sizes, *guess)
+        program.launch("join", (-(-bins // _PART),), tables, np.int32(parts), np.int32(bins), counts)
+        return {"counts": counts}
+
+    return run
+
+
 @histogram.samples
 def _samples() -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)
-    for n, bins in ((1, 1), (1_000, 10), (5_000, 300)):
+    for n, bins in ((1, 1), (1_000, 10), (5_000, 300), (1_000, 10_000)):
         yield {"values": random.standard_normal(n, np.float32), "low": -3.0, "high": 3.0, "bins": bins}
     # On the edges, next to them, and outside.
     edges = np.linspace(0, 1, 11).astype(np.float32)

@@ -62,8 +62,8 @@ def _reference(
     An event is late, and only counted, where the watermark that came with the job had closed its window, or its time
     is not finite (or so large that the window's start is not). Order within a job does not matter. A value of NaN is
     skipped, as in SQL, though its time moves the watermark. Keys are carried as float64, which tells whole numbers up
-    to 2**53 apart. The state belongs to one width; a row of it that is no window (NaN in it, a start that is not finite, a
-    count below 1) is left out.
+    to 2**53 apart. The state belongs to one width; a row of it that is no window (NaN in it, a start that is not
+    finite, a count below 1) is left out.
     """
     windows: dict[tuple[float, float], list[float]] = {}
 
@@ -74,7 +74,7 @@ def _reference(
     late, latest = 0, -math.inf
     old = _index(watermark[0], width)
     for row in state:
-        q = float(np.rint(_divide(row[1], width)))
+        q = float(_nearest(_divide(row[1], width)))
         if math.isfinite(q * width) and not np.isnan(row).any() and row[2] >= 1:
             add(q, *row[[0, 2, 3, 4, 5]].tolist())
     for t, key, value in zip(times.tolist(), keys.tolist(), values.tolist(), strict=True):
@@ -96,6 +96,11 @@ def _divide(a: float, b: float) -> float:
         return float(np.float64(a) / np.float64(b))
 
 
+def _nearest(x: float) -> Any:
+    """The whole number next to x; the index of a window by its start, which has been rounded."""
+    return np.floor(x + 0.5) + 0.0 if abs(x) < 4503599627370496.0 else x  # -0 becomes 0, which has other bits
+
+
 def _index(t: float, width: float) -> float:
     """The window that t seconds are in; NaN and infinities as IEEE 754 has it."""
     return float(np.floor(_divide(t, width)))
@@ -110,7 +115,7 @@ def _finished(rows: Table, late: int, latest: float, width: float, lateness: flo
     """The outputs, of ordered rows (key, index, count, sum, least, most), which become theirs."""
     due, before = latest - lateness, float(watermark[0])
     before = -math.inf if math.isnan(before) else before
-    after = due if due > before else before
+    after = max(before, due)
     closed = int(np.count_nonzero(rows[:, 1] < _index(after, width)))
     rows[:, 1] *= width
     return {
@@ -158,7 +163,7 @@ def _survey(
     least, most = (np.float64(low), np.float64(high)) if low <= high else (infinity, -infinity)
     for i in range(state.shape[0]):
         row = state[i]
-        key, q = row[0], np.rint(row[1] / width) + 0.0
+        key, q = row[0], _nearest(row[1] / width)
         numbers = row[2] >= 1 and key == key and row[3] == row[3] and row[4] == row[4] and row[5] == row[5]
         if numbers and abs(q * width) < infinity:
             places[n + i] = q
@@ -225,13 +230,18 @@ def _bits(x: float) -> Any:
     return value.view(np.uint64)
 
 
-def _slot(slots: NDArray[np.int32], rows: Table, q: float, key: float) -> Any:
-    """Where the table of slots has this window's row, or (with -1 in it) has room for it."""
-    mask = np.uint64(slots.size - 1)
+def _mixed(q: float, key: float) -> Any:
+    """64 bits in which each depends on all of a window's index and key."""
     mixed = _bits(key) * np.uint64(0x9E3779B97F4A7C15)
     mixed = ((mixed ^ (mixed >> np.uint64(32))) + _bits(q)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
-    slot = (mixed ^ (mixed >> np.uint64(32))) & mask
+    return mixed ^ (mixed >> np.uint64(32))
+
+
+def _slot(slots: NDArray[np.int32], rows: Table, q: float, key: float) -> Any:
+    """Where the table of slots has this window's row, or (with -1 in it) has room for it."""
+    mask = np.uint64(slots.size - 1)
+    slot = _mixed(q, key) & mask
     while True:
         row = slots[slot]
         if row < 0 or (rows[row, 0] == key and rows[row, 1] == q):
@@ -282,7 +292,7 @@ def _cpu(device: Any) -> Run:
     from numba import njit, types
     from numba.extending import register_jitable
 
-    for function in (_bits, _slot):
+    for function in (_nearest, _bits, _mixed, _slot):
         register_jitable(function)
     column, table = (types.Array(types.float64, ndim, "C", readonly=True) for ndim in (1, 2))
     whole, double = types.int64, types.float64
@@ -316,6 +326,279 @@ def _cpu(device: Any) -> Run:
     return run
 
 
+# On a GPU windows are hashed too. In a slot stands the number of the event, or of the row of the state, that took it
+# first: which window that is, its own time and key tell, which nobody writes to. The host puts the windows in order.
+cuda: Any  # numba.cuda, on a GPU
+
+
+def _place_gpu(i: int, times: Column, keys: NDArray[np.int64], state: Table, width: float) -> tuple[float, float]:
+    """The index and the key of the window of event i, or of row i - n of the state."""
+    if i >= times.size:
+        return _nearest_gpu(state[i - times.size, 1] / width), state[i - times.size, 0] + 0.0
+    q = times[i] / width
+    q = np.float64(math.floor(q)) if abs(q) < 4503599627370496.0 else q
+    return q, np.float64(keys[i])
+
+
+def _nearest_gpu(x: float) -> float:
+    return np.float64(math.floor(x + 0.5)) if abs(x) < 4503599627370496.0 else x
+
+
+def _add_gpu(
+    times: Column,
+    keys: NDArray[np.int64],
+    values: Column,
+    width: float,
+    old: float,
+    state: Table,
+    slots: NDArray[np.int64],
+    table: Table,
+    late: NDArray[np.int64],
+    latest: Column,
+) -> None:
+    n, own_late, own_latest = times.size, np.int64(0), -np.inf
+    for i in range(cuda.grid(1), n + state.shape[0], cuda.gridsize(1)):
+        q, key = _place_gpu(i, times, keys, state, width)
+        valid = abs(q * width) < np.inf
+        if i < n:
+            if not valid or q < old:
+                own_late += 1
+            if valid and times[i] > own_latest:
+                own_latest = times[i]
+            count, total, least, most = 1.0, values[i], values[i], values[i]
+            kept = valid and not q < old and total == total
+        else:
+            count, total, least, most = state[i - n, 2], state[i - n, 3], state[i - n, 4], state[i - n, 5]
+            kept = valid and key == key and count >= 1 and total == total and least == least and most == most
+        if kept:
+            mask = np.int64(slots.size - 1)
+            slot = np.int64(_mixed(q, key) >> np.uint64(1)) & mask
+            while True:
+                owner = slots[slot]
+                if owner < 0:
+                    owner = cuda.atomic.cas(slots, slot, np.int64(-1), np.int64(i))
+                    if owner < 0:
+                        break
+                owner_q, owner_key = _place_gpu(owner, times, keys, state, width)
+                if owner_q == q and owner_key == key:
+                    break
+                slot = (slot + 1) & mask
+            cuda.atomic.add(table, (slot, 0), count)
+            cuda.atomic.add(table, (slot, 1), total)
+            cuda.atomic.min(table, (slot, 2), least)
+            cuda.atomic.max(table, (slot, 3), most)
+    if own_late > 0:
+        cuda.atomic.add(late, 0, own_late)
+    if own_latest > -np.inf:
+        cuda.atomic.max(latest, 0, own_latest)
+
+
+def _clear_gpu(table: Table) -> None:
+    for slot in range(cuda.grid(1), table.shape[0], cuda.gridsize(1)):
+        table[slot, 0] = 0.0
+        table[slot, 1] = 0.0
+        table[slot, 2] = np.inf
+        table[slot, 3] = -np.inf
+
+
+def _gather_gpu(
+    times: Column,
+    keys: NDArray[np.int64],
+    width: float,
+    state: Table,
+    slots: NDArray[np.int64],
+    table: Table,
+    rows: Table,
+    found: NDArray[np.int64],
+) -> None:
+    """The slots that are taken, as rows (key, index, count, sum, least, most) in any order."""
+    for slot in range(cuda.grid(1), slots.size, cuda.gridsize(1)):
+        owner = slots[slot]
+        if owner >= 0:
+            q, key = _place_gpu(owner, times, keys, state, width)
+            row = cuda.atomic.add(found, 0, np.int64(1))
+            rows[row, 0] = key
+            rows[row, 1] = q
+            for column in range(4):
+                rows[row, 2 + column] = table[slot, column]
+
+
+def _count_gpu(slots: NDArray[np.int64], found: NDArray[np.int64]) -> None:
+    own = np.int64(0)
+    for slot in range(cuda.grid(1), slots.size, cuda.gridsize(1)):
+        if slots[slot] >= 0:
+            own += 1
+    if own > 0:
+        cuda.atomic.add(found, 0, own)
+
+
+@window.on("gpu")
+def _gpu(device: Any) -> Run:
+    helpers = (_nearest_gpu, _place_gpu, _bits, _mixed)
+    add = device.compile(_add_gpu, helpers=helpers)
+    gather = device.compile(_gather_gpu, helpers=helpers)
+    clear, count = device.compile(_clear_gpu), device.compile(_count_gpu)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        times, keys, values, state = (inputs[name] for name in ("times", "keys", "values", "state"))
+        watermark, width = device.read(inputs["watermark"]), np.float64(inputs["width"])
+        items = times.size + len(state)
+        size = 1 << (2 * items + 1).bit_length()
+        slots, table = device.full((size,), -1, np.int64), device.empty((size, 4), np.float64)
+        late, latest = device.zeros((1,), np.int64), device.full((1,), -np.inf, np.float64)
+        found, row = device.zeros((1,), np.int64), device.zeros((1,), np.int64)
+        clear(size, table)
+        old = np.float64(_index(watermark[0], width))
+        add(items, times, keys, values, width, old, state, slots, table, late, latest)
+        count(size, slots, found)
+        rows = device.empty((int(device.read(found)[0]), 6), np.float64)
+        gather(size, times, keys, width, state, slots, table, rows, row)
+        late_events, latest_s = int(device.read(late)[0]), float(device.read(latest)[0])
+        rows = _ordered(device.read(rows))
+        return _finished(rows, late_events, latest_s, float(width), inputs["lateness"], watermark)
+
+    return run
+
+
+@window.on("tpu")
+def _tpu(device: Any) -> Run:
+    """Sorts events and state by window, and sums the segments. What is left out goes to the end, padding with it."""
+    import jax
+    import jax.numpy as jnp
+
+    from tasks.devices.tpu import bucket
+
+    def aggregate(times: Any, keys: Any, values: Any, state: Any, watermark: Any, width: Any, n: Any, s: Any) -> Any:
+        quotient = state[:, 1] / width
+        nearest = jnp.where(jnp.abs(quotient) < 2.0**52, jnp.floor(quotient + 0.5), quotient)
+        index = jnp.floor(times / width)
+        valid = (jnp.arange(times.size) < n) & jnp.isfinite(index * width)
+        is_late = index < jnp.floor(watermark[0] / width)
+        late = jnp.sum((jnp.arange(times.size) < n) & (~valid | is_late))
+        latest = jnp.max(jnp.where(valid, times, -jnp.inf), initial=-jnp.inf)
+        kept = valid & ~is_late & ~jnp.isnan(values)
+        rows = (jnp.arange(len(state)) < s) & (state[:, 2] >= 1) & ~jnp.isnan(state[:, :6]).any(axis=1)
+        rows &= jnp.isfinite(nearest * width)
+        ones = jnp.ones_like(values)
+        columns = [
+            jnp.concatenate(pair)
+            for pair in (
+                (jnp.where(kept, index, jnp.inf), jnp.where(rows, nearest, jnp.inf)),
+                (keys.astype(values.dtype), state[:, 0]),
+                (ones, state[:, 2]),
+                *((values, state[:, column]) for column in (3, 4, 5)),
+            )
+        ]
+        index, key, *sums = jax.lax.sort(columns, num_keys=2)
+        size = index.size
+        fresh = (index != jnp.roll(index, 1)) | (key != jnp.roll(key, 1))
+        fresh = fresh.at[0].set(True) & (index < jnp.inf)
+        segments = jnp.where(index < jnp.inf, jnp.cumsum(fresh) - 1, size)
+        total, least, most = jax.ops.segment_sum, jax.ops.segment_min, jax.ops.segment_max
+        joins = zip((most, most, total, total, least, most), (key, index, *sums), strict=True)
+        found = [join(column, segments, size, indices_are_sorted=True) for join, column in joins]
+        return jnp.stack(found, axis=1), jnp.stack([jnp.sum(fresh), late]), latest[None]
+
+    program = device.program(aggregate)
+    cut = device.program(lambda rows, room: rows[:room], static=("room",))
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        times, keys, values, state = (inputs[name] for name in ("times", "keys", "values", "state"))
+        watermark, width = inputs["watermark"], inputs["width"]
+        n, s = times.size, state.shape[0]
+        shapes = {"rows": (n + s, 6), "numbers": (2,), "latest": (1,)}
+        sizes = np.float64(width), np.int64(n), np.int64(s)
+        made = program(shapes, times, keys, values, state, watermark, *sizes)
+        found, late = device.read(made["numbers"]).tolist()
+        room = min(bucket(found), made["rows"].padded[0])
+        rows = np.array(device.read(cut({"rows": (found, 6)}, made["rows"], room=room)["rows"]))
+        latest = float(device.read(made["latest"])[0])
+        return _finished(rows, late, latest, width, inputs["lateness"], device.read(watermark))
+
+    return run
+
+
+# One work-item hashes: each event may hit the window of the one before it, so a second could only wait for the first.
+_OPENCL = """
+#pragma OPENCL EXTENSION cl_khr_fp64 : enable
+
+double nearest(double x) { return fabs(x) < 4503599627370496.0 ? floor(x + 0.5) + 0.0 : x; }
+
+__kernel __attribute__((reqd_work_group_size(1, 1, 1)))
+void gather(__global const double* restrict times, __global const long* restrict keys,
+            __global const double* restrict values, __global const double* restrict state, ulong n, ulong s,
+            double width, double old, __global int* restrict slots, ulong size, __global double* restrict rows,
+            __global long* restrict numbers, __global double* restrict latest) {
+  for (ulong slot = 0; slot < size; slot++) slots[slot] = -1;
+  long found = 0, late = 0;
+  double last = -INFINITY;
+  for (ulong i = 0; i < n + s; i++) {
+    double q, key, count, total, least, most;
+    if (i < n) {
+      q = floor(times[i] / width) + 0.0;
+      const bool valid = fabs(q * width) < INFINITY;
+      if (valid && times[i] > last) last = times[i];
+      if (!valid || q < old) late++;
+      key = (double)keys[i];
+      count = 1;
+      total = least = most = values[i];
+      if (!valid || q < old || total != total) continue;
+    } else {
+      __global const double* row = state + (i - n) * 6;
+      q = nearest(row[1] / width);
+      key = row[0] + 0.0;
+      count = row[2], total = row[3], least = row[4], most = row[5];
+      if (!(fabs(q * width) < INFINITY && count >= 1)) continue;
+      if (key != key || total != total || least != least || most != most) continue;
+    }
+    ulong mixed = as_ulong(key) * 0x9E3779B97F4A7C15UL;
+    mixed = ((mixed ^ (mixed >> 32)) + as_ulong(q)) * 0xBF58476D1CE4E5B9UL;
+    mixed = (mixed ^ (mixed >> 32)) * 0x94D049BB133111EBUL;
+    ulong slot = (mixed ^ (mixed >> 32)) & (size - 1);
+    int at = slots[slot];
+    while (at >= 0 && !(rows[at * 6UL] == key && rows[at * 6UL + 1] == q)) {
+      slot = (slot + 1) & (size - 1);
+      at = slots[slot];
+    }
+    if (at >= 0) {
+      __global double* row = rows + at * 6UL;
+      row[2] += count;
+      row[3] += total;
+      row[4] = least < row[4] ? least : row[4];
+      row[5] = most > row[5] ? most : row[5];
+    } else {
+      slots[slot] = (int)found;
+      __global double* row = rows + found++ * 6UL;
+      row[0] = key, row[1] = q, row[2] = count, row[3] = total, row[4] = least, row[5] = most;
+    }
+  }
+  numbers[0] = found;
+  numbers[1] = late;
+  latest[0] = last;
+}
+"""
+
+
+@window.on("fpga")
+def _fpga(device: Any) -> Run:
+    program = device.program(_OPENCL, "stream.window")
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        events = [inputs[name] for name in ("times", "keys", "values", "state")]
+        watermark, width = device.download(inputs["watermark"]), inputs["width"]
+        n, s = events[0].size, events[3].shape[0]
+        size = 1 << (2 * (n + s) + 1).bit_length()
+        slots, rows = device.empty((size,), np.int32), device.empty((n + s, 6), np.float64)
+        numbers, latest = device.empty((2,), np.int64), device.empty((1,), np.float64)
+        scalars = np.uint64(n), np.uint64(s), np.float64(width), np.float64(_index(watermark[0], width))
+        program.launch("gather", (1,), *events, *scalars, slots, np.uint64(size), rows, numbers, latest)
+        found, late = device.download(numbers).tolist()
+        ordered = _ordered(device.download(rows)[:found])
+        return _finished(ordered, late, float(device.download(latest)[0]), width, inputs["lateness"], watermark)
+
+    return run
+
+
 @window.samples
 def _samples() -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)
@@ -326,7 +609,7 @@ def _samples() -> Iterator[dict[str, Any]]:
     state, watermark = none, never
     for job in range(3):
         n = 2_000
-        events = {
+        events: dict[str, Any] = {
             "times": 100.0 * job - 50 + random.uniform(0, 100, n) - random.exponential(2, n),
             "keys": random.integers(-5, 20, n),
             "values": random.normal(20, 5, n),

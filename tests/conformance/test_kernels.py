@@ -63,6 +63,14 @@ def _windows(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any
 
 #: Values of an input where standard normal ones would not do, by kernel and input.
 VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any]]] = {
+    # Keys outside at either end, too.
+    "data.group_by": {"keys": lambda random, shape: random.integers(-2, 16, shape)},
+    "data.histogram": {
+        "low": lambda random, shape: random.uniform(-2, -1),
+        "high": lambda random, shape: random.uniform(0, 2),
+    },
+    # Whole numbers: ties.
+    "data.top_k": {"values": _whole},
     "finance.black_scholes": {
         "spot": lambda random, shape: random.uniform(1, 200, shape),
         "strike": lambda random, shape: random.uniform(1, 200, shape),
@@ -73,6 +81,14 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
     # Whole numbers: exact in any order of summing, so that ties are ties on every device.
     "retrieval.top_k": {"items": _whole, "queries": _whole},
     "medical.median_filter": {"radius": lambda random, shape: random.integers(0, 17)},
+    "stream.window": {
+        "times": lambda random, shape: random.uniform(-20, 20, shape),
+        "keys": lambda random, shape: random.integers(-5, 5, shape),
+        "width": lambda random, shape: 5,
+        "lateness": lambda random, shape: random.uniform(0, 10),
+        "state": _windows,
+        "watermark": lambda random, shape: random.uniform(-20, 0, shape),
+    },
 }
 
 
