@@ -52,14 +52,21 @@ def _opened(keys: NDArray[np.int64]) -> Outputs:
     return {"values": values, "indices": _LAST - (keys & _LAST)}
 
 
-def _collect(
-    values: NDArray[np.float32], start: int, cutoff: np.float32, keys: NDArray[np.int64], count: int
-) -> tuple[int, int]:
-    """Appends the keys of the numbers from `start` on that are above the cutoff, until there is no room.
+def _collect(values: NDArray[np.float32], k: int, start: int, keys: NDArray[np.int64], count: int) -> tuple[int, int]:
+    """Keeps the last k of `count` keys, and appends those of the numbers from `start` on that are above the worst.
 
-    Returns where it stopped and how many keys there are. Few numbers pass, so 64 are asked at once whether any does.
+    It stops where there is no room; returns where that is, and how many keys there are. Few numbers pass, so 64 are
+    asked at once whether any does.
     """
-    n = values.size
+    n, cutoff = values.size, np.float32(np.nan)  # which every number passes
+    if count > 0:
+        worst = keys[count - 1] >> 32
+        for i in range(k):
+            keys[i] = keys[count - k + i]
+            worst = min(worst, keys[i] >> 32)
+        count = k
+        if worst != -2147483648:
+            cutoff = np.int32(worst if worst >= 0 else worst ^ 0x7FFFFFFF).view(np.float32)
     while start < n:
         stop = min(start + 64, n)
         if stop - start == 64:
@@ -80,34 +87,50 @@ def _collect(
     return n, count
 
 
-_ROOM = 4096
+def _open(keys: NDArray[np.int64], values: NDArray[np.float32], indices: NDArray[np.int64]) -> None:
+    last = keys.size - 1
+    for i in range(keys.size):
+        key = keys[last - i]
+        rank = key >> 32
+        value = np.int32(rank if rank >= 0 else rank ^ 0x7FFFFFFF).view(np.float32)
+        values[i] = np.float32(np.nan) if rank == -2147483648 else value
+        indices[i] = 4294967295 - (key & 4294967295)
+
+
+_LEAST_ROOM, _MOST_ROOM = 128, 8192
 
 
 @top_k.on("cpu")
 def _cpu(device: Any) -> Run:
-    """One pass in compiled code; where the candidates fill their room NumPy keeps the k best, which sets the cutoff."""
+    """One pass in compiled code; where the candidates fill their room NumPy finds the k best, which set the cutoff.
+
+    The room beside the k best is small at first, so that there soon is a cutoff, and grows.
+    """
     from numba import njit, types
     from numba.extending import register_jitable
 
     register_jitable(_key)
+    whole, keys_type = types.int64, types.int64[::1]
     values_type = types.Array(types.float32, 1, "C", readonly=True)
-    collect = njit(
-        (values_type, types.int64, types.float32, types.int64[::1], types.int64),
-        nogil=True,
-        cache=True,
-        error_model="numpy",
-    )(_collect)
+    options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+    collect = njit((values_type, whole, whole, keys_type, whole), **options)(_collect)
+    open_keys = njit((keys_type, types.float32[::1], keys_type), **options)(_open)
 
     def run(inputs: Inputs, context: Context) -> Outputs:
         values, k = inputs["values"], inputs["k"]
-        keys = np.empty(2 * k + _ROOM, np.int64)
-        cutoff = np.float32(np.nan)  # which every number passes
-        start, count = collect(values, 0, cutoff, keys, 0)
+        room = k + _LEAST_ROOM
+        keys = np.empty(k + max(room, _MOST_ROOM), np.int64)
+        start, count = collect(values, k, 0, keys[: k + room], 0)
         while start < values.size:
-            keys[:k] = np.partition(keys[:count], count - k)[count - k :]
-            cutoff = _opened(keys[:k].min(keepdims=True))["values"][0]
-            start, count = collect(values, start, cutoff, keys, k)
-        return _opened(np.partition(keys[:count], count - k)[count - k :])
+            keys[:count].partition(count - k)
+            room = min(4 * room, keys.size - k)
+            start, count = collect(values, k, start, keys[: k + room], count)
+        keys[:count].partition(count - k)
+        best = keys[count - k : count]
+        best.sort()
+        outputs = {"values": np.empty(k, np.float32), "indices": np.empty(k, np.int64)}
+        open_keys(best, outputs["values"], outputs["indices"])
+        return outputs
 
     return run
 
