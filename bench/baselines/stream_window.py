@@ -11,14 +11,12 @@ BOUND = "latency"  # each event reads and writes the row of its window
 
 
 def inputs(size: str) -> dict[str, Any]:
-    """A minute of events, nearly in order, and the windows that the minute before left open; `sparse` has keys far
-    apart (hashes, say), which no table holds."""
-    n, keys = {
-        "small": (2_000, 20),
-        "medium": (100_000, 300),
-        "large": (1_000_000, 1_000),
-        "sparse": (1_000_000, 1_000),
-    }[size]
+    """A minute of events, nearly in order, and the windows that the minute before left open.
+
+    `sparse` has keys that lie far apart (hashes, say), for which no table has room.
+    """
+    sizes = {"small": (2_000, 20), "medium": (100_000, 300), "large": (1_000_000, 1_000)}
+    n, keys = (sizes | {"sparse": (1_000_000, 1_000)})[size]
     random = np.random.default_rng(0)
     times = np.sort(random.uniform(60, 120, n)) - random.exponential(0.5, n)
     names = np.arange(keys) if size != "sparse" else np.sort(random.integers(0, 2**53, keys))
