@@ -233,26 +233,36 @@ _OPENCL = """
 
 __kernel __attribute__((reqd_work_group_size(1, 1, 1)))
 void fill(__global const float* restrict values, __global const float* restrict edges, __global uint* restrict tables,
-          ulong size, ulong share, int bins, double scale, double shift) {
-  const ulong start = get_group_id(0) * share, stop = min(start + share, size);
-  __global uint* counts = tables + get_group_id(0) * (ulong)bins;
-  for (int bin = 0; bin < bins; bin++) counts[bin] = 0;
+          ulong size, ulong share, int bins, double scale, double shift, double margin) {
+  __local int numbers[BLOCK];
+  __global uint* counts = tables + get_group_id(0) * (bins + 1UL);  // the last is for what is outside
+  for (int bin = 0; bin <= bins; bin++) counts[bin] = 0;
   const float lowest = edges[0], highest = edges[bins];
-  for (ulong i = start; i < stop; i++) {
-    const float value = values[i];
-    if (!(value >= lowest && value <= highest)) continue;
-    const double place = value * scale + shift;
-    int low = place > 0 ? place < bins ? (int)place : bins - 1 : 0;
-    if (!(edges[low] <= value && (value < edges[low + 1] || low == bins - 1))) {  // the guess was wrong
-      int high = bins;
-      low = 0;
-      while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (edges[middle] <= value) low = middle;
-        else high = middle;
-      }
+  const ulong end = min((get_group_id(0) + 1) * share, size);
+  for (ulong start = get_group_id(0) * share; start < end; start += BLOCK) {
+    const int block = min((ulong)BLOCK, end - start);
+    for (int i = 0; i < block; i++) {
+      const float value = values[start + i];
+      const int inside = value >= lowest && value <= highest;
+      const double place = inside ? value * scale + shift : 0.5;
+      const int whole = (int)place;
+      const double part = place - whole;
+      const int guess = part >= margin && part <= 1 - margin ? whole : -1;
+      numbers[i] = inside ? guess : bins;
     }
-    counts[low]++;
+    for (int i = 0; i < block; i++) {
+      int low = numbers[i];
+      if (low < 0) {  // too close to an edge to tell
+        int high = bins;
+        low = 0;
+        while (high - low > 1) {
+          const int middle = (low + high) / 2;
+          if (edges[middle] <= values[start + i]) low = middle;
+          else high = middle;
+        }
+      }
+      counts[low]++;
+    }
   }
 }
 
@@ -261,7 +271,7 @@ void join(__global const uint* restrict tables, int parts, int bins, __global lo
   const int start = get_group_id(0) * PART, stop = min(start + PART, bins);
   for (int bin = start; bin < stop; bin++) {
     long sum = 0;
-    for (int part = 0; part < parts; part++) sum += tables[(ulong)part * bins + bin];
+    for (int part = 0; part < parts; part++) sum += tables[part * (bins + 1UL) + bin];
     counts[bin] = sum;
   }
 }
@@ -273,15 +283,14 @@ _SHARE, _MOST_PARTS, _MOST_COUNTS = 2**17, 16, 2**22
 
 @histogram.on("fpga")
 def _fpga(device: Any) -> Run:
-    program = device.program(_OPENCL, "data.histogram", PART=_PART)
+    program = device.program(_OPENCL, "data.histogram", BLOCK=_BLOCK, PART=_PART)
 
     def run(inputs: Inputs, context: Context) -> Outputs:
         values, bins, bounds = inputs["values"], inputs["bins"], (inputs["low"], inputs["high"], inputs["bins"])
         parts = max(1, min(values.size // _SHARE, _MOST_PARTS, _MOST_COUNTS // bins))
-        tables, counts = device.empty((parts, bins), np.uint32), device.empty((bins,), np.int64)
-        scale, shift, _ = _guess(*bounds)
+        tables, counts = device.empty((parts, bins + 1), np.uint32), device.empty((bins,), np.int64)
         sizes = np.uint64(values.size), np.uint64(-(-values.size // parts)), np.int32(bins)
-        guess = np.float64(scale), np.float64(shift)
+        guess = [np.float64(each) for each in _guess(*bounds)]
         program.launch("fill", (parts,), values, device.upload(_edges(*bounds)), tables, *sizes, *guess)
         program.launch("join", (-(-bins // _PART),), tables, np.int32(parts), np.int32(bins), counts)
         return {"counts": counts}

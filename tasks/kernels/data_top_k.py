@@ -220,7 +220,11 @@ def _gpu(device: Any) -> Run:
 
 @top_k.on("tpu")
 def _tpu(device: Any) -> Run:
-    """XLA's top_k of the ranks: of equal ones it takes the lower index first."""
+    """XLA's top_k of the ranks: of equal ones it takes the lower index first.
+
+    It sorts, so first it gets the maxima of blocks: the k best numbers are in the k blocks with the best of those.
+    Then it gets these blocks, in their order, which keeps ties in theirs.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -232,7 +236,12 @@ def _tpu(device: Any) -> Run:
         ranks = jnp.where(bits >= 0, bits, jnp.where(bits == _NAN_RANK, 0, bits ^ 0x7FFFFFFF))
         ranks = jnp.where(jnp.isnan(values), _NAN_RANK + 1, ranks)
         ranks = jnp.where(jnp.arange(values.size) < size, ranks, _NAN_RANK)  # the padding, after NaN
-        _, indices = jax.lax.top_k(ranks, room)
+        width = 1 << (values.size // room).bit_length() // 2  # so that about as much is sorted each time
+        blocks = values.size // width
+        _, chosen = jax.lax.top_k(ranks.reshape(blocks, width).max(axis=1), min(room, blocks))
+        places = (jnp.sort(chosen)[:, None] * width + jnp.arange(width)).reshape(-1)
+        _, best = jax.lax.top_k(ranks[places], room)
+        indices = places[best]
         return values[indices], indices.astype(jnp.int64)
 
     program = device.program(largest, static=("room",))
@@ -247,7 +256,7 @@ def _tpu(device: Any) -> Run:
 
 
 # A group is one work-item with a share of the numbers, of which it keeps the k best in a heap, the worst of them on top
-# (Williams 1964, CACM algorithm 232). Eight numbers at once are compared with that one; few pass. The host takes the k
+# (Williams 1964, CACM algorithm 232). 64 numbers at once are compared with that one; few pass. The host takes the k
 # best of all heaps.
 _OPENCL = """
 __kernel __attribute__((reqd_work_group_size(1, 1, 1)))
@@ -256,9 +265,13 @@ void collect(__global const float* restrict values, __global long* restrict heap
   __global long* heap = heaps + get_group_id(0) * k;
   for (ulong i = 0; i < k; i++) heap[i] = LONG_MIN;
   float cutoff = NAN;  // which every number passes
-  for (ulong i = start; i < stop; i += 8) {
-    if (i + 8 <= stop && !any(~(vload8(0, values + i) <= cutoff))) continue;
-    for (ulong j = i; j < min(i + 8, stop); j++) {
+  for (ulong i = start; i < stop; i += 64) {
+    if (i + 64 <= stop) {
+      int passing = 0;
+      for (int j = 0; j < 64; j++) passing |= !(values[i + j] <= cutoff);
+      if (!passing) continue;
+    }
+    for (ulong j = i; j < min(i + 64, stop); j++) {
       const float value = values[j];
       if (value <= cutoff) continue;
       const int bits = as_int(value + 0.0f);  // -0 becomes 0
