@@ -32,6 +32,7 @@ window = Kernel(
     flops="20*(n + s)",
     bytes="24*n + 96*s",
     limits={"width": "width > 0", "lateness": "lateness >= 0"},
+    carries=("state", "watermark"),
     tolerance=1e-9,
     summary="Count, sum, least and most of each key in windows of event time, with state from job to job.",
 )
@@ -56,7 +57,7 @@ def _reference(
     in window q = floor(t / width), which starts at q * width. The watermark is the latest time seen less `lateness`,
     and never falls; a window is closed once the watermark is in a later one. `closed` has the windows that this job
     closed and `state` those that are open, as rows (key, start, count, sum, least, most) by start, then key; the mean
-    is sum / count. The next job gets `state` and `watermark`; the first one no rows, and -inf (or NaN). A watermark of
+    is sum / count. The next job gets `state` and `watermark`; the first one no rows, and NaN or -inf. A watermark of
     +inf without events closes all that is open.
 
     An event is late, and only counted, where the watermark that came with the job had closed its window, or its time
