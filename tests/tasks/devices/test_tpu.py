@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,33 +168,67 @@ def test_a_count_is_read_where_it_decides_the_shape_of_what_follows(driver: TpuD
     assert launched(driver, positive, x=np.array([-1, 3, -2, 5]))["packed"].tolist() == [3, 5]
 
 
-def test_a_thread_waits_for_the_device_without_holding_up_the_others(driver: TpuDriver) -> None:
+def spin(driver: TpuDriver, rounds: int) -> Any:
+    """What launches as much work, and leaves its output to nobody."""
     from jax import lax
 
     slow = driver.program(lambda x, rounds: lax.fori_loop(0, rounds, lambda _, y: y * 0.999 + 0.5, x))
     x = driver.upload(np.ones(8))
     slow({"x": (8,)}, x, np.int64(1))
-    started, beaten = threading.Event(), threading.Event()
+    driver.synchronize()
+    return lambda: slow({"x": (8,)}, x, np.int64(rounds))
+
+
+def test_waiting_waits_for_what_nobody_holds_any_more(driver: TpuDriver) -> None:
+    launch = spin(driver, 2_000_000)
+    held = launch()
+    started_s = time.perf_counter()
+    driver.synchronize()
+    took_s = time.perf_counter() - started_s
+    assert held["x"].values.is_ready()
+    launch()
+    started_s = time.perf_counter()
+    driver.synchronize()
+    assert time.perf_counter() - started_s > took_s / 20
+
+
+def test_a_thread_runs_only_so_far_ahead(driver: TpuDriver) -> None:
+    launch = spin(driver, 10_000)
+    outputs = [launch()["x"].values for _ in range(3 * tpu._AHEAD)]
+    assert all(each.is_ready() for each in outputs[: -tpu._AHEAD])
+    driver.synchronize()
+
+
+def test_a_thread_waits_for_the_device_without_holding_up_the_others(driver: TpuDriver) -> None:
+    launch, started, ended = spin(driver, 3_000_000), threading.Event(), threading.Event()
     counted: list[int] = []
 
     def count() -> None:
         started.wait()
-        while not beaten.is_set():
+        while not ended.is_set():
             counted.append(1)
 
     def work() -> None:
-        slow({"x": (8,)}, x, np.int64(3_000_000))
+        launch()
         started.set()
         driver.synchronize()
+        ended.set()
 
-    counter = threading.Thread(target=count)
-    counter.start()
-    worker = threading.Thread(target=work)
-    worker.start()
-    worker.join()
-    beaten.set()
-    counter.join()
-    assert len(counted) > 100
+    threads = [threading.Thread(target=each) for each in (count, work)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(counted) > 1000
+
+
+def test_peaks_are_of_what_was_done_not_of_what_was_begun(driver: TpuDriver) -> None:
+    peaks = driver.peaks()
+    if driver.emulated:  # no core does more
+        assert 1e8 < peaks.flops_per_s < driver.slots * 5e11
+        assert 1e8 < peaks.bytes_per_s < driver.slots * 2e11
+    assert peaks.are_possible()
+    assert 0 < peaks.launch_s < 0.1
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
