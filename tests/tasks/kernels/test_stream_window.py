@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from lepton_ai import wire
+from lepton_ai.identity import new_id
+from lepton_ai.job import Options
 from tasks.devices.cpu import open_device
 from tasks.kernels.stream_window import window
+from tests.tasks.workshop import Worker
 
 RUN = window.build("cpu", open_device("cpu", slots=1))
 
@@ -73,3 +77,17 @@ def test_an_end_is_the_next_windows_start_however_width_rounds() -> None:
     assert len(done["state"]) == 1
     again = job([], [], [], done["state"], done["watermark"], width=0.1)
     np.testing.assert_array_equal(again["state"], done["state"])
+
+
+def test_jobs_of_a_state_key_go_on_where_the_last_one_ended(worker: Worker) -> None:
+    worker.shop.repertoire.kernels[window.name], worker.shop.repertoire.runs[window.name] = window, RUN
+
+    def sent(*times: float) -> Any:
+        events = {"times": list(times), "keys": [1] * len(times), "values": [2.0] * len(times), "width": 10.0}
+        job = new_id()
+        worker.push(wire.envelope(job, window.name, events, Options(state_key="meter")))
+        return worker.meta(job).result
+
+    assert sent(1, 2) == {"closed": [], "late": [0]}
+    assert sent(3, 12) == {"closed": [[1, 0, 3, 6, 2, 2]], "late": [0]}
+    assert sent(4, 25) == {"closed": [[1, 10, 1, 2, 2, 2]], "late": [1]}
