@@ -55,6 +55,7 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
     },
     # Whole numbers: exact in any order of summing, so that ties are ties on every device.
     "retrieval.top_k": {"items": _whole, "queries": _whole},
+    "medical.gaussian_filter": {"sigma": lambda random, shape: random.uniform(0, 6)},
     "medical.median_filter": {"radius": lambda random, shape: random.integers(0, 17)},
 }
 
@@ -200,11 +201,21 @@ def test_it_treats_values_that_are_not_finite_as_the_reference_does(name: str, k
         inputs = draw(kernel, random, {})
         if argument.dims is None:
             inputs[key] = odd
+            if refuses(kernel, inputs):  # so no variant ever sees it
+                continue
         else:
             array = inputs[key].copy()
             array.flat[random.integers(0, array.size, 3)] = odd
             inputs[key] = array
         assert_refers(kernel, launch(name, kind, inputs), inputs, f"{name} on {kind}, {odd} in {key}")
+
+
+def refuses(kernel: Kernel, inputs: Inputs) -> bool:
+    try:
+        kernel.signature.bind(inputs)
+    except InvalidArguments:
+        return True
+    return False
 
 
 @variants
