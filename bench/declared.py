@@ -85,6 +85,7 @@ class DeclaredDriver:
         self.kind = kind
         self.slots = slots
         self.speed = speed
+        self.model = f"a stand-in of {speed}"
         self._unit = threading.Lock()
         self._link = threading.Lock()
 

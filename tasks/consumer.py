@@ -31,6 +31,7 @@ from tasks.books import Books, install_commands
 from tasks.catalogue import load
 from tasks.driver import open_device
 from tasks.heartbeat import Heartbeat
+from tasks.peaks import peaks_of
 from tasks.slots import Slots
 from tasks.teller import Teller
 from tasks.warmup import warm
@@ -108,7 +109,11 @@ class DeviceStep(bootsteps.StartStopStep):
         assert url is not None
         driver = open_device(device, worker.concurrency)
         catalogue = load(self.settings.kernel_modules)
-        repertoire = warm(catalogue.kernels.values(), driver, catalogue.refused)
+        allowed = [each for name, each in catalogue.kernels.items() if self.settings.allows(name)]
+        if catalogue.kernels and not allowed:
+            patterns = self.settings.kernels_allowed
+            raise InvalidSettings(f"LEPTON_KERNELS_ALLOWED allows none of the kernels: {patterns!r}", "kernels_allowed")
+        repertoire = warm(allowed, driver, catalogue.refused)
         incarnation = f"worker-{secrets.token_hex(8)}"
         self._teller = Teller(self.settings, url, incarnation, worker.hostname)
         books = Books(worker.app, worker.hostname, device, incarnation, self._teller)
@@ -123,7 +128,7 @@ class DeviceStep(bootsteps.StartStopStep):
             driver.kind,
             driver.slots,
             driver.emulated,
-            driver.peaks(),
+            peaks_of(driver, anew=self.settings.peaks == "measure"),
             tuple(kernel.spec for kernel in repertoire.kernels.values()),
             time.time(),
             self._slots.ring.memory,

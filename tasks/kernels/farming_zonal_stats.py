@@ -65,13 +65,13 @@ _INFINITE = 0x7F800000
 
 def _key(bits: Any) -> Any:
     """A float32's bits as an int32 that is in the order of the floats, and back."""
-    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 def _is_uniform(zone: Zones) -> bool:
     different = np.int32(0)
     for i in range(_CHUNK):
-        different |= zone[i] ^ zone[0]
+        different = np.int32(different | np.int32(zone[i] ^ zone[0]))
     return different == 0
 
 
@@ -103,12 +103,12 @@ def _described(chunk: NDArray[np.int32]) -> tuple[int, float, Any, Any]:
     found, total, low, high = np.int32(0), 0.0, np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for i in range(_CHUNK):
         bits: Any = chunk[i]
-        valid = (bits & np.int32(0x7FFFFFFF)) <= np.int32(_INFINITE)
+        valid = np.int32(bits & np.int32(0x7FFFFFFF)) <= np.int32(_INFINITE)
         key = _key(bits)
-        found += np.int32(valid)
+        found = np.int32(found + np.int32(valid))
         total += np.float64(np.int32(bits if valid else np.int32(0)).view(np.float32))
-        low = min(low, key if valid else np.int32(0x7FFFFFFF))
-        high = max(high, key if valid else np.int32(-0x80000000))
+        low = min(low, np.int32(key if valid else np.int32(0x7FFFFFFF)))
+        high = max(high, np.int32(key if valid else np.int32(-0x80000000)))
     return found, total, low, high
 
 
@@ -123,7 +123,7 @@ def _describe_each(
     zones = count.size
     for i in range(values.size):
         at, bits = zone[i], np.int32(values[i])
-        if 0 <= at < zones and (bits & np.int32(0x7FFFFFFF)) <= np.int32(_INFINITE):
+        if 0 <= at < zones and np.int32(bits & np.int32(0x7FFFFFFF)) <= np.int32(_INFINITE):
             key = _key(bits)
             count[at] += 1
             mean[at] += bits.view(np.float32)
@@ -147,7 +147,7 @@ def _spread_of(chunk: NDArray[np.int32], mean: float) -> float:
     total = 0.0
     for i in range(_CHUNK):
         bits: Any = chunk[i]
-        valid = (bits & np.int32(0x7FFFFFFF)) <= np.int32(_INFINITE)
+        valid = np.int32(bits & np.int32(0x7FFFFFFF)) <= np.int32(_INFINITE)
         difference = np.float64(np.int32(bits).view(np.float32)) - mean
         total += difference * difference if valid else 0.0
     return total
@@ -157,7 +157,7 @@ def _spread_each(values: NDArray[np.int32], zone: Zones, mean: Column, squares: 
     zones = mean.size
     for i in range(values.size):
         at, bits = zone[i], np.int32(values[i])
-        if 0 <= at < zones and (bits & np.int32(0x7FFFFFFF)) <= np.int32(_INFINITE):
+        if 0 <= at < zones and np.int32(bits & np.int32(0x7FFFFFFF)) <= np.int32(_INFINITE):
             difference = np.float64(np.int32(bits).view(np.float32)) - mean[at]
             squares[at] += difference * difference
 
