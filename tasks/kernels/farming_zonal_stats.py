@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,7 +100,7 @@ def _describe(
     _describe_each(values[whole:], zone[whole:], count, mean, least, most)
 
 
-def _described(chunk: NDArray[np.int32]) -> tuple[int, float, Any, Any]:
+def _described(chunk: NDArray[np.int32]) -> tuple[Any, float, Any, Any]:
     found, total, low, high = np.int32(0), 0.0, np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for i in range(_CHUNK):
         bits: Any = chunk[i]
@@ -194,8 +195,8 @@ def _cpu(device: Any) -> Run:
 
     for function in (_key, _is_uniform, _describe, _describe_each, _spread, _spread_each):
         register_jitable(function)
-    for function in (_described, _spread_of):  # sums in the order that vectors take; NaN is told by its bits
-        register_jitable(fastmath={"reassoc", "contract"})(function)
+    for reducing in (_described, _spread_of):  # sums in the order that vectors take; NaN is told by its bits
+        register_jitable(fastmath={"reassoc", "contract"})(reducing)
     pixels, column = types.Array(types.int32, 1, "C", readonly=True), types.float64[::1]
     summarize = njit(
         (pixels, pixels, types.int64[::1], column, column, column, column),
@@ -220,6 +221,123 @@ def _cpu(device: Any) -> Run:
             "least": least,
             "most": most,
         }
+
+    return run
+
+
+# A thread goes down a column of a strip of rows, so that those of a warp read side by side; it keeps to itself what it
+# finds of a zone, and adds it to the zone's by atomic operations when it comes to another.
+cuda: Any  # numba.cuda, in the copies that the gpu's driver compiles
+_ROWS = 64
+
+
+def _describe_gpu(
+    values: Values,
+    bits: NDArray[np.int32],
+    zone: Zones,
+    strips: int,
+    count: NDArray[np.int64],
+    total: Column,
+    least: NDArray[np.int32],
+    most: NDArray[np.int32],
+) -> None:
+    images, height, width = values.shape
+    zones = count.shape[1]
+    for i in range(cuda.grid(1), images * strips * width, cuda.gridsize(1)):
+        x, strip, image = i % width, i // width % strips, i // width // strips
+        at, found, sum_ = -1, np.int64(0), 0.0
+        low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+        for y in range(strip * _ROWS, min((strip + 1) * _ROWS, height)):
+            own, value = zone[image, y, x], values[image, y, x]
+            if own < 0 or own >= zones or value != value:
+                continue
+            if own != at:
+                if found > 0:
+                    cuda.atomic.add(count, (image, at), found)
+                    cuda.atomic.add(total, (image, at), sum_)
+                    cuda.atomic.min(least, (image, at), low)
+                    cuda.atomic.max(most, (image, at), high)
+                at, found, sum_ = own, np.int64(0), 0.0
+                low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+            key = _key(bits[image, y, x])
+            found += np.int64(1)
+            sum_ += np.float64(value)
+            low, high = min(low, key), max(high, key)
+        if found > 0:
+            cuda.atomic.add(count, (image, at), found)
+            cuda.atomic.add(total, (image, at), sum_)
+            cuda.atomic.min(least, (image, at), low)
+            cuda.atomic.max(most, (image, at), high)
+
+
+def _mean_gpu(
+    count: NDArray[np.int64], total: Column, least: NDArray[np.int32], most: NDArray[np.int32], mean: Column
+) -> None:
+    for i in range(cuda.grid(1), count.size, cuda.gridsize(1)):
+        mean[i] = total[i] / np.float64(count[i]) if count[i] > 0 else np.nan
+        least[i], most[i] = _key(least[i]), _key(most[i])
+
+
+def _spread_gpu(values: Values, zone: Zones, strips: int, mean: Column, squares: Column) -> None:
+    images, height, width = values.shape
+    zones = mean.shape[1]
+    for i in range(cuda.grid(1), images * strips * width, cuda.gridsize(1)):
+        x, strip, image = i % width, i // width % strips, i // width // strips
+        at, sum_, middle = -1, 0.0, 0.0
+        for y in range(strip * _ROWS, min((strip + 1) * _ROWS, height)):
+            own, value = zone[image, y, x], values[image, y, x]
+            if own < 0 or own >= zones or value != value:
+                continue
+            if own != at:
+                if at >= 0:
+                    cuda.atomic.add(squares, (image, at), sum_)
+                at, sum_, middle = own, 0.0, mean[image, own]
+            sum_ += (np.float64(value) - middle) * (np.float64(value) - middle)
+        if at >= 0:
+            cuda.atomic.add(squares, (image, at), sum_)
+
+
+def _finish_gpu(
+    count: NDArray[np.int64],
+    squares: Column,
+    low: Values,
+    high: Values,
+    deviation: Column,
+    least: Column,
+    most: Column,
+) -> None:
+    for i in range(cuda.grid(1), count.size, cuda.gridsize(1)):
+        some = count[i] > 0
+        deviation[i] = math.sqrt(squares[i] / np.float64(count[i])) if some else np.nan
+        least[i] = np.float64(low[i]) if some else np.nan
+        most[i] = np.float64(high[i]) if some else np.nan
+
+
+@zonal_stats.on("gpu")
+def _gpu(device: Any) -> Run:
+    """Takes one raster, or a stack of them."""
+    describe = device.compile(_describe_gpu, helpers=(_key,))
+    average = device.compile(_mean_gpu, helpers=(_key,))
+    spread, finish = device.compile(_spread_gpu), device.compile(_finish_gpu)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        values, zone, zones = inputs["values"], inputs["zone"], inputs["zones"]
+        *stack, height, width = values.shape
+        number, strips = stack[0] if stack else 1, -(-height // _ROWS)
+        raster, own = values.reshape(number, height, width), zone.reshape(number, height, width)
+        whole, items, every = (number, zones), number * strips * width, number * zones
+        count, total, squares = (device.zeros(whole, dtype) for dtype in (np.int64, np.float64, np.float64))
+        low, high = device.full(whole, 0x7FFFFFFF, np.int32), device.full(whole, -0x80000000, np.int32)
+        mean, deviation, least, most = (device.empty(whole, np.float64) for _ in range(4))
+        describe(items, raster, raster.view(np.int32), own, np.int64(strips), count, total, low, high)
+        flat = count.reshape(-1)
+        average(every, flat, total.reshape(-1), low.reshape(-1), high.reshape(-1), mean.reshape(-1))
+        spread(items, raster, own, np.int64(strips), mean, squares)
+        extremes = low.view(np.float32).reshape(-1), high.view(np.float32).reshape(-1)
+        found = (each.reshape(-1) for each in (deviation, least, most))
+        finish(every, flat, squares.reshape(-1), *extremes, *found)
+        outputs = {"count": count, "mean": mean, "deviation": deviation, "least": least, "most": most}
+        return {name: each.reshape(*stack, zones) for name, each in outputs.items()}
 
     return run
 
@@ -337,6 +455,42 @@ def _fpga(device: Any) -> Run:
         program.launch("spread", (parts, number), *raster, mean, sums, np.int32(zones))
         program.launch("deviate", blocks, sums, count, *sizes, deviation)
         return {"count": count, "mean": mean, "deviation": deviation, "least": least, "most": most}
+
+    return run
+
+
+@zonal_stats.on("tpu")
+def _tpu(device: Any) -> Run:
+    """Takes one raster, or a stack of them: their zones are one after the other's. How many is compiled in, padded."""
+    import jax.numpy as jnp
+    from jax import ops
+
+    def describe(values: Any, zone: Any, height: Any, width: Any, zones: Any, room: int) -> Any:
+        *stack, tall, wide = values.shape
+        number = stack[0] if stack else 1
+        segments = number * room + 1  # the last is of the pixels that count nowhere
+        inside = (jnp.arange(tall) < height)[:, None] & (jnp.arange(wide) < width)
+        counted = inside & (zone >= 0) & (zone < zones) & ~jnp.isnan(values)
+        first = (jnp.arange(number) * room).reshape(*stack, 1, 1)
+        own = jnp.where(counted, zone + first, segments - 1).reshape(-1)
+        exact = jnp.where(counted, values, 0).reshape(-1).astype(jnp.float64)
+        count = ops.segment_sum(counted.reshape(-1).astype(jnp.int64), own, segments)
+        mean = ops.segment_sum(exact, own, segments) / count
+        squares = ops.segment_sum((exact - mean[own]) ** 2, own, segments)
+        empty = count == 0
+        least = jnp.where(empty, jnp.nan, ops.segment_min(exact, own, segments))
+        most = jnp.where(empty, jnp.nan, ops.segment_max(exact, own, segments))
+        found = count, mean, jnp.sqrt(squares / count), least, most
+        return tuple(each[:-1].reshape(*stack, room) for each in found)
+
+    program = device.program(describe, static=("room",))
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        values, zone, zones = inputs["values"], inputs["zone"], inputs["zones"]
+        *stack, height, width = values.shape
+        shapes = dict.fromkeys(("count", "mean", "deviation", "least", "most"), (*stack, zones))
+        sizes = np.int32(height), np.int32(width), np.int32(zones)
+        return program(shapes, values, zone, *sizes, room=device.bucket(zones))
 
     return run
 

@@ -67,8 +67,8 @@ _STRIP = 2048
 def _smooth(images: Images, rows: NDArray[np.int64], columns: NDArray[np.int64], taps: Image, smoothed: Images) -> None:
     """Strip by strip of columns, along each row into a ring of lines, and down the ring's columns into the result.
 
-    A strip's ring fits the L2 cache up to a sigma of 6, and each row is smoothed along once. Narrower strips, whose ring
-    fits the L1 cache, lose more to the short loops than they gain (1.3 times as long at 256).
+    A strip's ring fits the L2 cache up to a sigma of 6, and each row is smoothed along once. Narrower strips, whose
+    ring fits the L1 cache, lose more to the short loops than they gain (1.3 times as long at 256).
     """
     count, height, width = images.shape
     span = taps.size
@@ -157,6 +157,60 @@ def _cpu(device: Any) -> Run:
     return run
 
 
+cuda: Any  # numba.cuda, in the copies that the gpu's driver compiles
+
+
+def _mirrored(index: Any, size: Any) -> Any:
+    """`_reflected` of one index, for any that is not negative once `size` pairs are added to it."""
+    at = (index + 2 * size * (1 + 128 // size)) % (2 * size)
+    return min(at, 2 * size - 1 - at)
+
+
+def _along_gpu(images: Image, taps: Image, width: int, lines: Image) -> None:
+    """A pixel a thread: those of a warp lie side by side, and what one tap reads is in the cache for the next."""
+    radius = taps.size // 2
+    for i in range(cuda.grid(1), images.size, cuda.gridsize(1)):
+        x = i % width
+        total = np.float32(0)
+        for j in range(taps.size):
+            at = x + j - radius
+            if at < 0 or at >= width:
+                at = _mirrored(at, width)
+            total += taps[j] * images[i - x + at]
+        lines[i] = total
+
+
+def _down_gpu(lines: Image, taps: Image, height: int, width: int, smoothed: Image) -> None:
+    radius = taps.size // 2
+    for i in range(cuda.grid(1), lines.size, cuda.gridsize(1)):
+        y = i // width % height
+        total = np.float32(0)
+        for j in range(taps.size):
+            at = y + j - radius
+            if at < 0 or at >= height:
+                at = _mirrored(at, height)
+            total += taps[j] * lines[i + (at - y) * width]
+        smoothed[i] = total
+
+
+@gaussian_filter.on("gpu")
+def _gpu(device: Any) -> Run:
+    """Works on rows, so a stack is only a longer image along them; the height parts it down the columns."""
+    along = device.compile(_along_gpu, helpers=(_mirrored,))
+    down = device.compile(_down_gpu, helpers=(_mirrored,))
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        image = inputs["image"]
+        height, width = image.shape[-2:]
+        taps = device.upload(_taps(inputs["sigma"]).astype(np.float32))
+        lines, smoothed = device.empty(image.shape, np.float32), device.empty(image.shape, np.float32)
+        along(image.size, image.reshape(-1), taps, np.int64(width), lines.reshape(-1))
+        down(image.size, lines.reshape(-1), taps, np.int64(height), np.int64(width), smoothed.reshape(-1))
+        return {"smoothed": smoothed}
+
+    return run
+
+
 # A group is one work-item with a strip of a row. Along the rows it looks up what is outside once, into a line in block
 # memory; down the columns each tap takes a strip of another row.
 _OPENCL = """
@@ -215,6 +269,42 @@ def _fpga(device: Any) -> Run:
         program.launch("along", groups, image, taps, np.int32(taps.size), lines, *sizes)
         program.launch("down", groups, lines, taps, np.int32(taps.size), smoothed, *sizes)
         return {"smoothed": smoothed}
+
+    return run
+
+
+@gaussian_filter.on("tpu")
+def _tpu(device: Any) -> Run:
+    """Takes one image, or a stack of them. Taps are traced, their number padded, so a new sigma compiles nothing."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    def smooth(image: Any, taps: Any, span: Any, height: Any, width: Any) -> Any:
+        most = taps.shape[0]
+
+        def both(lines: Any, size: Any, axis: int) -> Any:
+            padded = lines.shape[axis]
+            index = jnp.arange(padded + most - 1) - span // 2
+            size = jnp.maximum(size, 1)
+            index = index % (2 * size)
+            index = jnp.minimum(index, 2 * size - 1 - index)
+            wide = jnp.take(lines, index, axis=axis)
+
+            def add(i: Any, total: Any) -> Any:
+                return total + taps[i] * lax.dynamic_slice_in_dim(wide, i, padded, axis=axis)
+
+            return lax.fori_loop(0, span, add, jnp.zeros_like(lines))
+
+        return both(both(image, width, image.ndim - 1), height, image.ndim - 2)
+
+    program = device.program(smooth)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        image = inputs["image"]
+        height, width = image.shape[-2:]
+        taps = device.upload(_taps(inputs["sigma"]).astype(np.float32))
+        sizes = np.int32(taps.size), np.int32(height), np.int32(width)
+        return program({"smoothed": image.shape}, image, taps, *sizes)
 
     return run
 

@@ -62,7 +62,7 @@ def _reference(image: Image) -> Outputs:
 def _part(
     images: Image, thresholds: NDArray[np.int64], separabilities: NDArray[np.float64], masks: NDArray[np.bool_]
 ) -> None:
-    """Four histograms, as neighbours are often alike and each would wait for the other's count; then one vector pass."""
+    """Four histograms, as neighbours are often alike and would wait for each other's count; then one vector pass."""
     counts = np.empty(256, np.int64)
     for number in range(images.shape[0]):
         image, mask = images[number], masks[number]
@@ -144,6 +144,100 @@ def _cpu(device: Any) -> Run:
             "separability": separabilities.reshape(*stack, 1),
             "mask": mask.reshape(image.shape),
         }
+
+    return run
+
+
+cuda: Any  # numba.cuda, in the copies that the gpu's driver compiles
+_THREADS, _COPIES, _RUN = 256, 8, 16
+
+
+def _count_gpu(images: Image, parts: int, counts: NDArray[np.uint32]) -> None:
+    """Eight histograms a block, so that fewer threads wait at one count. A thread takes a run of pixels at a time."""
+    found = cuda.shared.array((_COPIES, 256), np.uint32)
+    thread = cuda.threadIdx.x
+    number, part = cuda.blockIdx.x // parts, cuda.blockIdx.x % parts
+    pixels = images.shape[1]
+    for value in range(thread, 256, _THREADS):
+        for copy in range(_COPIES):
+            found[copy, value] = 0
+    cuda.syncthreads()
+    copy = thread % _COPIES
+    for start in range((part * _THREADS + thread) * _RUN, pixels, parts * _THREADS * _RUN):
+        for i in range(start, min(start + _RUN, pixels)):
+            cuda.atomic.add(found, (copy, np.int64(images[number, i])), np.uint32(1))
+    cuda.syncthreads()
+    for value in range(thread, 256, _THREADS):
+        total = np.uint32(0)
+        for each in range(_COPIES):
+            total += found[each, value]
+        if total > 0:
+            cuda.atomic.add(counts, (number, value), total)
+
+
+def _choose_gpu(counts: NDArray[np.uint32], thresholds: NDArray[np.int64], separabilities: NDArray[np.float64]) -> None:
+    """A block an image. The sums and the choice are one thread's; the divisions, which take longest, are everyone's."""
+    darks = cuda.shared.array(256, np.int64)  # each on a line of its own: by it the simulator tells them apart
+    belows = cuda.shared.array(256, np.int64)
+    between = cuda.shared.array(256, np.float64)
+    spread = cuda.shared.array(256, np.float64)
+    number, thread = cuda.blockIdx.x, cuda.threadIdx.x
+    if thread == 0:
+        dark, below = np.int64(0), np.int64(0)
+        for value in range(256):
+            dark += np.int64(counts[number, value])
+            below += value * np.int64(counts[number, value])
+            darks[value], belows[value] = dark, below
+    cuda.syncthreads()
+    pixels, total = darks[255], belows[255]
+    for value in range(thread, 256, _THREADS):
+        dark, bright = darks[value], pixels - darks[value]
+        between[value], spread[value] = -1.0, 0.0
+        if dark > 0 and bright > 0:
+            gap = np.float64(total * dark - pixels * belows[value])
+            between[value] = (gap / np.float64(dark)) * (gap / np.float64(bright))
+        if pixels > 0:
+            difference = value - np.float64(total) / np.float64(pixels)
+            spread[value] = np.float64(counts[number, value]) * difference * difference
+    cuda.syncthreads()
+    if thread == 0:
+        threshold, last, best, whole = 0, 0, -1.0, 0.0
+        for value in range(256):
+            last = value if counts[number, value] > 0 else last
+            threshold = value if between[value] > best else threshold
+            best = max(best, between[value])
+            whole += spread[value]
+        thresholds[number] = threshold if best >= 0 else last
+        separabilities[number] = best / np.float64(pixels) / whole if best >= 0 else 0.0
+
+
+def _part_gpu(images: Image, thresholds: NDArray[np.int64], pixels: int, masks: NDArray[np.bool_]) -> None:
+    for i in range(cuda.grid(1), images.size, cuda.gridsize(1)):
+        masks[i] = images[i] > thresholds[i // pixels]
+
+
+@otsu.on("gpu")
+def _gpu(device: Any) -> Run:
+    """Takes one image, or a stack of them."""
+    threads = 32 if device.simulated else _THREADS
+    constants = {"_THREADS": threads}
+    count = device.compile(_count_gpu, threads=(threads,), constants=constants)
+    choose = device.compile(_choose_gpu, threads=(threads,), constants=constants)
+    part = device.compile(_part_gpu)
+    most = 2 if device.simulated else 8 * device.processors
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        image = inputs["image"]
+        *stack, height, width = image.shape
+        number, pixels = stack[0] if stack else 1, height * width
+        counts = device.zeros((number, 256), np.uint32)
+        threshold, separability = device.empty((*stack, 1), np.int64), device.empty((*stack, 1), np.float64)
+        mask = device.empty(image.shape, np.bool_)
+        parts = min(-(-pixels // (threads * _RUN)), max(1, most // max(number, 1)))
+        count(number * parts, image.reshape(number, pixels), np.int64(parts), counts)
+        choose(number, counts, threshold.reshape(-1), separability.reshape(-1))
+        part(image.size, image.reshape(-1), threshold.reshape(-1), np.int64(pixels), mask.reshape(-1))
+        return {"threshold": threshold, "separability": separability, "mask": mask}
 
     return run
 
@@ -232,6 +326,63 @@ def _fpga(device: Any) -> Run:
         return {"threshold": threshold, "separability": separability, "mask": mask}
 
     return run
+
+
+@otsu.on("tpu")
+def _tpu(device: Any) -> Run:
+    """Takes one image, or a stack of them.
+
+    A histogram is a product of matrices: of the pixels' upper four bits, one of 16 each, with their lower four. Float32
+    counts a chunk of pixels exactly.
+    """
+    import jax.numpy as jnp
+    from jax import lax, vmap
+
+    def counted(pixels: Any, valid: Any) -> Any:
+        size = min(pixels.size, _CHUNK)
+        digits = jnp.arange(16, dtype=jnp.uint8)
+
+        def add(counts: Any, chunk: Any) -> tuple[Any, None]:
+            values, own = chunk
+            upper = ((values[:, None] >> 4 == digits) & own[:, None]).astype(jnp.bfloat16)
+            lower = (values[:, None] & 15 == digits).astype(jnp.bfloat16)
+            found = jnp.dot(upper.T, lower, preferred_element_type=jnp.float32)
+            return counts + found.astype(jnp.int64), None
+
+        chunks = pixels.reshape(-1, size), valid.reshape(-1, size)
+        return lax.scan(add, jnp.zeros((16, 16), jnp.int64), chunks)[0].reshape(256)
+
+    def choose(image: Any, height: Any, width: Any) -> Any:
+        values = jnp.arange(256)
+        valid = (jnp.arange(image.shape[0]) < height)[:, None] & (jnp.arange(image.shape[1]) < width)
+        counts = counted(image.reshape(-1), valid.reshape(-1))
+        dark, sums = jnp.cumsum(counts), jnp.cumsum(counts * values)
+        pixels, total = dark[-1], sums[-1]
+        bright = pixels - dark
+        gap = (total * dark - pixels * sums).astype(jnp.float64)
+        between = jnp.where((dark > 0) & (bright > 0), (gap / dark) * (gap / bright), -1.0)
+        best = jnp.max(between)
+        threshold = jnp.where(best < 0, jnp.max(jnp.where(counts > 0, values, 0)), jnp.argmax(between))
+        spread = (counts * (values - total / jnp.maximum(pixels, 1)) ** 2).sum()
+        separability = jnp.where(best < 0, 0.0, best / jnp.maximum(pixels, 1) / spread)
+        one = jnp.zeros(8)  # an axis of one is padded to eight
+        return threshold + one.astype(jnp.int64), separability + one, image > threshold
+
+    def part(image: Any, height: Any, width: Any) -> Any:
+        return (vmap(choose, (0, None, None)) if image.ndim == 3 else choose)(image, height, width)
+
+    program = device.program(part)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        image = inputs["image"]
+        *stack, height, width = image.shape
+        shapes = {"threshold": (*stack, 1), "separability": (*stack, 1), "mask": image.shape}
+        return program(shapes, image, np.int32(height), np.int32(width))
+
+    return run
+
+
+_CHUNK = 2**16
 
 
 @otsu.samples
