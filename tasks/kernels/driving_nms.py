@@ -1,0 +1,259 @@
+"""Non-maximum suppression of the boxes that a detector found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Run
+
+nms = Kernel(
+    "driving.nms",
+    inputs={"boxes": "float32[n,4]", "scores": "float32[n]", "threshold": "float32 = 0.5"},
+    outputs={"kept": "int64[k]"},
+    flops="5*n*n",
+    bytes="64*n",
+    limits={"threshold": "0 <= threshold <= 1"},
+    tolerance=0.0,
+    summary="The boxes that no better one overlaps too much, best first.",
+)
+
+Boxes = NDArray[np.float32]
+
+
+@nms.reference
+def _reference(boxes: Boxes, scores: NDArray[np.float32], threshold: float) -> Outputs:
+    """From the best score down, a box (x0, y0, x1, y1) is kept unless one kept before it overlaps it too much.
+
+    Too much: intersection > threshold * union (Everingham et al. 2010, "The PASCAL Visual Object Classes Challenge",
+    IJCV 88, sec. 4.2). Equal scores by the lower index. A score of NaN and a box with a coordinate that is not finite
+    are left out. A box whose x1 <= x0 or y1 <= y0 has no area: nothing overlaps it, so it is kept. A threshold below 0
+    is 0; of NaN, nothing is too much.
+
+    Sides are differences rounded to float32, areas their products in float64, which are exact: so it makes no
+    difference whether a device fuses the multiplications with the additions.
+    """
+    limit = _limit(threshold)
+    fair = np.isfinite(boxes).all(axis=1) & ~np.isnan(scores)
+    left = np.flatnonzero(fair)
+    left = left[np.argsort(-scores[left], kind="stable")]
+    kept = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        while left.size:
+            best, left = left[0], left[1:]
+            kept.append(best)
+            low, high = np.maximum(boxes[best, :2], boxes[left, :2]), np.minimum(boxes[best, 2:], boxes[left, 2:])
+            common, union = _area(low, high), _area(boxes[best, :2], boxes[best, 2:])
+            union = (union + _area(boxes[left, :2], boxes[left, 2:])) - common
+            left = left[~(common > limit * union)]
+    return {"kept": np.array(kept, np.int64)}
+
+
+def _area(low: Boxes, high: Boxes) -> NDArray[np.float64]:
+    sides = np.maximum(high - low, np.float32(0)).astype(np.float64)
+    return np.asarray(sides[..., 0] * sides[..., 1])
+
+
+def _limit(threshold: float) -> np.float64:
+    """The threshold as every device takes it: rounded to float32, not below 0."""
+    rounded = np.float64(np.float32(threshold))
+    return rounded if math.isnan(rounded) else max(rounded, np.float64(0))
+
+
+_LANES = 64
+
+
+def _order(boxes: Boxes, scores: NDArray[np.float32], keys: NDArray[np.int64]) -> int:
+    """Fills in a key for each box that takes part, smallest for the best: its score, reversed, above its index."""
+    count = 0
+    for i in range(scores.size):
+        score = scores[i]
+        spread = boxes[i, 0] * 0 + boxes[i, 1] * 0 + boxes[i, 2] * 0 + boxes[i, 3] * 0
+        if score == score and spread == 0:
+            # + 0 makes -0 the same as 0. The bits of negative floats are in reverse order.
+            bits = np.int64(np.float32(score + np.float32(0)).view(np.int32))
+            rank = bits if bits >= 0 else bits ^ 0x7FFFFFFF
+            keys[count] = ((-1 - rank) << 32) | i
+            count += 1
+    return count
+
+
+def _select(boxes: Boxes, keys: NDArray[np.int64], limit: float, kept: NDArray[np.int64]) -> int:
+    """Each box meets those kept before it, 64 at once: first whether any touches it, then by how much.
+
+    Few touch, so nearly all the time goes into four comparisons a pair, 8 pairs an instruction.
+    """
+    size, zero = keys.size, np.float32(0)
+    rows = -(-size // _LANES)
+    # Kept boxes by coordinate. What is not filled in yet touches nothing.
+    left, top = np.full((rows, _LANES), np.inf, np.float32), np.full((rows, _LANES), np.inf, np.float32)
+    right, bottom = np.full((rows, _LANES), -np.inf, np.float32), np.full((rows, _LANES), -np.inf, np.float32)
+    count = 0
+    for key in keys:
+        i = np.int64(key & 0xFFFFFFFF)
+        x0, y0, x1, y1 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
+        area = np.float64(max(x1 - x0, zero)) * np.float64(max(y1 - y0, zero))
+        hidden = False
+        for row in range(-(-count // _LANES)):
+            a, b, c, d = left[row], top[row], right[row], bottom[row]
+            touched = np.int32(0)
+            for j in range(_LANES):
+                touched |= np.int32((a[j] < x1) & (x0 < c[j]) & (b[j] < y1) & (y0 < d[j]))
+            if touched:
+                over = np.int32(0)
+                for j in range(_LANES):
+                    width = (c[j] if c[j] < x1 else x1) - (a[j] if a[j] > x0 else x0)
+                    height = (d[j] if d[j] < y1 else y1) - (b[j] if b[j] > y0 else y0)
+                    width, height = (width if width > zero else zero), (height if height > zero else zero)
+                    wide, high = c[j] - a[j], d[j] - b[j]
+                    wide, high = (wide if wide > zero else zero), (high if high > zero else zero)
+                    common = np.float64(width) * np.float64(height)
+                    union = (np.float64(wide) * np.float64(high) + area) - common
+                    over |= np.int32(common > limit * union)
+                if over:
+                    hidden = True
+                    break
+        if not hidden:
+            row, lane = count // _LANES, count % _LANES
+            left[row, lane], top[row, lane], right[row, lane], bottom[row, lane] = x0, y0, x1, y1
+            kept[count] = i
+            count += 1
+    return count
+
+
+@nms.on("cpu")
+def _cpu(device: Any) -> Run:
+    from numba import njit, types
+
+    table = types.Array(types.float32, 2, "C", readonly=True)
+    column = types.Array(types.float32, 1, "C", readonly=True)
+    options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
+    order = njit((table, column, types.int64[::1]), **options)(_order)
+    select = njit((table, types.int64[::1], types.float64, types.int64[::1]), **options)(_select)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        boxes, scores = inputs["boxes"], inputs["scores"]
+        keys = np.empty(len(boxes), np.int64)
+        keys = keys[: order(boxes, scores, keys)]
+        keys.sort()
+        kept = np.empty(keys.size, np.int64)
+        return {"kept": kept[: select(boxes, keys, _limit(inputs["threshold"]), kept)].copy()}
+
+    return run
+
+
+# Ranks by counting, which is parallel; then one work-item goes down the ranks as the cpu does, on a board a pipeline
+# that compares a box with LANES kept ones a cycle.
+_OPENCL = """
+#pragma OPENCL EXTENSION cl_khr_fp64 : enable
+
+__kernel __attribute__((reqd_work_group_size(1, 1, 1)))
+void rank(__global const float* restrict boxes, __global const float* restrict scores, __global long* restrict order,
+          ulong size) {
+  const ulong start = get_group_id(0) * LANES;
+  float own[LANES];
+  int better[LANES];
+  for (int j = 0; j < LANES; j++) {
+    own[j] = scores[min(start + j, size - 1)];
+    better[j] = 0;
+  }
+  for (ulong i = 0; i < size; i++) {
+    const float score = scores[i];
+    const float spread = boxes[4 * i] * 0 + boxes[4 * i + 1] * 0 + boxes[4 * i + 2] * 0 + boxes[4 * i + 3] * 0;
+    if (spread == 0)
+      for (int j = 0; j < LANES; j++) better[j] += score > own[j] || (score == own[j] && i < start + j);
+  }
+  for (int j = 0; j < LANES && start + j < size; j++) {
+    __global const float* box = boxes + 4 * (start + j);
+    if (own[j] == own[j] && box[0] * 0 + box[1] * 0 + box[2] * 0 + box[3] * 0 == 0) order[better[j]] = start + j;
+  }
+}
+
+__kernel __attribute__((reqd_work_group_size(1, 1, 1)))
+void clear(__global long* restrict order, ulong size) {
+  for (ulong i = 0; i < size; i++) order[i] = -1;
+}
+
+__kernel __attribute__((reqd_work_group_size(1, 1, 1)))
+void choose(__global const float* restrict boxes, __global const long* restrict order, double limit,
+            __global float* restrict corners, __global long* restrict kept, ulong size) {
+  const ulong room = (size + LANES - 1) / LANES * LANES;
+  __global float *left = corners, *top = corners + room, *right = corners + 2 * room, *bottom = corners + 3 * room;
+  ulong count = 0;
+  for (ulong place = 0; place < size && order[place] >= 0; place++) {
+    __global const float* box = boxes + 4 * order[place];
+    const float x0 = box[0], y0 = box[1], x1 = box[2], y1 = box[3];
+    const float across = x1 - x0, down = y1 - y0;
+    const double area = (double)(across > 0 ? across : 0) * (double)(down > 0 ? down : 0);
+    int over = 0;
+    for (ulong row = 0; row < count && !over; row += LANES) {
+      __global const float *a = left + row, *b = top + row, *c = right + row, *d = bottom + row;
+      int touched = 0;
+      for (int j = 0; j < LANES; j++) touched |= (a[j] < x1) & (x0 < c[j]) & (b[j] < y1) & (y0 < d[j]);
+      if (touched)
+        for (int j = 0; j < LANES; j++) {
+          float width = (c[j] < x1 ? c[j] : x1) - (a[j] > x0 ? a[j] : x0);
+          float height = (d[j] < y1 ? d[j] : y1) - (b[j] > y0 ? b[j] : y0);
+          float wide = c[j] - a[j], high = d[j] - b[j];
+          const double common = (double)(width > 0 ? width : 0) * (double)(height > 0 ? height : 0);
+          const double each = (double)(wide > 0 ? wide : 0) * (double)(high > 0 ? high : 0);
+          over |= common > limit * ((each + area) - common);
+        }
+    }
+    if (!over) {
+      if (count % LANES == 0)  // what is not filled in yet touches nothing
+        for (int j = 0; j < LANES; j++) {
+          left[count + j] = top[count + j] = INFINITY;
+          right[count + j] = bottom[count + j] = -INFINITY;
+        }
+      left[count] = x0;
+      top[count] = y0;
+      right[count] = x1;
+      bottom[count] = y1;
+      kept[count++] = order[place];
+    }
+  }
+  kept[size] = count;
+}
+"""
+
+
+@nms.on("fpga")
+def _fpga(device: Any) -> Run:
+    program = device.program(_OPENCL, "driving.nms", LANES=_LANES)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        boxes, scores = inputs["boxes"], inputs["scores"]
+        size, rows = scores.size, -(-scores.size // _LANES)
+        order, kept = device.empty((size,), np.int64), device.empty((size + 1,), np.int64)
+        corners = device.empty((4 * rows * _LANES,), np.float32)
+        program.launch("clear", (1,), order, np.uint64(size))
+        program.launch("rank", (rows,), boxes, scores, order, np.uint64(size))
+        program.launch("choose", (1,), boxes, order, _limit(inputs["threshold"]), corners, kept, np.uint64(size))
+        found = device.download(kept)
+        return {"kept": found[: found[size]].copy()}
+
+    return run
+
+
+@nms.samples
+def _samples() -> Iterator[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    for n, threshold in ((1, 0.5), (20, 0.0), (200, 0.5)):
+        corner, side = random.uniform(0, 20, (n, 2)), random.uniform(1, 10, (n, 2))
+        boxes = np.concatenate([corner, corner + side], axis=1).astype(np.float32)
+        # Whole tenths: many scores are equal.
+        yield {"boxes": boxes, "scores": np.round(random.random(n), 1).astype(np.float32), "threshold": threshold}
+    # One box twice, one without an area, one upside down, one that is nowhere, one that nothing is known of.
+    yield {
+        "boxes": np.array(
+            [[0, 0, 2, 2], [0, 0, 2, 2], [1, 1, 1, 3], [2, 2, 0, 0], [0, np.nan, 1, 1], [0, 0, np.inf, 1], [5, 5, 6, 6]],
+            np.float32,
+        ),
+        "scores": np.array([0.5, 0.5, -0.0, 0.0, 0.9, 0.8, np.nan], np.float32),
+        "threshold": 1.0,
+    }
