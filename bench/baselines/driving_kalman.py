@@ -95,9 +95,71 @@ def _by_axis_in_blocks(**arguments: Any) -> Outputs:
     return _by_axis(**arguments, block=4096)
 
 
+def _columns_in_place(detected: Track, step_s: float, acceleration: float, noise: float, speed: float) -> Outputs:
+    """2048 tracks at a time in columns that stay in the cache, no np.where: what is missed weighs 0.
+
+    A track before its first detection runs on zeros, and is made NaN at the end.
+    """
+    tracks, steps, _ = detected.shape
+    state, covariance = np.empty((tracks, steps, 4), np.float32), np.empty((tracks, 3), np.float32)
+    dt, noise, speed = np.float32(step_s), np.float32(noise**2), np.float32(speed**2)
+    place, pace = step_s**2 / 2 * acceleration, step_s * acceleration
+    q0, q1, q2 = np.float32(place**2), np.float32(place * pace), np.float32(pace**2)
+    for start in range(0, tracks, 2048):
+        own = detected[start : start + 2048]
+        size = len(own)
+        columns = np.ascontiguousarray(own.transpose(1, 2, 0))
+        seen = np.isfinite(columns).all(axis=1)
+        columns[~np.repeat(seen[:, None], 2, axis=1)] = 0
+        weights = seen.astype(np.float32)
+        first = np.where(seen.any(axis=0), seen.argmax(axis=0), steps)
+        order = np.argsort(first, kind="stable")
+        ends = np.searchsorted(first[order], np.arange(steps + 1))
+        all_of_it = np.empty((steps, 4, size), np.float32)
+        now, rate, rest = (
+            np.zeros((2, size), np.float32),
+            np.zeros((2, size), np.float32),
+            np.empty((2, size), np.float32),
+        )
+        p, c, w, share, pull, other = np.zeros((6, size), np.float32)
+        for step in range(steps):
+            np.multiply(rate, dt, out=rest)
+            now += rest
+            np.multiply(w, dt, out=other)
+            p += dt * (c + c + other)
+            p += q0
+            c += other
+            c += q1
+            w += q2
+            np.add(p, noise, out=share)
+            np.divide(weights[step], share, out=share)
+            np.multiply(c, share, out=pull)
+            np.multiply(p, share, out=share)
+            np.subtract(columns[step], now, out=rest)
+            now += share * rest
+            rest *= pull
+            rate += rest
+            np.multiply(c, pull, out=other)
+            w -= other
+            np.multiply(c, share, out=other)
+            c -= other
+            np.multiply(p, share, out=other)
+            p -= other
+            if ends[step] < ends[step + 1]:
+                born = order[ends[step] : ends[step + 1]]
+                now[:, born], rate[:, born] = columns[step][:, born], 0
+                p[born], c[born], w[born] = noise, 0, speed
+            all_of_it[step, :2], all_of_it[step, 2:] = now, rate
+        all_of_it[np.repeat(np.arange(steps)[:, None, None] < first, 4, axis=1)] = np.nan
+        state[start : start + size] = all_of_it.transpose(2, 0, 1)
+        covariance[start : start + size] = np.where(first == steps, np.float32(np.nan), np.stack([p, c, w])).T
+    return {"state": state, "covariance": covariance}
+
+
 def expressions() -> dict[str, Callable[..., Outputs]]:
     return {
         "np.matmul": _matrices,
         "columns": lambda **arguments: _by_axis(**arguments),
         "columns in blocks": _by_axis_in_blocks,
+        "columns in place": _columns_in_place,
     }

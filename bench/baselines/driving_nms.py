@@ -23,7 +23,9 @@ def inputs(size: str) -> dict[str, Any]:
     centre, side = random.uniform(0, (3840, 2160), (objects, 2)), random.lognormal(3.5, 0.6, (objects, 2))
     which = random.integers(0, objects, n)
     crowd = (random.random(n) < 0.5)[:, None]
-    centre = np.where(crowd, centre[which] + random.normal(0, 0.1, (n, 2)) * side[which], random.uniform(0, (3840, 2160), (n, 2)))
+    centre = np.where(
+        crowd, centre[which] + random.normal(0, 0.1, (n, 2)) * side[which], random.uniform(0, (3840, 2160), (n, 2))
+    )
     side = np.where(crowd, side[which] * random.lognormal(0, 0.1, (n, 2)), random.lognormal(3.5, 0.6, (n, 2)))
     boxes = np.concatenate([centre - side / 2, centre + side / 2], axis=1).astype(np.float32)
     return {"boxes": boxes, "scores": random.random(n).astype(np.float32), "threshold": 0.5}

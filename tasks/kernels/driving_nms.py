@@ -251,7 +251,15 @@ def _samples() -> Iterator[dict[str, Any]]:
     # One box twice, one without an area, one upside down, one that is nowhere, one that nothing is known of.
     yield {
         "boxes": np.array(
-            [[0, 0, 2, 2], [0, 0, 2, 2], [1, 1, 1, 3], [2, 2, 0, 0], [0, np.nan, 1, 1], [0, 0, np.inf, 1], [5, 5, 6, 6]],
+            [
+                [0, 0, 2, 2],
+                [0, 0, 2, 2],
+                [1, 1, 1, 3],
+                [2, 2, 0, 0],
+                [0, np.nan, 1, 1],
+                [0, 0, np.inf, 1],
+                [5, 5, 6, 6],
+            ],
             np.float32,
         ),
         "scores": np.array([0.5, 0.5, -0.0, 0.0, 0.9, 0.8, np.nan], np.float32),
