@@ -159,7 +159,7 @@ def _columns_in_place(detected: Track, step_s: float, acceleration: float, noise
 def expressions() -> dict[str, Callable[..., Outputs]]:
     return {
         "np.matmul": _matrices,
-        "columns": lambda **arguments: _by_axis(**arguments),
+        "columns": _by_axis,
         "columns in blocks": _by_axis_in_blocks,
         "columns in place": _columns_in_place,
     }

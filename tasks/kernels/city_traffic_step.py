@@ -80,10 +80,10 @@ def _reference(density: Table, demand: Column, supply: Column, steps: int, **num
 
 
 def _numbers(inputs: Inputs) -> tuple[np.float32, ...] | None:
-    """Rates per step: the share of a cell's vehicles that free flow moves, that of its room that jams give back, and
-    jam density, capacity and demand's unit in densities; None where a number is not finite.
+    """The numbers of a step with densities as the unit of flows, so that a step is what comes less what goes.
 
-    With densities as the unit of flows, a step is what comes less what goes.
+    The share of a cell's vehicles that moves on, the share of its room that is given back, jam density, capacity, a
+    vehicle per hour in that unit, and a cell's length in km; None where a number is not finite.
     """
     names = ("step_s", "cell_m", "free_kmh", "wave_kmh", "jam_per_km", "capacity_per_h")
     if not all(math.isfinite(inputs[name]) for name in names):
@@ -122,8 +122,8 @@ def _advance(
         for i in range(cells):
             each = density[road, i]
             spoilt += each * zero
-            each = each if each < jam else jam
-            now[i] = each if each > zero else zero
+            each = min(jam, each)
+            now[i] = max(zero, each)
         come, go = demand[road], supply[road]
         spoilt = spoilt if (come == come) & (go == go) else np.float32(np.nan)
         come, go = min(max(come, zero) * unit, capacity), min(max(go, zero) * unit, capacity)
@@ -131,14 +131,14 @@ def _advance(
         behind = now[1:]
         for _ in range(steps):
             room = wave * (jam - now[0])
-            flow[0] = come if come < room else room
+            flow[0] = min(room, come)
             sent = free * now[cells - 1]
-            flow[cells] = sent if sent < go else go
-            gone += flow[cells]
+            flow[cells] = min(go, sent)
+            gone += float(flow[cells])
             for i in range(cells - 1):
                 sent, room = free * now[i], wave * (jam - behind[i])
-                sent = sent if sent < capacity else capacity
-                inner[i] = sent if sent < room else room
+                sent = min(capacity, sent)
+                inner[i] = min(room, sent)
             for i in range(cells):
                 now[i] += into[i] - out[i]
         left[road] = gone * cell_km + spoilt

@@ -57,7 +57,7 @@ def _reference(detected: Track, step_s: float, acceleration: float, noise: float
         move = np.array([[1, step_s], [0, 1]])
         push = np.array([[step_s**2 / 2], [step_s]]) * acceleration
         now = np.full((tracks, 2, 2), np.nan)
-        seen = np.isfinite(detected).all(axis=2)
+        seen = np.logical_and(*np.isfinite(np.moveaxis(detected, 2, 0)))
         for step in range(steps):
             now, covariance = move @ now, move @ covariance @ move.T + push @ push.T
             first = seen[:, step] & np.isnan(now[:, 0, 0])
@@ -113,17 +113,8 @@ def _filter(
     tracks, steps, _ = detected.shape
     zero, one, two = np.float32(0), np.float32(1), np.float32(2)
     lanes = np.zeros((9, _LANES), np.float32)
-    x, y, u, v, p, c, w, seen_x, seen_y = (
-        lanes[0],
-        lanes[1],
-        lanes[2],
-        lanes[3],
-        lanes[4],
-        lanes[5],
-        lanes[6],
-        lanes[7],
-        lanes[8],
-    )
+    x, y, u, v, p, c, w = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5], lanes[6]
+    seen_x, seen_y = lanes[7], lanes[8]
     for start in range(0, tracks, _LANES):
         size = min(_LANES, tracks - start)
         lanes[:7] = np.nan

@@ -106,11 +106,11 @@ def _select(boxes: Boxes, keys: NDArray[np.int64], limit: float, kept: NDArray[n
             if touched:
                 over = np.int32(0)
                 for j in range(_LANES):
-                    width = (c[j] if c[j] < x1 else x1) - (a[j] if a[j] > x0 else x0)
-                    height = (d[j] if d[j] < y1 else y1) - (b[j] if b[j] > y0 else y0)
-                    width, height = (width if width > zero else zero), (height if height > zero else zero)
+                    width = (min(x1, c[j])) - (max(x0, a[j]))
+                    height = (min(y1, d[j])) - (max(y0, b[j]))
+                    width, height = (max(zero, width)), (max(zero, height))
                     wide, high = c[j] - a[j], d[j] - b[j]
-                    wide, high = (wide if wide > zero else zero), (high if high > zero else zero)
+                    wide, high = (max(zero, wide)), (max(zero, high))
                     common = np.float64(width) * np.float64(height)
                     union = (np.float64(wide) * np.float64(high) + area) - common
                     over |= np.int32(common > limit * union)

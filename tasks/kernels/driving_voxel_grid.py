@@ -129,24 +129,24 @@ def _gather(
     one = np.uint64(1)
     sums = np.zeros((count.size, 4))
     for word in range(occupied.size):
-        rest, at = occupied[word], np.int64(before[word])
+        rest, at = occupied[word], before[word]
         while rest:
             lower = rest - one
             cell[at] = word * 64 + bits.ones(~rest & lower)
             rest &= lower
             at += 1
     for i in range(points.shape[0]):
-        number = np.int64(cells[i])
+        number = cells[i]
         if number >= 0:
             word = number >> 6
             below = (one << np.uint64(number & 63)) - one
-            at = np.int64(before[word]) + bits.ones(occupied[word] & below)
-            count[at] += 1
+            place = before[word] + bits.ones(occupied[word] & below)
+            count[place] += 1
             for j in range(4):
-                sums[at, j] += points[i, j]
-    for at in range(count.size):
+                sums[place, j] += points[i, j]
+    for voxel in range(count.size):
         for j in range(4):
-            centroid[at, j] = sums[at, j] / count[at]
+            centroid[voxel, j] = sums[voxel, j] / count[voxel]
 
 
 @voxel_grid.on("cpu")
@@ -177,8 +177,8 @@ def _cpu(device: Any) -> Run:
     return run
 
 
-# The cpu's algorithm, each function one work-item: on a board a pipeline that takes a point a cycle. Groups cannot share
-# the sums, since OpenCL 1.2 has no atomic addition of floats.
+# The cpu's algorithm, each function one work-item: on a board a pipeline that takes a point a cycle. Groups cannot
+# share the sums, since OpenCL 1.2 has no atomic addition of floats.
 _OPENCL = """
 #pragma OPENCL EXTENSION cl_khr_fp64 : enable
 
