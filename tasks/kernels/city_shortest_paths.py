@@ -436,6 +436,172 @@ def _fpga(device: Any) -> Run:
     return run
 
 
+cuda: Any  # numba.cuda, on a GPU
+
+#: Threads along each side of a block, each of which has 4 by 4 ways of a tile.
+_SIDE = 16
+
+
+def _clean_gpu(roads: Any, ways: Any) -> None:
+    n = roads.shape[-1]
+    for i in range(cuda.grid(1), roads.size, cuda.gridsize(1)):
+        y, x = i // n % n, i % n
+        number = i // n // n
+        length = roads[number, y, x]
+        length = length if length >= 0 else np.float32(np.inf)
+        ways[number, y, x] = np.float32(0) if x == y else length
+
+
+def _take_gpu(ways: Any, number: Any, top: Any, left: Any, tile: Any) -> None:
+    """A tile into shared memory; beyond the last junction there are no roads."""
+    side, n = 4 * cuda.blockDim.x, ways.shape[1]
+    for y in range(cuda.threadIdx.y, side, cuda.blockDim.y):
+        for x in range(cuda.threadIdx.x, side, cuda.blockDim.x):
+            there = top + y < n and left + x < n
+            tile[y, x] = ways[number, top + y, left + x] if there else np.float32(np.inf)
+
+
+def _relax_gpu(ways: Any, number: Any, top: Any, left: Any, first: Any, second: Any) -> None:
+    """ways[i,j] = min(ways[i,j], first[i,k] + second[k,j]) over a tile, 16 of them in each thread's registers."""
+    best = cuda.local.array((4, 4), np.float32)
+    width, n = cuda.blockDim.x, ways.shape[1]
+    y, x = cuda.threadIdx.y, cuda.threadIdx.x
+    for i in range(4):
+        for j in range(4):
+            best[i, j] = np.float32(np.inf)
+    for k in range(4 * width):
+        for i in range(4):
+            reach = first[y + i * width, k]
+            for j in range(4):
+                best[i, j] = min(best[i, j], reach + second[k, x + j * width])
+    for i in range(4):
+        for j in range(4):
+            row, column = top + y + i * width, left + x + j * width
+            if row < n and column < n:
+                ways[number, row, column] = min(ways[number, row, column], best[i, j])
+
+
+def _diagonal_gpu(ways: Any, k: Any) -> None:
+    middle = cuda.shared.array((64, 65), np.float32)
+    side, n = 4 * cuda.blockDim.x, ways.shape[1]
+    number, at = cuda.blockIdx.x, k * side
+    _take_gpu(ways, number, at, at, middle)
+    cuda.syncthreads()
+    for via in range(min(side, n - at)):
+        # Ways from and to `via` stay as they are, so none is read while it changes.
+        for y in range(cuda.threadIdx.y, side, cuda.blockDim.y):
+            for x in range(cuda.threadIdx.x, side, cuda.blockDim.x):
+                way = middle[y, via] + middle[via, x]
+                if way < middle[y, x]:
+                    middle[y, x] = way
+        cuda.syncthreads()
+    for y in range(cuda.threadIdx.y, min(side, n - at), cuda.blockDim.y):
+        for x in range(cuda.threadIdx.x, min(side, n - at), cuda.blockDim.x):
+            ways[number, at + y, at + x] = middle[y, x]
+
+
+def _panels_gpu(ways: Any, k: Any) -> None:
+    """The tiles in row k (y of the grid 0) and in column k (1)."""
+    middle, before = cuda.shared.array((64, 65), np.float32), cuda.shared.array((64, 65), np.float32)
+    side, number, block = 4 * cuda.blockDim.x, cuda.blockIdx.z, cuda.blockIdx.x
+    if block == k:
+        return
+    in_row = cuda.blockIdx.y == 0
+    top, left = (k * side, block * side) if in_row else (block * side, k * side)
+    _take_gpu(ways, number, k * side, k * side, middle)
+    _take_gpu(ways, number, top, left, before)
+    cuda.syncthreads()
+    if in_row:
+        _relax_gpu(ways, number, top, left, middle, before)
+    else:
+        _relax_gpu(ways, number, top, left, before, middle)
+
+
+def _rest_gpu(ways: Any, k: Any) -> None:
+    first, second = cuda.shared.array((64, 65), np.float32), cuda.shared.array((64, 65), np.float32)
+    side, number = 4 * cuda.blockDim.x, cuda.blockIdx.z
+    if cuda.blockIdx.x == k or cuda.blockIdx.y == k:
+        return
+    top, left = cuda.blockIdx.y * side, cuda.blockIdx.x * side
+    _take_gpu(ways, number, top, k * side, first)
+    _take_gpu(ways, number, k * side, left, second)
+    cuda.syncthreads()
+    _relax_gpu(ways, number, top, left, first, second)
+
+
+@shortest_paths.on("gpu")
+def _gpu(device: Any) -> Run:
+    """By blocks, three launches a block. Takes one network, or a stack of them along the third axis of the grid."""
+    threads = (2, 2) if device.simulated else (_SIDE, _SIDE)
+    side = 4 * threads[0]
+    clean = device.compile(_clean_gpu)
+    diagonal = device.compile(_diagonal_gpu, threads=threads, helpers=(_take_gpu,))
+    panels, rest = (
+        device.compile(function, threads=threads, helpers=(_take_gpu, _relax_gpu))
+        for function in (_panels_gpu, _rest_gpu)
+    )
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        roads = inputs["roads"]
+        *stack, n, _ = roads.shape
+        networks, count = (stack[0] if stack else 1), -(-n // side)
+        distance = device.empty(roads.shape, np.float32)
+        ways = distance.reshape(networks, n, n)
+        clean(roads.size, roads.reshape(networks, n, n), ways)
+        for k in range(count):
+            _look(context, k / count)
+            diagonal(networks, ways, np.int64(k))
+            panels((count, 2, networks), ways, np.int64(k))
+            rest((count, count, networks), ways, np.int64(k))
+        return {"distance": distance}
+
+    return run
+
+
+@shortest_paths.on("tpu")
+def _tpu(device: Any) -> Run:
+    """By blocks of up to 64 junctions; the rest of a round is 64 steps over all ways, eight in one pass."""
+    import jax
+    import jax.numpy as jnp
+
+    def relax(to: Any, first: Any, second: Any) -> Any:
+        def eight(step: Any, best: Any) -> Any:
+            left = jax.lax.dynamic_slice_in_dim(first, 8 * step, 8, axis=1)
+            right = jax.lax.dynamic_slice_in_dim(second, 8 * step, 8, axis=0)
+            for k in range(8):
+                best = jnp.minimum(best, left[:, k, None] + right[k])
+            return best
+
+        return jax.lax.fori_loop(0, first.shape[1] // 8, eight, to)
+
+    def solve(roads: Any, size: Any) -> Any:
+        room = roads.shape[0]
+        width, index = min(64, room), jnp.arange(room)
+        there = (roads >= 0) & (index < size) & (index < size)[:, None]
+        ways = jnp.where(index == index[:, None], 0, jnp.where(there, roads, jnp.inf))
+
+        def block(number: Any, ways: Any) -> Any:
+            start = number * width
+            rows = jax.lax.dynamic_slice_in_dim(ways, start, width, axis=0)
+            columns = jax.lax.dynamic_slice_in_dim(ways, start, width, axis=1)
+            middle = jax.lax.dynamic_slice_in_dim(rows, start, width, axis=1)
+            middle = jax.lax.fori_loop(
+                0, width, lambda via, each: jnp.minimum(each, each[:, via, None] + each[via]), middle
+            )
+            return relax(ways, relax(columns, columns, middle), relax(rows, middle, rows))
+
+        return jax.lax.fori_loop(0, -(-size // width), block, ways)
+
+    one = device.program(solve)
+    many = device.program(lambda roads, size: jax.vmap(solve, in_axes=(0, None))(roads, size))
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        roads = inputs["roads"]
+        return (one if roads.ndim == 2 else many)({"distance": roads.shape}, roads, np.int64(roads.shape[-1]))
+
+    return run
+
+
 @shortest_paths.samples
 def _samples() -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)

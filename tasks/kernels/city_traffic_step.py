@@ -246,6 +246,165 @@ def _fpga(device: Any) -> Run:
     return run
 
 
+cuda: Any  # numba.cuda, on a GPU
+
+#: Cells that a block of threads holds; a longer road is many blocks, whose edges are right for so many steps.
+_SPAN, _HALO = 512, 32
+
+
+def _prepare_gpu(density: Any, demand: Any, supply: Any, jam: Any, now: Any, spoilt: Any, gone: Any) -> None:
+    roads, cells = density.shape
+    zero = np.float32(0)
+    for i in range(cuda.grid(1), roads * cells, cuda.gridsize(1)):
+        road, cell = i // cells, i % cells
+        each = density[road, cell]
+        if each * zero != zero or demand[road] != demand[road] or supply[road] != supply[road]:
+            spoilt[road] = 1
+        now[road, cell] = max(min(each, jam), zero)
+        if cell == 0:
+            gone[road] = 0
+
+
+def _advance_gpu(
+    before: Any,
+    demand: Any,
+    supply: Any,
+    steps: Any,
+    free: Any,
+    wave: Any,
+    jam: Any,
+    capacity: Any,
+    unit: Any,
+    width: Any,
+    halo: Any,
+    after: Any,
+    gone: Any,
+) -> None:
+    """A block has `width` cells of a road and up to `halo` more to each side, of which a step spoils the outermost."""
+    now, flow = cuda.shared.array(_SPAN, np.float32), cuda.shared.array(_SPAN + 1, np.float32)
+    cells, road = before.shape[1], cuda.blockIdx.y
+    first = cuda.blockIdx.x * width
+    last = min(first + width, cells)
+    low, high = max(first - halo, 0), min(last + halo, cells)
+    size, zero = high - low, np.float32(0)
+    thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+    come = min(max(demand[road], zero) * unit, capacity)
+    go = min(max(supply[road], zero) * unit, capacity)
+    for i in range(thread, size, threads):
+        now[i] = before[road, low + i]
+    cuda.syncthreads()
+    total = 0.0
+    for _ in range(steps):
+        for i in range(thread, size + 1, threads):
+            sent = come if i == 0 else min(free * now[i - 1], capacity)
+            room = go if i == size else wave * (jam - now[i])
+            flow[i] = min(sent, room)
+        cuda.syncthreads()
+        for i in range(thread, size, threads):
+            now[i] += flow[i] - flow[i + 1]
+        if thread == 0 and last == cells:
+            total += flow[size]
+        cuda.syncthreads()
+    for i in range(first - low + thread, last - low, threads):
+        after[road, low + i] = now[i]
+    if thread == 0 and last == cells:
+        gone[road] += total
+
+
+def _finish_gpu(now: Any, spoilt: Any, gone: Any, cell_km: Any, after: Any, left: Any) -> None:
+    roads, cells = after.shape
+    for i in range(cuda.grid(1), roads * cells, cuda.gridsize(1)):
+        road, cell = i // cells, i % cells
+        after[road, cell] = now[road, cell] if spoilt[road] == 0 else np.float32(np.nan)
+        if cell == 0:
+            left[road] = gone[road] * cell_km if spoilt[road] == 0 else np.nan
+
+
+@traffic_step.on("gpu")
+def _gpu(device: Any) -> Run:
+    """Roads in shared memory: one of up to 512 cells for all steps, of a longer one pieces for 32 steps a launch."""
+    prepare, finish = device.compile(_prepare_gpu), device.compile(_finish_gpu)
+    advance = device.compile(_advance_gpu, threads=(4 if device.simulated else 128,))
+    span, halo = (8, 2) if device.simulated else (_SPAN, _HALO)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        density, demand, supply, steps = (inputs[name] for name in ("density", "demand", "supply", "steps"))
+        numbers = _numbers(inputs)
+        if numbers is None:
+            return _nothing(density)
+        roads, cells = density.shape
+        jam, cell_km = numbers[2], numbers[5]
+        now, then = device.empty(density.shape, np.float32), device.empty(density.shape, np.float32)
+        spoilt, gone = device.zeros((roads,), np.int32), device.empty((roads,), np.float64)
+        left = device.empty((roads,), np.float32)
+        prepare(density.size, density, demand, supply, jam, now, spoilt, gone)
+        width, reach, most = (span, 0, 1000) if cells <= span else (span - 2 * halo, halo, halo)
+        # The second axis of a grid has at most 65,535 blocks.
+        for done in range(0, steps, most):
+            _look(context, done / steps)
+            count, pieces = np.int64(min(most, steps - done)), -(-cells // width)
+            reached = np.int64(width), np.int64(reach)
+            advance((pieces, roads), now, demand, supply, count, *numbers[:5], *reached, then, gone)
+            now, then = then, now
+        finish(density.size, now, spoilt, gone, cell_km, then, left)
+        return {"after": then, "left": left}
+
+    return run
+
+
+@traffic_step.on("tpu")
+def _tpu(device: Any) -> Run:
+    """All cells a step; a cell's neighbour is the next lane."""
+    import jax
+    import jax.numpy as jnp
+
+    def advance(
+        density: Any,
+        demand: Any,
+        supply: Any,
+        steps: Any,
+        free: Any,
+        wave: Any,
+        jam: Any,
+        capacity: Any,
+        unit: Any,
+        cell_km: Any,
+        cells: Any,
+    ) -> tuple[Any, Any]:
+        spoilt = ~jnp.isfinite(density).all(axis=1) | jnp.isnan(demand) | jnp.isnan(supply)
+        come = jnp.minimum(jnp.maximum(demand, 0) * unit, capacity)[:, None]
+        go = jnp.minimum(jnp.maximum(supply, 0) * unit, capacity)[:, None]
+        index = jnp.arange(density.shape[1])
+        last, nothing = index == cells - 1, jnp.zeros_like(come)
+
+        def step(_: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+            now, gone = state
+            sent = jnp.minimum(free * now, capacity)
+            into = jnp.minimum(jnp.concatenate([come, sent[:, :-1]], axis=1), wave * (jam - now))
+            out = jnp.where(last, jnp.minimum(sent, go), jnp.concatenate([into[:, 1:], nothing], axis=1))
+            # What lies beyond the last cell is padding, and stays empty.
+            now = jnp.where(index < cells, now + (into - out), 0)
+            return now, gone + jnp.where(last, out, 0).sum(axis=1, dtype=jnp.float64)
+
+        now = jnp.clip(density, 0, jam)
+        now, gone = jax.lax.fori_loop(0, steps, step, (now, jnp.zeros(density.shape[0], jnp.float64)))
+        left = (gone * cell_km).astype(jnp.float32)
+        return jnp.where(spoilt[:, None], jnp.nan, now), jnp.where(spoilt, jnp.nan, left)
+
+    program = device.program(advance)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        density, numbers = inputs["density"], _numbers(inputs)
+        if numbers is None:
+            return _nothing(density)
+        roads, cells = density.shape
+        given = inputs["demand"], inputs["supply"], np.int64(inputs["steps"])
+        shapes = {"after": (roads, cells), "left": (roads,)}
+        return program(shapes, density, *given, *numbers, np.int64(cells))
+
+    return run
+
+
 @traffic_step.samples
 def _samples() -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)

@@ -232,6 +232,124 @@ def _fpga(device: Any) -> Run:
     return run
 
 
+cuda: Any  # numba.cuda, on a GPU
+
+#: Threads (tracks) of a block at most, and steps that it reads and writes in one go.
+_TRACKS, _STEPS = 64, 8
+
+
+def _filter_gpu(
+    detected: Any,
+    dt: Any,
+    q0: Any,
+    q1: Any,
+    q2: Any,
+    noise: Any,
+    speed: Any,
+    state: Any,
+    covariance: Any,
+) -> None:
+    """A thread a track. Eight steps of a block's tracks pass through shared memory, so that neighbours read and write
+    neighbouring words."""
+    read = cuda.shared.array((_TRACKS, 2 * _STEPS + 1), np.float32)
+    written = cuda.shared.array((_TRACKS, 4 * _STEPS + 1), np.float32)
+    tracks, steps = detected.shape[0], detected.shape[1]
+    own, lanes = cuda.threadIdx.x, cuda.blockDim.x
+    start = cuda.blockIdx.x * lanes
+    size = min(lanes, tracks - start)
+    zero, one, two = np.float32(0), np.float32(1), np.float32(2)
+    nan = np.float32(np.nan)
+    x, y, u, v, p, c, w = nan, nan, nan, nan, nan, nan, nan
+    for first in range(0, steps, _STEPS):
+        count = min(_STEPS, steps - first)
+        for i in range(own, size * 2 * count, lanes):
+            track, word = i // (2 * count), i % (2 * count)
+            read[track, word] = detected[start + track, first + word // 2, word % 2]
+        cuda.syncthreads()
+        if own < size:
+            for step in range(count):
+                sx, sy = read[own, 2 * step], read[own, 2 * step + 1]
+                x, y = x + dt * u, y + dt * v
+                p, c, w = p + dt * (two * c + dt * w) + q0, c + dt * w + q1, w + q2
+                if sx * zero + sy * zero == zero:
+                    if x != x:
+                        x, y, u, v, p, c, w = sx, sy, zero, zero, noise, zero, speed
+                    else:
+                        share = one / (p + noise)
+                        gain, pull = p * share, c * share
+                        rx, ry = sx - x, sy - y
+                        x, y, u, v = x + gain * rx, y + gain * ry, u + pull * rx, v + pull * ry
+                        w = w - pull * c
+                        p, c = noise * gain, noise * pull
+                written[own, 4 * step], written[own, 4 * step + 1] = x, y
+                written[own, 4 * step + 2], written[own, 4 * step + 3] = u, v
+        cuda.syncthreads()
+        for i in range(own, size * 4 * count, lanes):
+            track, word = i // (4 * count), i % (4 * count)
+            state[start + track, first + word // 4, word % 4] = written[track, word]
+    if own < size:
+        covariance[start + own, 0], covariance[start + own, 1], covariance[start + own, 2] = p, c, w
+
+
+@kalman.on("gpu")
+def _gpu(device: Any) -> Run:
+    threads = 8 if device.simulated else _TRACKS
+    fill = device.compile(_filter_gpu, threads=(threads,))
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        detected, numbers = inputs["detected"], _numbers(inputs)
+        if numbers is None:
+            return _nothing(detected)
+        tracks, steps, _ = detected.shape
+        state, covariance = device.empty((tracks, steps, 4), np.float32), device.empty((tracks, 3), np.float32)
+        fill(-(-tracks // threads), detected, *numbers, state, covariance)
+        return {"state": state, "covariance": covariance}
+
+    return run
+
+
+@kalman.on("tpu")
+def _tpu(device: Any) -> Run:
+    """All tracks a step: the steps are a scan."""
+    import jax
+    import jax.numpy as jnp
+
+    def fill(detected: Any, dt: Any, q0: Any, q1: Any, q2: Any, noise: Any, speed: Any, steps: Any) -> tuple[Any, Any]:
+        def advance(carry: Any, given: Any) -> Any:
+            step, (sx, sy) = given
+            x, y, u, v, p, c, w = carry
+            x, y = x + dt * u, y + dt * v
+            p, c, w = p + dt * (2 * c + dt * w) + q0, c + dt * w + q1, w + q2
+            seen = jnp.isfinite(sx) & jnp.isfinite(sy)
+            first = seen & jnp.isnan(x)
+            share = jnp.where(seen, 1 / (p + noise), 0)
+            gain, pull, keep = p * share, c * share, jnp.where(seen, noise * share, 1)
+            rx, ry = jnp.where(seen, sx - x, 0), jnp.where(seen, sy - y, 0)
+            then = x + gain * rx, y + gain * ry, u + pull * rx, v + pull * ry, p * keep, c * keep, w - pull * c
+            born = sx, sy, 0, 0, noise, 0, speed
+            now = tuple(jnp.where(first, new, old) for new, old in zip(born, then, strict=True))
+            # Steps beyond the last are padding.
+            now = tuple(jnp.where(step < steps, new, old) for new, old in zip(now, carry, strict=True))
+            return now, jnp.stack(now[:4], axis=-1)
+
+        unknown = (jnp.full(detected.shape[0], jnp.nan, jnp.float32),) * 7
+        columns = detected[:, :, 0].T, detected[:, :, 1].T
+        last, state = jax.lax.scan(advance, unknown, (jnp.arange(detected.shape[1]), columns))
+        return state.transpose(1, 0, 2), jnp.stack(last[4:], axis=-1)
+
+    program = device.program(fill)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        detected, numbers = inputs["detected"], _numbers(inputs)
+        if numbers is None:
+            return _nothing(detected)
+        tracks, steps, _ = detected.shape
+        shapes = {"state": (tracks, steps, 4), "covariance": (tracks, 3)}
+        return program(shapes, detected, *numbers, np.int64(steps))
+
+    return run
+
+
 @kalman.samples
 def _samples() -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)

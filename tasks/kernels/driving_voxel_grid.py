@@ -252,6 +252,134 @@ def _fpga(device: Any) -> Run:
     return run
 
 
+cuda: Any  # numba.cuda, on a GPU
+
+_CHUNK = 32
+
+
+def _mark_gpu(
+    points: Any, x0: Any, y0: Any, z0: Any, inverse: Any, nx: Any, ny: Any, nz: Any, cells: Any, occupied: Any
+) -> None:
+    fx, fy, fz, zero = np.float32(nx), np.float32(ny), np.float32(nz), np.float32(0)
+    for i in range(cuda.grid(1), points.shape[0], cuda.gridsize(1)):
+        x, y, z = (points[i, 0] - x0) * inverse, (points[i, 1] - y0) * inverse, (points[i, 2] - z0) * inverse
+        cells[i] = -1
+        if x >= zero and x < fx and y >= zero and y < fy and z >= zero and z < fz:
+            cell = (np.int64(x) * ny + np.int64(y)) * nz + np.int64(z)
+            cells[i] = cell
+            cuda.atomic.or_(occupied, cell >> 5, np.uint32(1) << np.uint32(cell & 31))
+
+
+def _count_gpu(occupied: Any, before: Any, chunks: Any) -> None:
+    """How many bits stand before each word of its chunk, and in all of each chunk."""
+    for chunk in range(cuda.grid(1), chunks.size, cuda.gridsize(1)):
+        total = np.int32(0)
+        for word in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, occupied.size)):
+            before[word] = total
+            total += np.int32(cuda.popc(occupied[word]))
+        chunks[chunk] = total
+
+
+def _list_gpu(occupied: Any, before: Any, starts: Any, cell: Any) -> None:
+    """Adds what stands before each chunk, and writes down which voxels are occupied."""
+    one = np.uint32(1)
+    for word in range(cuda.grid(1), occupied.size, cuda.gridsize(1)):
+        at = before[word] + starts[word // _CHUNK]
+        before[word] = at
+        rest = occupied[word]
+        while rest != 0:
+            lower = np.uint32(rest - one)
+            cell[at] = np.int64(word) * 32 + np.int64(cuda.popc(np.uint32(~rest & lower)))
+            rest = np.uint32(rest & lower)
+            at += 1
+
+
+def _add_gpu(points: Any, cells: Any, occupied: Any, before: Any, count: Any, sums: Any) -> None:
+    one = np.uint32(1)
+    for i in range(cuda.grid(1), cells.size, cuda.gridsize(1)):
+        number = cells[i]
+        if number >= 0:
+            word = number >> 5
+            below = np.uint32((one << np.uint32(number & 31)) - one)
+            at = before[word] + np.int32(cuda.popc(np.uint32(occupied[word] & below)))
+            cuda.atomic.add(count, at, 1)
+            for j in range(4):
+                cuda.atomic.add(sums, (at, j), np.float64(points[i, j]))
+
+
+def _divide_gpu(sums: Any, count: Any, centroid: Any) -> None:
+    for i in range(cuda.grid(1), 4 * count.size, cuda.gridsize(1)):
+        centroid[i >> 2, i & 3] = sums[i >> 2, i & 3] / count[i >> 2]
+
+
+@voxel_grid.on("gpu")
+def _gpu(device: Any) -> Run:
+    """The cpu's algorithm by atomic operations; the host adds up what the chunks hold, since it must know how many."""
+    mark, count_bits, list_cells, add, divide = (
+        device.compile(function) for function in (_mark_gpu, _count_gpu, _list_gpu, _add_gpu, _divide_gpu)
+    )
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        points, grid = inputs["points"], _grid(inputs)
+        size, words = points.shape[0], -(-int(grid[4] * grid[5] * grid[6]) // 32)
+        cells, occupied = device.empty((size,), np.int32), device.zeros((words,), np.uint32)
+        before, chunks = device.empty((words,), np.int32), device.empty((-(-words // _CHUNK),), np.int32)
+        mark(size, points, *grid, cells, occupied)
+        count_bits(chunks.size, occupied, before, chunks)
+        ends = np.cumsum(device.read(chunks), dtype=np.int32)
+        voxels = int(ends[-1])
+        cell, count = device.empty((voxels,), np.int64), device.zeros((voxels,), np.int64)
+        sums, centroid = device.zeros((voxels, 4), np.float64), device.empty((voxels, 4), np.float32)
+        list_cells(words, occupied, before, device.upload(np.concatenate([ends[:1] * 0, ends[:-1]])), cell)
+        add(size, points, cells, occupied, before, count, sums)
+        divide(4 * voxels, sums, count, centroid)
+        return {"cell": cell, "count": count, "centroid": centroid}
+
+    return run
+
+
+@voxel_grid.on("tpu")
+def _tpu(device: Any) -> Run:
+    """The points sorted by voxel, which XLA does better than scattering into a grid."""
+    import jax
+    import jax.numpy as jnp
+
+    nowhere = np.iinfo(np.int32).max
+
+    def find(
+        points: Any, x0: Any, y0: Any, z0: Any, inverse: Any, nx: Any, ny: Any, nz: Any, size: Any
+    ) -> tuple[Any, ...]:
+        index = jnp.arange(points.shape[0], dtype=jnp.int32)
+        place = [(points[:, axis] - start) * inverse for axis, start in enumerate((x0, y0, z0))]
+        inside = index < size
+        for each, most in zip(place, (nx, ny, nz), strict=True):
+            inside &= (each >= 0) & (each < most.astype(jnp.float32))
+        x, y, z = (jnp.where(inside, each, 0).astype(jnp.int64) for each in place)
+        number = jnp.where(inside, (x * ny + y) * nz + z, nowhere).astype(jnp.int32)
+        number, order = jax.lax.sort((number, index), num_keys=1)
+        first = (number != nowhere) & jnp.concatenate([jnp.ones(1, bool), number[1:] != number[:-1]])
+        total = inside.sum()
+        start = jnp.nonzero(first, size=index.size, fill_value=total)[0]
+        # Rows past the last voxel take those points that have none; they are cut off.
+        voxel = jnp.where(number == nowhere, index.size, jnp.cumsum(first) - 1)
+        sums = jax.ops.segment_sum(points[order, :4].astype(jnp.float64), voxel, index.size, indices_are_sorted=True)
+        count = jnp.append(start[1:], total) - start
+        centroid = (sums / count[:, None]).astype(jnp.float32)
+        return number[jnp.minimum(start, index.size - 1)].astype(jnp.int64), count, centroid, first.sum()[None]
+
+    program = device.program(find)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        points = inputs["points"]
+        size = points.shape[0]
+        shapes = {"cell": (size,), "count": (size,), "centroid": (size, 4), "voxels": (1,)}
+        found = program(shapes, points, *_grid(inputs), np.int32(size))
+        voxels = int(device.read(found.pop("voxels"))[0])
+        return {name: device.read(each)[:voxels] for name, each in found.items()}
+
+    return run
+
+
 @voxel_grid.samples
 def _samples() -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)
