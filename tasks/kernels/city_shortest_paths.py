@@ -443,7 +443,7 @@ _SIDE = 16
 
 
 def _clean_gpu(roads: Any, ways: Any) -> None:
-    n = roads.shape[-1]
+    n = roads.shape[2]
     for i in range(cuda.grid(1), roads.size, cuda.gridsize(1)):
         y, x = i // n % n, i % n
         number = i // n // n
@@ -491,18 +491,20 @@ def _diagonal_gpu(ways: Any, k: Any) -> None:
         # Ways from and to `via` stay as they are, so none is read while it changes.
         for y in range(cuda.threadIdx.y, side, cuda.blockDim.y):
             for x in range(cuda.threadIdx.x, side, cuda.blockDim.x):
-                way = middle[y, via] + middle[via, x]
-                if way < middle[y, x]:
-                    middle[y, x] = way
+                middle[y, x] = min(middle[y, x], middle[y, via] + middle[via, x])
         cuda.syncthreads()
     for y in range(cuda.threadIdx.y, min(side, n - at), cuda.blockDim.y):
         for x in range(cuda.threadIdx.x, min(side, n - at), cuda.blockDim.x):
             ways[number, at + y, at + x] = middle[y, x]
 
 
+# Shared arrays stand on a line each: on the simulator those of one line would be one.
+
+
 def _panels_gpu(ways: Any, k: Any) -> None:
     """The tiles in row k (y of the grid 0) and in column k (1)."""
-    middle, before = cuda.shared.array((64, 65), np.float32), cuda.shared.array((64, 65), np.float32)
+    middle = cuda.shared.array((64, 65), np.float32)
+    before = cuda.shared.array((64, 65), np.float32)
     side, number, block = 4 * cuda.blockDim.x, cuda.blockIdx.z, cuda.blockIdx.x
     if block == k:
         return
@@ -518,11 +520,13 @@ def _panels_gpu(ways: Any, k: Any) -> None:
 
 
 def _rest_gpu(ways: Any, k: Any) -> None:
-    first, second = cuda.shared.array((64, 65), np.float32), cuda.shared.array((64, 65), np.float32)
+    first = cuda.shared.array((64, 65), np.float32)
+    second = cuda.shared.array((64, 65), np.float32)
     side, number = 4 * cuda.blockDim.x, cuda.blockIdx.z
-    if cuda.blockIdx.x == k or cuda.blockIdx.y == k:
+    row, column = cuda.blockIdx.y, cuda.blockIdx.x
+    if row == k or column == k:  # noqa: PLR1714 - `in` would make a tuple on the card
         return
-    top, left = cuda.blockIdx.y * side, cuda.blockIdx.x * side
+    top, left = row * side, column * side
     _take_gpu(ways, number, top, k * side, first)
     _take_gpu(ways, number, k * side, left, second)
     cuda.syncthreads()
@@ -593,7 +597,7 @@ def _tpu(device: Any) -> Run:
         return jax.lax.fori_loop(0, -(-size // width), block, ways)
 
     one = device.program(solve)
-    many = device.program(lambda roads, size: jax.vmap(solve, in_axes=(0, None))(roads, size))
+    many = device.program(jax.vmap(solve, in_axes=(0, None)))
 
     def run(inputs: Inputs, context: Context) -> Outputs:
         roads = inputs["roads"]

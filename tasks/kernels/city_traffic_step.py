@@ -171,7 +171,7 @@ def _cpu(device: Any) -> Run:
             return _nothing(density)
         after, left = np.empty(density.shape, np.float32), np.empty(len(density), np.float32)
         for start in range(0, len(density), _ROADS):
-            _look(context, start, len(density))
+            _look(context, start / len(density))
             part = slice(start, start + _ROADS)
             advance(density[part], demand[part], supply[part], steps, *numbers, after[part], left[part])
         return {"after": after, "left": left}
@@ -179,11 +179,11 @@ def _cpu(device: Any) -> Run:
     return run
 
 
-def _look(context: Context, done: int, all_of_them: int) -> None:
+def _look(context: Context, done: float) -> None:
     """Tells how far the work is, and ends it where nobody wants it any more."""
     if context.cancelled:
-        raise JobCancelled(f"city.traffic_step was cancelled after {done} of {all_of_them}")
-    context.progress(done / all_of_them)
+        raise JobCancelled(f"city.traffic_step was cancelled when {done:.0%} were done")
+    context.progress(done)
 
 
 # A group is one work-item with a road. Two rows take turns, so that a step is one loop over the cells, on a board a
@@ -250,6 +250,7 @@ cuda: Any  # numba.cuda, on a GPU
 
 #: Cells that a block of threads holds; a longer road is many blocks, whose edges are right for so many steps.
 _SPAN, _HALO = 512, 32
+_FACES = _SPAN + 1
 
 
 def _prepare_gpu(density: Any, demand: Any, supply: Any, jam: Any, now: Any, spoilt: Any, gone: Any) -> None:
@@ -281,9 +282,10 @@ def _advance_gpu(
     gone: Any,
 ) -> None:
     """A block has `width` cells of a road and up to `halo` more to each side, of which a step spoils the outermost."""
-    now, flow = cuda.shared.array(_SPAN, np.float32), cuda.shared.array(_SPAN + 1, np.float32)
-    cells, road = before.shape[1], cuda.blockIdx.y
-    first = cuda.blockIdx.x * width
+    now = cuda.shared.array(_SPAN, np.float32)
+    flow = cuda.shared.array(_FACES, np.float32)  # a line of its own: on the simulator one line is one array
+    cells, road = before.shape[1], cuda.blockIdx.x
+    first = cuda.blockIdx.y * width
     last = min(first + width, cells)
     low, high = max(first - halo, 0), min(last + halo, cells)
     size, zero = high - low, np.float32(0)
@@ -324,7 +326,7 @@ def _finish_gpu(now: Any, spoilt: Any, gone: Any, cell_km: Any, after: Any, left
 def _gpu(device: Any) -> Run:
     """Roads in shared memory: one of up to 512 cells for all steps, of a longer one pieces for 32 steps a launch."""
     prepare, finish = device.compile(_prepare_gpu), device.compile(_finish_gpu)
-    advance = device.compile(_advance_gpu, threads=(4 if device.simulated else 128,))
+    advance = device.compile(_advance_gpu, threads=(2 if device.simulated else 128,))
     span, halo = (8, 2) if device.simulated else (_SPAN, _HALO)
 
     def run(inputs: Inputs, context: Context) -> Outputs:
@@ -339,12 +341,11 @@ def _gpu(device: Any) -> Run:
         left = device.empty((roads,), np.float32)
         prepare(density.size, density, demand, supply, jam, now, spoilt, gone)
         width, reach, most = (span, 0, 1000) if cells <= span else (span - 2 * halo, halo, halo)
-        # The second axis of a grid has at most 65,535 blocks.
         for done in range(0, steps, most):
             _look(context, done / steps)
             count, pieces = np.int64(min(most, steps - done)), -(-cells // width)
             reached = np.int64(width), np.int64(reach)
-            advance((pieces, roads), now, demand, supply, count, *numbers[:5], *reached, then, gone)
+            advance((roads, pieces), now, demand, supply, count, *numbers[:5], *reached, then, gone)
             now, then = then, now
         finish(density.size, now, spoilt, gone, cell_km, then, left)
         return {"after": then, "left": left}
@@ -408,7 +409,7 @@ def _tpu(device: Any) -> Run:
 @traffic_step.samples
 def _samples() -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)
-    for roads, cells, steps in ((1, 1, 1), (5, 17, 40), (40, 60, 10)):
+    for roads, cells, steps in ((1, 1, 1), (3, 17, 12), (40, 60, 30)):
         yield {
             "density": random.uniform(0, 150, (roads, cells)).astype(np.float32),
             "demand": random.uniform(0, 2000, roads).astype(np.float32),

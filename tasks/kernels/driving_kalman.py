@@ -236,6 +236,8 @@ cuda: Any  # numba.cuda, on a GPU
 
 #: Threads (tracks) of a block at most, and steps that it reads and writes in one go.
 _TRACKS, _STEPS = 64, 8
+#: Words of a track in shared memory, one more than are used, so that a column is in as many banks as it has words.
+_READ, _WRITTEN = 2 * _STEPS + 1, 4 * _STEPS + 1
 
 
 def _filter_gpu(
@@ -249,10 +251,9 @@ def _filter_gpu(
     state: Any,
     covariance: Any,
 ) -> None:
-    """A thread a track. Eight steps of a block's tracks pass through shared memory, so that neighbours read and write
-    neighbouring words."""
-    read = cuda.shared.array((_TRACKS, 2 * _STEPS + 1), np.float32)
-    written = cuda.shared.array((_TRACKS, 4 * _STEPS + 1), np.float32)
+    """A thread a track; eight steps of a block's tracks pass through shared memory, for words to stay side by side."""
+    read = cuda.shared.array((_TRACKS, _READ), np.float32)
+    written = cuda.shared.array((_TRACKS, _WRITTEN), np.float32)
     tracks, steps = detected.shape[0], detected.shape[1]
     own, lanes = cuda.threadIdx.x, cuda.blockDim.x
     start = cuda.blockIdx.x * lanes

@@ -72,7 +72,7 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
         "density": lambda random, shape: random.uniform(-10, 170, shape),
         "demand": lambda random, shape: random.uniform(-100, 2500, shape),
         "supply": lambda random, shape: random.uniform(-100, 2500, shape),
-        "steps": lambda random, shape: random.integers(0, 50),
+        "steps": lambda random, shape: random.integers(0, 6 if SIMULATED else 50),
         "step_s": lambda random, shape: random.uniform(0.1, 2),
         "cell_m": lambda random, shape: random.uniform(40, 100),
         "free_kmh": lambda random, shape: random.uniform(20, 70),
