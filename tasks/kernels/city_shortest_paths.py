@@ -596,8 +596,10 @@ def _tpu(device: Any) -> Run:
 
         return jax.lax.fori_loop(0, -(-size // width), block, ways)
 
-    one = device.program(solve)
-    many = device.program(jax.vmap(solve, in_axes=(0, None)))
+    def solve_each(roads: Any, size: Any) -> Any:
+        return jax.vmap(solve, in_axes=(0, None))(roads, size)
+
+    one, many = device.program(solve), device.program(solve_each)
 
     def run(inputs: Inputs, context: Context) -> Outputs:
         roads = inputs["roads"]
@@ -613,4 +615,13 @@ def _samples() -> Iterator[dict[str, Any]]:
         roads = random.uniform(0.1, 5, (n, n)).astype(np.float32)
         roads[random.random((n, n)) > share] = np.inf
         yield {"roads": roads}
+    # Streets of 15 by 15 crossings, some of them one-way: few neighbours each.
+    n = 15 * 15
+    roads = np.full((n, n), np.inf, np.float32)
+    for there in (1, 15):
+        start = np.flatnonzero((np.arange(n) + there < n) & ((np.arange(n) % 15 < 14) | (there == 15)))
+        roads[start, start + there] = random.uniform(0.1, 0.3, start.size)
+        back = start[random.random(start.size) < 0.9]
+        roads[back + there, back] = random.uniform(0.1, 0.3, back.size)
+    yield {"roads": roads}
     yield {"roads": np.array([[3, 1, np.inf], [np.nan, -1, 2], [-np.inf, 0, np.inf]], np.float32)}

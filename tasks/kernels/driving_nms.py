@@ -69,13 +69,13 @@ _LANES = 64
 
 def _order(boxes: Boxes, scores: NDArray[np.float32], keys: NDArray[np.int64]) -> int:
     """Fills in a key for each box that takes part, smallest for the best: its score, reversed, above its index."""
-    count = 0
+    count, zero = 0, np.float32(0)
     for i in range(scores.size):
         score = scores[i]
-        spread = boxes[i, 0] * 0 + boxes[i, 1] * 0 + boxes[i, 2] * 0 + boxes[i, 3] * 0
-        if score == score and spread == 0:
+        spread = boxes[i, 0] * zero + boxes[i, 1] * zero + boxes[i, 2] * zero + boxes[i, 3] * zero
+        if score == score and spread == zero:
             # + 0 makes -0 the same as 0. The bits of negative floats are in reverse order.
-            bits = np.int64(np.float32(score + np.float32(0)).view(np.int32))
+            bits = np.int64(np.float32(score + zero).view(np.int32))
             rank = bits if bits >= 0 else bits ^ 0x7FFFFFFF
             keys[count] = ((-1 - rank) << 32) | i
             count += 1
@@ -248,9 +248,10 @@ _ROWS = 4096
 
 def _prepare_gpu(boxes: Any, scores: Any, values: Any) -> None:
     """Scores, NaN for the boxes that are left out."""
+    zero = np.float32(0)
     for i in range(cuda.grid(1), scores.size, cuda.gridsize(1)):
-        spread = boxes[i, 0] * 0 + boxes[i, 1] * 0 + boxes[i, 2] * 0 + boxes[i, 3] * 0
-        values[i] = scores[i] if spread == 0 else np.float32(np.nan)
+        spread = boxes[i, 0] * zero + boxes[i, 1] * zero + boxes[i, 2] * zero + boxes[i, 3] * zero
+        values[i] = scores[i] if spread == zero else np.float32(np.nan)
 
 
 def _rank_gpu(boxes: Any, values: Any, order: Any, ranked: Any) -> None:
