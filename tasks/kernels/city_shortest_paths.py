@@ -163,72 +163,82 @@ _TILE = 64
 
 
 def _pack(ways: Table, tiles: Table) -> None:
-    """Tiles of 64 by 64, each in one piece; what lies beyond the last junction has no roads."""
-    n, count = ways.shape[0], tiles.shape[0]
-    for i in range(count):
-        for j in range(count):
-            tile, width = tiles[i, j], min(_TILE, n - j * _TILE)
-            for y in range(_TILE):
-                row = tile[y]
-                for x in range(_TILE):
-                    row[x] = np.inf
-                if i * _TILE + y < n:
-                    for x in range(width):
-                        row[x] = ways[i * _TILE + y, j * _TILE + x]
-
-
-def _unpack(tiles: Table, distance: Table) -> None:
-    n = distance.shape[0]
+    """A row of `tiles` is a tile of 64 by 64; what lies beyond the last junction has no roads."""
+    n = ways.shape[0]
+    count = -(-n // _TILE)
+    tiles[:] = np.inf
     for y in range(n):
-        for j in range(tiles.shape[1]):
-            row = tiles[y // _TILE, j, y % _TILE]
+        for j in range(count):
+            tile, start = tiles[y // _TILE * count + j], y % _TILE * _TILE
             for x in range(min(_TILE, n - j * _TILE)):
-                distance[y, j * _TILE + x] = row[x]
+                tile[start + x] = ways[y, j * _TILE + x]
 
 
-def _relax(to: Table, left: Table, right: Table) -> None:
-    """to[i,j] = min(to[i,j], left[i,k] + right[k,j]), eight k at a time: 16 operations for 9 loads and a store."""
-    for i in range(_TILE):
-        row = to[i]
+def _unpack(tiles: Table, ways: Table) -> None:
+    n = ways.shape[0]
+    count = -(-n // _TILE)
+    for y in range(n):
+        for j in range(count):
+            tile, start = tiles[y // _TILE * count + j], y % _TILE * _TILE
+            for x in range(min(_TILE, n - j * _TILE)):
+                ways[y, j * _TILE + x] = tile[start + x]
+
+
+def _relax(to: Column, left: Column, right: Column, rows: Column) -> None:
+    """to[i,j] = min(to[i,j], left[i,k] + right[k,j]), eight k at a time: 16 operations for 9 loads and a store.
+
+    A row goes to and fro between two that are spare: of a minimum that is stored where it was read, LLVM makes a
+    masked store, and halves the speed.
+    """
+    for i in range(0, _TILE * _TILE, _TILE):
+        for j in range(_TILE):
+            rows[j] = to[i + j]
         for k in range(0, _TILE, 8):
-            a = left[i, k : k + 8]
-            a0, a1, a2, a3, a4, a5, a6, a7 = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
-            b = right[k : k + 8]
+            a, b, source = i + k, k * _TILE, (k & 8) * (_TILE // 8)
+            target = _TILE - source
+            a0, a1, a2, a3 = left[a], left[a + 1], left[a + 2], left[a + 3]
+            a4, a5, a6, a7 = left[a + 4], left[a + 5], left[a + 6], left[a + 7]
             for j in range(_TILE):
-                best = row[j]
-                w0, w1, w2, w3 = a0 + b[0, j], a1 + b[1, j], a2 + b[2, j], a3 + b[3, j]
-                w4, w5, w6, w7 = a4 + b[4, j], a5 + b[5, j], a6 + b[6, j], a7 + b[7, j]
-                w0, w1 = (min(w1, w0)), (min(w3, w2))
-                w4, w5 = (min(w5, w4)), (min(w7, w6))
-                w0, w4 = (min(w1, w0)), (min(w5, w4))
-                w0 = min(w4, w0)
-                row[j] = min(best, w0)
+                w0, w1 = a0 + right[b + j], a1 + right[b + _TILE + j]
+                w2, w3 = a2 + right[b + 2 * _TILE + j], a3 + right[b + 3 * _TILE + j]
+                w4, w5 = a4 + right[b + 4 * _TILE + j], a5 + right[b + 5 * _TILE + j]
+                w6, w7 = a6 + right[b + 6 * _TILE + j], a7 + right[b + 7 * _TILE + j]
+                w0, w1, w2, w3 = min(w0, w1), min(w2, w3), min(w4, w5), min(w6, w7)
+                w4, w5 = min(w0, w1), min(w2, w3)
+                w6 = min(w4, w5)
+                rows[target + j] = min(rows[source + j], w6)
+        for j in range(_TILE):
+            to[i + j] = rows[j]
 
 
-def _round(tiles: Table, k: int, size: int) -> None:
+def _round(tiles: Table, count: int, k: int, size: int) -> None:
     """All ways over the `size` junctions of block k."""
-    count = tiles.shape[0]
-    middle = tiles[k, k]
-    through = np.empty(_TILE, np.float32)
+    middle = tiles[k * count + k]
+    spare, through = np.empty(2 * _TILE, np.float32), np.empty(_TILE, np.float32)
     for via in range(size):
-        through[:] = middle[via]
-        for i in range(size):
-            row, reach = middle[i], middle[i, via]
+        through[:] = middle[via * _TILE : (via + 1) * _TILE]
+        for i in range(0, size * _TILE, _TILE):
+            reach = middle[i + via]
             for j in range(_TILE):
-                way = reach + through[j]
-                row[j] = min(row[j], way)
-    before = np.empty((_TILE, _TILE), np.float32)
+                spare[j] = min(middle[i + j], reach + through[j])
+            middle[i : i + _TILE] = spare[:_TILE]
+    first, second = np.empty_like(middle), middle.copy()
     for i in range(count):
         if i != k:
-            before[:] = tiles[k, i]
-            _relax(tiles[k, i], middle, before)
-            before[:] = tiles[i, k]
-            _relax(tiles[i, k], before, middle)
+            first[:] = tiles[i * count + k]
+            _relax(tiles[i * count + k], first, second, spare)
+    first[:] = middle
     for i in range(count):
         if i != k:
+            second[:] = tiles[k * count + i]
+            _relax(tiles[k * count + i], first, second, spare)
+    for i in range(count):
+        if i != k:
+            first[:] = tiles[i * count + k]
             for j in range(count):
                 if j != k:
-                    _relax(tiles[i, j], tiles[i, k], tiles[k, j])
+                    second[:] = tiles[k * count + j]
+                    _relax(tiles[i * count + j], first, second, spare)
 
 
 @shortest_paths.on("cpu")
@@ -240,28 +250,24 @@ def _cpu(device: Any) -> Run:
     for function in (bits.ones, _reach, _relax):
         register_jitable(function)
     options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
-    roads_type, table, tiles_type = (
-        types.Array(types.float32, 2, "C", readonly=True),
-        types.float32[:, ::1],
-        types.float32[:, :, :, ::1],
-    )
+    roads_type, table = types.Array(types.float32, 2, "C", readonly=True), types.float32[:, ::1]
     numbers, column = types.int64[::1], types.float32[::1]
     lists = numbers, numbers, column, column
     clean = njit((roads_type, table), **options)(_clean)
     take_out = njit((table, numbers, *lists), **options)(_take_out)
     bring_back = njit((types.int64, types.int64, numbers, *lists, table, table), **options)(_bring_back)
     put = njit((table, numbers, table), **options)(_put)
-    pack = njit((table, tiles_type), **options)(_pack)
-    unpack = njit((tiles_type, table), **options)(_unpack)
-    relax_round = njit((tiles_type, types.int64, types.int64), **options)(_round)
+    pack = njit((table, table), **options)(_pack)
+    unpack = njit((table, table), **options)(_unpack)
+    relax_round = njit((table, types.int64, types.int64, types.int64), **options)(_round)
 
     def by_blocks(ways: Table, context: Context, share: float) -> None:
         n, count = len(ways), -(-len(ways) // _TILE)
-        tiles = np.empty((count, count, _TILE, _TILE), np.float32)
+        tiles = np.empty((count * count, _TILE * _TILE), np.float32)
         pack(ways, tiles)
         for k in range(count):
             _look(context, share * k / count)
-            relax_round(tiles, k, min(_TILE, n - k * _TILE))
+            relax_round(tiles, count, k, min(_TILE, n - k * _TILE))
         unpack(tiles, ways)
 
     def find(roads: Table, distance: Table, context: Context) -> None:
