@@ -197,7 +197,7 @@ void filter(__global const float* restrict detected, float dt, float q0, float q
     for (int j = 0; j < LANES; j++) {
       const float sx = seen_x[j], sy = seen_y[j], nx = x[j] + dt * u[j], ny = y[j] + dt * v[j];
       const float np = p[j] + dt * (2 * c[j] + dt * w[j]) + q0, nc = c[j] + dt * w[j] + q1, nw = w[j] + q2;
-      const int seen = sx * 0 + sy * 0 == 0, first = seen && nx != nx;
+      const int seen = sx * 0 + sy * 0 == 0, first = seen & (nx != nx);
       const float share = seen ? 1 / (np + noise) : 0, gain = np * share, pull = nc * share;
       const float rx = seen ? sx - nx : 0, ry = seen ? sy - ny : 0, keep = seen ? noise * share : 1;
       x[j] = first ? sx : nx + gain * rx;

@@ -164,8 +164,9 @@ void rank(__global const float* restrict boxes, __global const float* restrict s
   for (ulong i = 0; i < size; i++) {
     const float score = scores[i];
     const float spread = boxes[4 * i] * 0 + boxes[4 * i + 1] * 0 + boxes[4 * i + 2] * 0 + boxes[4 * i + 3] * 0;
+    const int first = clamp((long)(i - start), -1L, (long)LANES);
     if (spread == 0)
-      for (int j = 0; j < LANES; j++) better[j] += score > own[j] || (score == own[j] && i < start + j);
+      for (int j = 0; j < LANES; j++) better[j] += (score > own[j]) | ((score == own[j]) & (first < j));
   }
   for (int j = 0; j < LANES && start + j < size; j++) {
     __global const float* box = boxes + 4 * (start + j);
