@@ -13,6 +13,7 @@ _BENCHES = {
     "faults": "kills, freezes and cuts what Lepton runs on, and counts what is lost",
     "foreign": "what others' load on a host does to predictions, with and without the correction",
     "http": "jobs a second through the ingest, beside a bare echo",
+    "kernels": "every kernel on every device, beside NumPy and SciPy and beside the roofline",
     "latency": "from submit to result in hand, one job in flight, beside its peers",
     "online": "response of every policy that places jobs as they come, over the best device's time",
     "learning": "how well, and how soon, costs are predicted",
