@@ -7,6 +7,7 @@ import sys
 
 _BENCHES = {
     "closed-loop": "learned placement against fixed routings, real workers of three kinds",
+    "crossover": "small jobs to the CPU, large ones to the accelerator: whether placement finds the size between them",
     "decision": "what it takes to price and place a window of jobs",
     "durability": "what it costs that an acceptance is on the disk",
     "efficiency": "how much of the machine the kernels get",
