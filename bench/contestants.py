@@ -107,7 +107,7 @@ def play(contestants: Mapping[str, Contestant], warm_s: Mapping[str, float], pac
     calls = {name: max(1, min(_MOST_CALLS, round(pace.turn_s / max(warm_s[name], 1e-9)))) for name in names}
     rounds = {name: max(1, min(pace.rounds, int(pace.limit_s / max(warm_s[name], 1e-9)))) for name in names}
     found: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(pace.rounds):
+    for number in range(pace.rounds if names else 0):
         first = number % len(names)
         for name in (*names[first:], *names[:first]):
             if number < rounds[name]:

@@ -119,6 +119,8 @@ class KernelBench:
                 row |= {"roofline_fraction": digits(fraction), "bound": self.baseline.bound}
                 row["transfer_seconds"] = digits(statistics.median(able[kind].transfers_s))
                 row["expressions"] = {name.removeprefix(_BY): digits(each) for name, each in of_numpy.items()}
+                if absent := {name.removeprefix(_BY): left_out[name] for name in self._expressions if name in left_out}:
+                    row["expressions_left_out"] = absent
                 if _COPY in rounds:
                     # Copies of the same rounds: the peaks at the start were measured at another time.
                     share = rounds[_COPY].over(rounds[kind]) * work.bytes / Copy.BYTES
