@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -106,8 +107,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Entries in the event stream before the oldest go."""
     celery_events_hz: float = 1000.0
     """Jobs a second that are shown to Flower and `celery events`, which follow about so many; 0 shows none."""
+    stores: str = ""
+    """Where a worker may read arrays that are on a store, as prefixes separated by commas: `s3://bucket/scans`."""
     kernels: str = ""
     """Modules with kernels of your own, separated by commas."""
+    kernels_allowed: str = ""
+    """What a worker serves of its kernels: names or patterns (`linalg.*`), separated by commas, and with `!` in front
+    those that it does not. Unset it serves all."""
     fpga_binaries: str = ""
     """A folder with what an FPGA board runs: `<kernel>.aocx` or `<kernel>.xclbin`. Without a board nothing reads it."""
 
@@ -182,6 +188,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"{_PREFIX}REDIS_URL must begin with redis://, rediss:// or unix://, such as redis://127.0.0.1:6379/0",
                 "redis_url",
             )
+        for prefix in self.store_prefixes:
+            if "://" not in prefix:
+                told = f"{_PREFIX}STORES holds prefixes such as s3://bucket/folder, not {prefix!r}"
+                raise InvalidSettings(told, "stores")
         if not 0 <= self.http_port <= 65535:
             raise InvalidSettings(f"{_PREFIX}HTTP_PORT must be 0 to 65535, not {self.http_port}", "http_port")
         if self.heartbeat_s * 2 > self.lease_s:
@@ -192,5 +202,20 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self
 
     @property
+    def store_prefixes(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in self.stores.split(",") if part.strip())
+
+    @property
     def kernel_modules(self) -> tuple[str, ...]:
         return tuple(part.strip() for part in self.kernels.split(",") if part.strip())
+
+    def allows(self, kernel: str) -> bool:
+        """Whether a worker with these settings serves a kernel of this name."""
+        patterns = [part.strip() for part in self.kernels_allowed.split(",") if part.strip()]
+        refused = [part[1:].strip() for part in patterns if part.startswith("!")]
+        allowed = [part for part in patterns if not part.startswith("!")] or ["*"]
+        return _matches(kernel, allowed) and not _matches(kernel, refused)
+
+
+def _matches(kernel: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(kernel, pattern) for pattern in patterns)
