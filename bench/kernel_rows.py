@@ -111,10 +111,11 @@ class KernelBench:
             for name in self._expressions
             if name in warm_s
         }
+        best = min((name for name in of_numpy if name in rounds), key=lambda name: of_numpy[name], default=None)
         for kind in self.variants:
             row = {"kernel": self._kernel.name, "device": kind, "size": size, "emulated": self._drivers[kind].emulated}
             if kind in rounds:
-                row |= _figures(kind, rounds, min(of_numpy, key=lambda name: of_numpy[name], default=None))
+                row |= _figures(kind, rounds, best)
                 fraction = roofs[kind].fraction(work, float_type(self._kernel), rounds[kind].median_s)
                 row |= {"roofline_fraction": digits(fraction), "bound": self.baseline.bound}
                 row["transfer_seconds"] = digits(statistics.median(able[kind].transfers_s))

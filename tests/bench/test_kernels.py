@@ -18,10 +18,11 @@ from bench import kernel_chart, kernel_rows, kernels
 from bench.baselines import SIZES, Baseline, baseline_of
 from bench.contestants import Pace, Rounds, grown_s, play
 from bench.kernel_rows import KernelBench
-from bench.peaks import Roof, float_type
+from bench.peaks import Roof, float_type, roof_of
+from lepton_ai.errors import InvalidSettings
 from lepton_ai.kernel import Kernel, Work
 from tasks.catalogue import load
-from tasks.driver import Driver, open_device
+from tasks.driver import Driver, cores, open_device
 
 KNOWN = load().kernels
 NDVI, MATMUL = KNOWN["vision.ndvi"], KNOWN["linalg.matmul"]
@@ -225,6 +226,19 @@ def test_the_roofline_is_the_slower_of_arithmetic_and_memory() -> None:
     assert ROOF.fraction(Work(1.0, 1e10), "float32", 4.0) == 0.25
     assert float_type(NDVI) == "float32"
     assert float_type(KNOWN["finance.black_scholes"]) == "float64"
+
+
+@pytest.mark.parametrize("kind", ["fpga", "tpu"])
+def test_an_emulator_does_not_claim_more_than_the_processor_can_do(kind: str, cpu: dict[str, Driver]) -> None:
+    try:
+        emulator = open_device(kind, 1)
+    except (ImportError, InvalidSettings) as error:
+        pytest.skip(str(error))
+    if not emulator.emulated:
+        pytest.skip(f"there is a {kind}")
+    claimed, known = roof_of(emulator), roof_of(cpu["cpu"])
+    assert claimed.float32_flops_per_s < 4 * cores() * known.float32_flops_per_s
+    assert claimed.bytes_per_s < 20 * cores() * known.bytes_per_s  # its copies may fit the caches
 
 
 def _row(kernel: str, speedup: float, **more: Any) -> dict[str, Any]:
