@@ -37,6 +37,8 @@ from tasks.driver import Driver, cores, open_device, probe
 
 #: Calls NumPy's BLAS itself, and so has a bar of its own.
 _BLAS = "linalg.matmul"
+#: Runs of each peak for a round of the kernels.
+_RUNS = 4
 _PACE, _QUICK = Pace(5, 0.02, 10.0), Pace(2, 0.003, 0.5)
 
 
@@ -80,7 +82,7 @@ def _chosen(parser: argparse.ArgumentParser, option: str, asked: Iterable[str], 
 
 def _measure(kernels: Sequence[Kernel], kinds: Sequence[str], sizes: Sequence[str], pace: Pace) -> dict[str, Any]:
     drivers, found = _opened(kinds)
-    roofs = {kind: roof_of(driver) for kind, driver in drivers.items()}
+    roofs = {kind: roof_of(driver, _RUNS * pace.rounds) for kind, driver in drivers.items()}
     rows: list[dict[str, Any]] = []
     for kernel in kernels:
         bench = KernelBench(kernel, drivers, pace, found["problems"])

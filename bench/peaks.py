@@ -22,7 +22,6 @@ __all__ = ["Copy", "Roof", "float_type", "roof_of"]
 
 _COPY_BYTES = 128 * 2**20
 _SIDE = 1024
-_RUNS = 20
 _SHARE_OF_DOUBLES = 0.5
 
 
@@ -57,14 +56,14 @@ class Copy:
         return time.perf_counter() - start
 
 
-def roof_of(driver: Driver) -> Roof:
-    """Of the processor one thread's, measured here; of another device what its driver measures."""
+def roof_of(driver: Driver, runs: int) -> Roof:
+    """Of the processor one thread's, the best of so many runs; of another device what its driver measures."""
     if driver.kind == "cpu":
         copy = Copy()
         return Roof(
-            Copy.BYTES / min(copy.once() for _ in range(_RUNS)),
-            _flops_per_s(np.float32),
-            _flops_per_s(np.float64),
+            Copy.BYTES / min(copy.once() for _ in range(runs)),
+            _flops_per_s(np.float32, runs),
+            _flops_per_s(np.float64, runs),
             "one thread: sgemm and dgemm of BLAS, copies of 128 MiB, read and written",
         )
     peaks: Peaks = driver.peaks()
@@ -78,11 +77,11 @@ def float_type(kernel: Kernel) -> str:
     return "float64" if any(each.dtype == "float64" and each.dims is not None for each in arguments) else "float32"
 
 
-def _flops_per_s(dtype: Any) -> float:
+def _flops_per_s(dtype: Any, runs: int) -> float:
     square = np.ones((_SIDE, _SIDE), dtype)
     product = np.empty_like(square)
     shortest_s = math.inf
-    for _ in range(_RUNS):
+    for _ in range(runs):
         start = time.perf_counter()
         np.matmul(square, square, out=product)
         shortest_s = min(shortest_s, time.perf_counter() - start)
