@@ -95,10 +95,9 @@ class KernelBench:
         given = self.baseline.inputs(size)
         bound, dims = self._kernel.signature.bind(given)
         work = self._kernel.spec.work(dims)
-        able: dict[str, Contestant] = {
-            **{kind: OnDevice(self._drivers[kind], run, bound) for kind, run in self.variants.items()},
-            **{name: OnHost(expression, given) for name, expression in self._expressions.items()},
-        }
+        devices = {kind: OnDevice(self._drivers[kind], run, bound) for kind, run in self.variants.items()}
+        hosts = {name: OnHost(expression, given) for name, expression in self._expressions.items()}
+        able: dict[str, Contestant] = {**devices, **hosts}
         warm_s, left_out = self._warmed(able, size, work)
         quickest_s = min((warm_s[name] for name in self._expressions if name in warm_s), default=math.inf)
         playing = {name: able[name] for name in warm_s if name in self.variants or warm_s[name] <= _SLOWER * quickest_s}
@@ -118,11 +117,11 @@ class KernelBench:
                 row |= _figures(kind, rounds, best)
                 fraction = roofs[kind].fraction(work, float_type(self._kernel), rounds[kind].median_s)
                 row |= {"roofline_fraction": digits(fraction), "bound": self.baseline.bound}
-                row["transfer_seconds"] = digits(statistics.median(able[kind].transfers_s))
+                row["transfer_seconds"] = digits(statistics.median(devices[kind].transfers_s))
                 row["expressions"] = {name.removeprefix(_BY): digits(each) for name, each in of_numpy.items()}
                 if absent := {name.removeprefix(_BY): left_out[name] for name in self._expressions if name in left_out}:
                     row["expressions_left_out"] = absent
-                if _COPY in rounds:
+                if _COPY in rounds and kind == "cpu":
                     # Copies of the same rounds: the peaks at the start were measured at another time.
                     share = rounds[_COPY].over(rounds[kind]) * work.bytes / Copy.BYTES
                     row["bandwidth_fraction"] = digits(share)

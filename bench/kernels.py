@@ -14,6 +14,7 @@ small jobs gains, joining and splitting included. The exit code is 1 where somet
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from lepton_ai.errors import InvalidSettings
 from lepton_ai.kernel import DEVICE_KINDS, Kernel
 from lepton_ai.settings import Settings
 from tasks.catalogue import load
-from tasks.driver import Driver, cores, open_device, probe
+from tasks.driver import Driver, cores, open_device
 
 #: Calls NumPy's BLAS itself, and so has a bar of its own.
 _BLAS = "linalg.matmul"
@@ -115,7 +116,7 @@ def _opened(kinds: Sequence[str]) -> tuple[dict[str, Driver], dict[str, Any]]:
         except (ImportError, InvalidSettings, OSError, RuntimeError) as error:
             closed[kind] = f"{type(error).__name__}: {error}"
             say(f"{kind} does not open: {error}")
-    devices = {each.kind: each.what for each in probe() if each.kind in drivers}
+    devices = {kind: importlib.import_module(f"tasks.devices.{kind}").probe().what for kind in drivers}
     machine = {"cores": cores(), "threads": 1, "devices": devices, "not_opened": closed}
     return drivers, {"machine": machine, "problems": []}
 
