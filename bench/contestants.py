@@ -32,7 +32,9 @@ class Pace(msgspec.Struct, frozen=True):
     turn_s: float
     """What a contestant is called for in each round, at least once."""
     limit_s: float
-    """What all rounds of one contestant at one size may take; who would take longer in one call is left out."""
+    """What all rounds of one contestant at one size may take; whose first call takes longer is called no more."""
+    longest_s: float
+    """What one call may take by what a smaller size took; of an emulator, `limit_s`. Else it is left out."""
 
 
 class Contestant(Protocol):
@@ -102,17 +104,20 @@ class Rounds(msgspec.Struct, frozen=True):
 
 
 def play(contestants: Mapping[str, Contestant], warm_s: Mapping[str, float], pace: Pace) -> dict[str, Rounds]:
-    """So many rounds of all, another one first in each; fewer for who takes long. `warm_s` is what a call takes."""
+    """So many rounds of all, another one first in each; fewer for who takes long.
+
+    `warm_s` is what a call has taken, which is all there is of who took longer than all rounds may.
+    """
     names = list(contestants)
     calls = {name: max(1, min(_MOST_CALLS, round(pace.turn_s / max(warm_s[name], 1e-9)))) for name in names}
-    rounds = {name: max(1, min(pace.rounds, int(pace.limit_s / max(warm_s[name], 1e-9)))) for name in names}
+    rounds = {name: min(pace.rounds, int(pace.limit_s / max(warm_s[name], 1e-9))) for name in names}
     found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(pace.rounds if names else 0):
         first = number % len(names)
         for name in (*names[first:], *names[:first]):
             if number < rounds[name]:
                 found[name].append(statistics.median(contestants[name].once() for _ in range(calls[name])))
-    return {name: Rounds(each) for name, each in found.items()}
+    return {name: Rounds(each or [warm_s[name]]) for name, each in found.items()}
 
 
 def grown_s(seconds: float, before: Work, now: Work) -> float:

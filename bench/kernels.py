@@ -6,9 +6,9 @@ there already, what the transfers take besides, the fastest of the NumPy and Sci
 the share of the roofline: the least time that the work could take at the device's peaks, over what it took.
 
 One thread on each side: a slot of the CPU driver is one, BLAS gets one, and so do emulators, which compute on the same
-processor. All take turns in one process. Who would take longer in one call than all its rounds may, by what a smaller
-size took, is left out. Results are compared at the small size. `--batches` measures instead what one launch of many
-small jobs gains, joining and splitting included. The exit code is 1 where something failed or gave other results.
+processor. All take turns in one process. Who would take longer in one call than it may, by what a smaller size took, is
+left out. Results are compared at the small size. `--batches` measures instead what one launch of many small jobs gains,
+joining and splitting included. The exit code is 1 where something failed or gave other results.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tasks.driver import Driver, cores, open_device
 _BLAS = "linalg.matmul"
 #: Runs of each peak for a round of the kernels.
 _RUNS = 4
-_PACE, _QUICK = Pace(5, 0.02, 10.0), Pace(2, 0.003, 0.5)
+_PACE, _QUICK = Pace(5, 0.02, 10.0, 60.0), Pace(2, 0.003, 0.5, 3.0)
 
 
 def main() -> int:
@@ -235,7 +235,7 @@ def _device(kind: str, emulated: bool) -> str:
 def _line(row: dict[str, Any]) -> tuple[Any, ...]:
     name = (row["kernel"], _device(row["device"], row["emulated"]))
     if "left_out" in row:
-        return (*name, row["left_out"], *[None] * 8)
+        return (*name, None, None, None, None, row["left_out"], None, None, None, None)
     numpy_ms = row["numpy_seconds"] * 1e3 if row["numpy_seconds"] is not None else None
     over_cpu = row["cpu_seconds"] / row["seconds"] if row["cpu_seconds"] is not None else None
     return (

@@ -26,7 +26,7 @@ from tasks.driver import Driver, cores, open_device
 
 KNOWN = load().kernels
 NDVI, MATMUL = KNOWN["vision.ndvi"], KNOWN["linalg.matmul"]
-PACE = Pace(2, 0.001, 5.0)
+PACE = Pace(2, 0.001, 5.0, 5.0)
 ROOF = Roof(1e10, 1e11, 5e10, "made up")
 
 Report = Callable[..., dict[str, Any]]
@@ -135,7 +135,7 @@ def test_a_device_that_gives_something_else_is_told_and_left_out(
 
 
 def test_a_call_that_would_take_too_long_is_left_out_and_said_so(cpu: dict[str, Driver]) -> None:
-    bench = KernelBench(NDVI, cpu, msgspec.structs.replace(PACE, limit_s=1e-6), [])
+    bench = KernelBench(NDVI, cpu, msgspec.structs.replace(PACE, longest_s=1e-6), [])
     (small,) = bench.rows("small", {"cpu": ROOF})
     assert small["seconds"] > 0
     (medium,) = bench.rows("medium", {"cpu": ROOF})
@@ -202,11 +202,12 @@ class _Taking:
 
 
 def test_whoever_is_quick_is_called_more_often_and_whoever_is_slow_has_fewer_rounds() -> None:
-    quick, slow = _Taking(0.001), _Taking(2.0)
-    found = play({"quick": quick, "slow": slow}, {"quick": 0.001, "slow": 2.0}, Pace(5, 0.01, 5.0))
-    assert (quick.calls, slow.calls) == (50, 2)
-    assert (len(found["quick"].seconds), len(found["slow"].seconds)) == (5, 2)
+    taking = {"quick": _Taking(0.001), "slow": _Taking(2.0), "slowest": _Taking(8.0)}
+    found = play(taking, {name: each.seconds for name, each in taking.items()}, Pace(5, 0.01, 5.0, 60.0))
+    assert [each.calls for each in taking.values()] == [50, 2, 0]
+    assert [len(each.seconds) for each in found.values()] == [5, 2, 1]
     assert found["slow"].over(found["quick"]) == 2000
+    assert found["slowest"].median_s == 8.0
 
 
 def test_ratios_are_taken_within_a_round() -> None:
