@@ -66,7 +66,7 @@ def test_a_row_says_what_a_launch_takes_beside_numpy_and_the_roofline(report: Re
         assert row["numpy_seconds"] == row["expressions"][row["numpy_expression"]] > 0
         assert row["speedup"] > 0
         assert row["roofline_fraction"] > 0
-        assert row["transfer_seconds"] < row["seconds"]
+        assert row["transfer_seconds"] > 0
     assert rows["vision.ndvi", "small"]["bound"] == "memory"
     assert found["peaks"]["cpu"]["bytes_per_s"] > 1e8
     assert found["summary"]["cpu"]["kernels"] == 2
