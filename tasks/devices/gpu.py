@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from types import FunctionType
@@ -76,7 +76,7 @@ _ERROR = re.compile(r"CUDA_ERROR_([A-Z_]+)")
 class Array:
     """An array on the GPU, contiguous. What is in it, only kernels see."""
 
-    __slots__ = ("_driver", "_view", "dtype", "lease", "shape")
+    __slots__ = ("_driver", "_native", "dtype", "lease", "shape")
 
     def __init__(self, driver: GpuDriver, lease: Lease | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.shape = shape
@@ -84,7 +84,7 @@ class Array:
         self.lease = lease
         """The memory; None where there is nothing to hold."""
         self._driver = driver
-        self._view: Any = None
+        self._native: Any = None
 
     @property
     def ndim(self) -> int:
@@ -107,12 +107,19 @@ class Array:
             raise ValueError(f"an array of shape {self.shape} has no shape {tuple(given)}")
         return Array(self._driver, self.lease, sizes, self.dtype)
 
+    def view(self, dtype: DTypeLike) -> Array:
+        """The same memory, its bits read as another type of the same size."""
+        kind = np.dtype(dtype)
+        if kind.itemsize != self.dtype.itemsize:
+            raise ValueError(f"{self.dtype} and {kind} are not of one size")
+        return Array(self._driver, self.lease, self.shape, kind)
+
     @property
-    def view(self) -> Any:
+    def native(self) -> Any:
         """What numba-cuda takes for it."""
-        if self._view is None:
-            self._view = self._driver._view(self.lease, self.shape, self.dtype)
-        return self._view
+        if self._native is None:
+            self._native = self._driver._native(self.lease, self.shape, self.dtype)
+        return self._native
 
 
 class GpuDriver:
@@ -125,10 +132,13 @@ class GpuDriver:
         self.simulated = simulated
         """Whether Numba's simulator stands in for a card: tiles may be smaller then."""
         self.emulated = simulated
+        self.processors = 1 if simulated else int(cuda.current_context(0).device.MULTIPROCESSOR_COUNT)
+        """The multiprocessors of the card: it is busy with a few blocks for each."""
         self._cuda = cuda
         self._threads = threading.local()
         self._memories: weakref.WeakSet[Memory] = weakref.WeakSet()
         self._context = cuda.current_context(0)
+        self.model = "Numba's CUDA simulator" if simulated else f"{_name(self._context.device)}, CUDA {cuda_version()}"
         self._array_type, self._memset = _numba_parts()
         self._read_state = None if simulated else gpu_state(str(self._context.device.uuid))
 
@@ -139,15 +149,18 @@ class GpuDriver:
         function: Callable[..., None],
         threads: Sequence[int] | None = None,
         helpers: Sequence[Callable[..., Any]] = (),
+        constants: Mapping[str, int] | None = None,
     ) -> Launcher:
         """What launches a function that stands at module level, compiled for the types of each first launch.
 
         Without `threads` it is called with a number of items and its arguments, and goes over the items in a loop
         (`for i in range(cuda.grid(1), size, cuda.gridsize(1))`) that is right for any number of threads. With them
         it is called with the blocks to start, each of so many threads that may share memory and wait for each other.
-        `helpers` are the functions that it calls, and those that they call.
+        `helpers` are the functions that it calls, and those that they call; `constants` are globals of theirs that
+        are not what their module says.
         """
-        jitted = self._cuda.jit(cache=not self.simulated)(bound(self._cuda, function, helpers, self.simulated))
+        own = bound(self._cuda, function, helpers, constants or {}, simulated=self.simulated)
+        jitted = self._cuda.jit(cache=not self.simulated)(own)
         return Launcher(self, jitted, None if threads is None else tuple(threads))
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
@@ -163,7 +176,7 @@ class GpuDriver:
         if array.lease is not None:
             flat = _flat(array)
             with _translated():
-                self._memset(flat.view, 0, flat.size, stream=self.stream)
+                self._memset(flat.native, 0, flat.size, stream=self.stream)
         return array
 
     def full(self, shape: Sequence[int], value: Any, dtype: DTypeLike) -> Array:
@@ -193,7 +206,7 @@ class GpuDriver:
         found = self.empty(source.shape, source.dtype)
         if found.lease is not None:
             with _translated():
-                self._thread.staging.upload(source.reshape(-1).view(np.uint8), _flat(found).view)
+                self._thread.staging.upload(source.reshape(-1).view(np.uint8), _flat(found).native)
         return found
 
     def launch(self, run: Run, inputs: Inputs, context: Context) -> Outputs:
@@ -210,7 +223,7 @@ class GpuDriver:
         if value.lease is None:
             return np.empty(value.shape, value.dtype)
         with _translated():
-            return self._thread.staging.download(_flat(value).view).view(value.dtype).reshape(value.shape)
+            return self._thread.staging.download(_flat(value).native).view(value.dtype).reshape(value.shape)
 
     def synchronize(self) -> None:
         """Returns when everything that this thread launched has finished. Waits without the GIL."""
@@ -238,7 +251,7 @@ class GpuDriver:
             self.synchronize()
 
         def copy() -> None:
-            target.view.copy_to_device(source.view, stream=self.stream)
+            target.native.copy_to_device(source.native, stream=self.stream)
             self.synchronize()
 
         return Peaks(
@@ -284,7 +297,7 @@ class GpuDriver:
             for memory in list(self._memories):
                 memory.give_up()
 
-    def _view(self, lease: Lease | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    def _native(self, lease: Lease | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         block = None if lease is None else lease.block
         if self.simulated:
             return self._array_type(np.ndarray(shape, dtype, b"" if block is None else block))
@@ -309,8 +322,7 @@ class Launcher:
         self._driver = driver
         self._jitted = jitted
         self._threads = threads
-        processors = 1 if driver.simulated else driver._context.device.MULTIPROCESSOR_COUNT
-        self._most_blocks = _SIMULATED_BLOCKS if driver.simulated else _BLOCKS_EACH * processors
+        self._most_blocks = _SIMULATED_BLOCKS if driver.simulated else _BLOCKS_EACH * driver.processors
 
     def __call__(self, blocks: int | Sequence[int], *arguments: Array | np.generic) -> None:
         """Starts it on so many items, or blocks, and returns before it is done; nothing starts where there are none.
@@ -324,7 +336,7 @@ class Launcher:
             grid = (min(-(-grid[0] // threads[0]), self._most_blocks),)
         if 0 in grid:
             return
-        given = [each.view if isinstance(each, Array) else _scalar(each) for each in arguments]
+        given = [each.native if isinstance(each, Array) else _scalar(each) for each in arguments]
         with _translated():
             if not self._driver.simulated:
                 self._jitted[grid, threads, self._driver.stream](*given)
@@ -346,15 +358,24 @@ def _scalar(value: Any) -> Any:
 
 
 def bound(
-    cuda: Any, function: Callable[..., Any], helpers: Sequence[Callable[..., Any]] = (), simulated: bool = False
+    cuda: Any,
+    function: Callable[..., Any],
+    helpers: Sequence[Callable[..., Any]] = (),
+    constants: Mapping[str, int] | None = None,
+    *,
+    simulated: bool = False,
 ) -> Callable[..., Any]:
-    """The function as numba-cuda wants it: `cuda` and its helpers, compiled, among its globals.
+    """The function as numba-cuda wants it: `cuda`, its constants and its helpers, compiled, among its globals.
 
     It gets globals of its own, copied from its module's: there the helpers stay what they were, for other devices
     compile them too.
     """
-    own = {each: {**each.__globals__, "cuda": cuda} for each in (function, *helpers)}
-    copies: dict[Any, Callable[..., Any]] = {each: _copy(each, globals_) for each, globals_ in own.items()}
+    changed = dict(constants or {})
+    own = {each: {**each.__globals__, "cuda": cuda, **changed} for each in (function, *helpers)}
+    copies = {each: _copy(each, globals_) for each, globals_ in own.items()}
+    for copy in copies.values():
+        # Numba's cache knows a function by its name, and nothing of its globals.
+        copy.__qualname__ += "".join(f"_{name}_{value}" for name, value in sorted(changed.items()))
     compiled = {each.__name__: cuda.jit(device=True)(copies[each]) for each in helpers}
     for globals_ in own.values():
         globals_.update(compiled)
