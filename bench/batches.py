@@ -69,9 +69,9 @@ def gains(kernel: Kernel, given: Mapping[str, Any], driver: Driver, run: Run, pa
         rounds = play(timed, warm_s, pace)
         found = {
             **row,
-            "batched_seconds": digits(rounds["batched"].median_s / count),
-            "one_by_one_seconds": digits(rounds["one_by_one"].median_s / count),
-            "gain": digits(rounds["one_by_one"].over(rounds["batched"])),
+            "batched_seconds": digits(rounds["batched"].median / count),
+            "one_by_one_seconds": digits(rounds["one_by_one"].median / count),
+            "gain": digits(rounds["one_by_one"].over(rounds["batched"]).median),
         }
         say(f"{kernel.name} on {driver.kind}, {count} in a launch: {found['gain']:.3g} times as fast")
         yield found

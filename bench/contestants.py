@@ -86,21 +86,22 @@ class OnDevice:
 
 
 class Rounds(msgspec.Struct, frozen=True):
-    """What somebody took: the median call of each round."""
+    """What somebody took, the median call of each round in seconds; or the ratios of two."""
 
-    seconds: Sequence[float]
-
-    @property
-    def median_s(self) -> float:
-        return statistics.median(self.seconds)
+    values: Sequence[float]
 
     @property
-    def range_s(self) -> tuple[float, float]:
-        return min(self.seconds), max(self.seconds)
+    def median(self) -> float:
+        return statistics.median(self.values)
 
-    def over(self, other: Rounds) -> float:
-        """How many times as long it took as the other, within a round: the median."""
-        return statistics.median(own / its for own, its in zip(self.seconds, other.seconds, strict=False))
+    @property
+    def range(self) -> list[float]:
+        """The least and the greatest, rounded."""
+        return [digits(min(self.values)), digits(max(self.values))]
+
+    def over(self, other: Rounds) -> Rounds:
+        """How many times as long it took as the other, round by round."""
+        return Rounds([own / its for own, its in zip(self.values, other.values, strict=False)])
 
 
 def play(contestants: Mapping[str, Contestant], warm_s: Mapping[str, float], pace: Pace) -> dict[str, Rounds]:

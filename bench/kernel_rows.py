@@ -106,7 +106,7 @@ class KernelBench:
             warm_s[_COPY] = copy.once()
         rounds = play(playing, warm_s, self._pace)
         of_numpy = {
-            name: rounds[name].median_s if name in rounds else warm_s[name]
+            name: rounds[name].median if name in rounds else warm_s[name]
             for name in self._expressions
             if name in warm_s
         }
@@ -115,7 +115,7 @@ class KernelBench:
             row = {"kernel": self._kernel.name, "device": kind, "size": size, "emulated": self._drivers[kind].emulated}
             if kind in rounds:
                 row |= _figures(kind, rounds, best)
-                fraction = roofs[kind].fraction(work, float_type(self._kernel), rounds[kind].median_s)
+                fraction = roofs[kind].fraction(work, float_type(self._kernel), rounds[kind].median)
                 row |= {"roofline_fraction": digits(fraction), "bound": self.baseline.bound}
                 row["transfer_seconds"] = digits(statistics.median(devices[kind].transfers_s))
                 row["expressions"] = {name.removeprefix(_BY): digits(each) for name, each in of_numpy.items()}
@@ -123,7 +123,7 @@ class KernelBench:
                     row["expressions_left_out"] = absent
                 if _COPY in rounds and kind == "cpu":
                     # Copies of the same rounds: the peaks at the start were measured at another time.
-                    share = rounds[_COPY].over(rounds[kind]) * work.bytes / Copy.BYTES
+                    share = rounds[_COPY].over(rounds[kind]).median * work.bytes / Copy.BYTES
                     row["bandwidth_fraction"] = digits(share)
             elif kind in left_out:
                 row["left_out"] = left_out[kind]
@@ -160,17 +160,28 @@ class KernelBench:
 
 def _figures(kind: str, rounds: Mapping[str, Rounds], best: str | None) -> dict[str, Any]:
     """What a device took, beside the best expression and the CPU's variant."""
-    own, numpy, cpu = rounds[kind], rounds.get(best or ""), rounds.get("cpu")
-    return {
-        "seconds": digits(own.median_s),
-        "seconds_range": [digits(each) for each in own.range_s],
-        "rounds": len(own.seconds),
-        "numpy_seconds": digits(numpy.median_s) if numpy is not None else None,
-        "numpy_seconds_range": [digits(each) for each in numpy.range_s] if numpy is not None else None,
-        "numpy_expression": best.removeprefix(_BY) if best is not None else None,
-        "speedup": digits(numpy.over(own)) if numpy is not None else None,
-        "cpu_seconds": digits(cpu.median_s) if cpu is not None else None,
+    own, cpu = rounds[kind], rounds.get("cpu")
+    found: dict[str, Any] = {
+        "seconds": digits(own.median),
+        "seconds_range": own.range,
+        "rounds": len(own.values),
+        "numpy_seconds": None,
+        "numpy_seconds_range": None,
+        "numpy_expression": None,
+        "speedup": None,
+        "speedup_range": None,
+        "cpu_seconds": digits(cpu.median) if cpu is not None else None,
     }
+    if best is not None:
+        numpy, speedup = rounds[best], rounds[best].over(own)
+        found |= {
+            "numpy_seconds": digits(numpy.median),
+            "numpy_seconds_range": numpy.range,
+            "numpy_expression": best.removeprefix(_BY),
+            "speedup": digits(speedup.median),
+            "speedup_range": speedup.range,
+        }
+    return found
 
 
 def _told(row: Mapping[str, Any]) -> str:
