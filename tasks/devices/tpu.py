@@ -170,8 +170,9 @@ class TpuDriver:
 
         def timed(work: Callable[[], object]) -> float:
             def finished() -> None:
-                work()
+                outputs = work()  # held: what is freed already is not waited for
                 self.synchronize()
+                del outputs
 
             return best_s(finished)
 

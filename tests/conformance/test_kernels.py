@@ -60,8 +60,32 @@ def _windows(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any
     return rows
 
 
+def _boxes(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any]:
+    low = random.integers(0, 12, (shape[0], 2))
+    return np.concatenate([low, low + random.integers(-1, 10, low.shape)], axis=1)
+
+
+def _roads(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Few junctions have a road between them; of some, more than one way is as short."""
+    lengths = random.integers(-1, 20, shape) / 8
+    return np.where(random.random(shape) < 0.1, lengths, np.inf)
+
+
 #: Values of an input where standard normal ones would not do, by kernel and input.
 VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any]]] = {
+    "city.shortest_paths": {"roads": _roads},
+    "city.traffic_step": {
+        "density": lambda random, shape: random.uniform(-10, 170, shape),
+        "demand": lambda random, shape: random.uniform(-100, 2500, shape),
+        "supply": lambda random, shape: random.uniform(-100, 2500, shape),
+        "steps": lambda random, shape: random.integers(0, 6 if SIMULATED else 50),
+        "step_s": lambda random, shape: random.uniform(0.1, 2),
+        "cell_m": lambda random, shape: random.uniform(40, 100),
+        "free_kmh": lambda random, shape: random.uniform(20, 70),
+        "wave_kmh": lambda random, shape: random.uniform(5, 20),
+        "jam_per_km": lambda random, shape: random.uniform(100, 160),
+        "capacity_per_h": lambda random, shape: random.uniform(1000, 2500),
+    },
     # Keys outside at either end, too.
     "data.group_by": {"keys": lambda random, shape: random.integers(-2, 16, shape)},
     "data.histogram": {
@@ -70,6 +94,19 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
     },
     # Whole numbers: ties.
     "data.top_k": {"values": _whole},
+    "driving.kalman": {
+        "step_s": lambda random, shape: random.uniform(0.05, 1),
+        "acceleration": lambda random, shape: random.uniform(0, 5),
+        "noise": lambda random, shape: random.uniform(0.1, 2),
+        "speed": lambda random, shape: random.uniform(0, 20),
+    },
+    # Whole numbers: many boxes share a side, many scores are equal.
+    "driving.nms": {"boxes": _boxes, "scores": _whole, "threshold": lambda random, shape: random.uniform(0, 1)},
+    "driving.voxel_grid": {
+        "points": lambda random, shape: random.uniform(-5, 5, shape),
+        "edge": lambda random, shape: random.uniform(0.1, 3),
+        **{f"origin_{axis}": lambda random, shape: random.uniform(-6, 0) for axis in "xyz"},
+    },
     "finance.black_scholes": {
         "spot": lambda random, shape: random.uniform(1, 200, shape),
         "strike": lambda random, shape: random.uniform(1, 200, shape),
