@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -108,6 +109,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Jobs a second that are shown to Flower and `celery events`, which follow about so many; 0 shows none."""
     kernels: str = ""
     """Modules with kernels of your own, separated by commas."""
+    kernels_allowed: str = ""
+    """What a worker serves of its kernels: names or patterns (`linalg.*`), separated by commas, and with `!` in front
+    those that it does not. Unset it serves all."""
     fpga_binaries: str = ""
     """A folder with what an FPGA board runs: `<kernel>.aocx` or `<kernel>.xclbin`. Without a board nothing reads it."""
 
@@ -194,3 +198,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def kernel_modules(self) -> tuple[str, ...]:
         return tuple(part.strip() for part in self.kernels.split(",") if part.strip())
+
+    def allows(self, kernel: str) -> bool:
+        """Whether a worker with these settings serves a kernel of this name."""
+        patterns = [part.strip() for part in self.kernels_allowed.split(",") if part.strip()]
+        refused = [part[1:].strip() for part in patterns if part.startswith("!")]
+        allowed = [part for part in patterns if not part.startswith("!")] or ["*"]
+        return _matches(kernel, allowed) and not _matches(kernel, refused)
+
+
+def _matches(kernel: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(kernel, pattern) for pattern in patterns)

@@ -42,6 +42,7 @@ class TinyDriver:
 
     kind = "cpu"
     emulated = True
+    model = "tiny"
     stream = None
 
     def __init__(self, slots: int) -> None:
