@@ -107,6 +107,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Entries in the event stream before the oldest go."""
     celery_events_hz: float = 1000.0
     """Jobs a second that are shown to Flower and `celery events`, which follow about so many; 0 shows none."""
+    stores: str = ""
+    """Where a worker may read arrays that are on a store, as prefixes separated by commas: `s3://bucket/scans`."""
     kernels: str = ""
     """Modules with kernels of your own, separated by commas."""
     kernels_allowed: str = ""
@@ -186,6 +188,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"{_PREFIX}REDIS_URL must begin with redis://, rediss:// or unix://, such as redis://127.0.0.1:6379/0",
                 "redis_url",
             )
+        for prefix in self.store_prefixes:
+            if "://" not in prefix:
+                told = f"{_PREFIX}STORES holds prefixes such as s3://bucket/folder, not {prefix!r}"
+                raise InvalidSettings(told, "stores")
         if not 0 <= self.http_port <= 65535:
             raise InvalidSettings(f"{_PREFIX}HTTP_PORT must be 0 to 65535, not {self.http_port}", "http_port")
         if self.heartbeat_s * 2 > self.lease_s:
@@ -194,6 +200,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "lease_s",
             )
         return self
+
+    @property
+    def store_prefixes(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in self.stores.split(",") if part.strip())
 
     @property
     def kernel_modules(self) -> tuple[str, ...]:

@@ -453,7 +453,13 @@ class Runner:
 
     def _filled(self, broker: Broker, group: Group, batch: _Batch) -> Group:
         """The group with what its jobs have outside their messages; those who cannot have it fail."""
-        found = fetch(group.jobs, broker.connection, self._ring, self._settings.blob_limit_bytes)
+        found = fetch(
+            group.jobs,
+            broker.connection,
+            self._ring,
+            self._settings.blob_limit_bytes,
+            self._settings.store_prefixes,
+        )
         for job, error in found.failed:
             self._fail(job, error, batch)
         self.fetched_bytes += found.from_broker_bytes

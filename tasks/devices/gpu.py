@@ -476,7 +476,7 @@ def _look() -> tuple[Any, Found]:
         return None, Found("gpu", False, f"numba-cuda does not import: {error}", _PIP)
     if config.ENABLE_CUDASIM:
         return cuda, Found("gpu", True, "Numba's CUDA simulator, as NUMBA_ENABLE_CUDASIM=1 asks", None, True)
-    from numba.cuda.cudadrv import nvvm
+    from numba.cuda.cudadrv import nvrtc, nvvm
     from numba.cuda.cudadrv.driver import driver
 
     if not driver.is_available:
@@ -487,9 +487,13 @@ def _look() -> tuple[Any, Found]:
         return None, Found("gpu", False, "CUDA finds no GPU, or CUDA_VISIBLE_DEVICES hides it", None)
     try:
         nvvm.NVVM()
-    except Exception as error:  # noqa: BLE001 - whatever keeps it from being loaded, kernels cannot be compiled
-        toolkit = f"pip install 'numba-cuda[cu{min(13, max(12, cuda_version() // 1000))}]'"
-        return None, Found("gpu", False, f"{_name(devices[0])} is here, but not the compiler NVVM: {error}", toolkit)
+        nvrtc.get_supported_ccs()
+    except Exception as error:  # noqa: BLE001 - whatever keeps them from being loaded, kernels cannot be compiled
+        reason = " ".join(str(error).split())
+        what = f"{_name(devices[0])} is here, but not the compiler of CUDA's toolkit: {reason:.200}"
+        return None, Found(
+            "gpu", False, what, f"pip install 'numba-cuda[cu{min(13, max(12, cuda_version() // 1000))}]'"
+        )
     return cuda, Found("gpu", True, ", ".join(_name(each) for each in devices), None)
 
 
