@@ -49,7 +49,7 @@ def key_of(seed: int) -> tuple[int, int]:
     return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
 
 
-# -- the definition ------------------------------------------------------------------------------------------------------
+# -- the definition --------------------------------------------------------------------------------------------------
 
 
 def words(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[NDArray[np.uint64], ...]:
@@ -80,7 +80,7 @@ def normals(seed: int, rows: int, columns: int) -> NDArray[np.float64]:
     return np.stack(made, axis=-1).reshape(rows, 4 * blocks)[:, :columns]
 
 
-# -- numba and JAX: without branches, so that numba's loops over it become vector code ------------------------------------
+# -- numba and JAX: without branches, so that numba's loops over it become vector code -------------------------------
 
 
 def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
@@ -187,7 +187,7 @@ def normal_pair_jax(length: Any, angle: Any) -> Any:
     return radius * jnp.cos(turn), radius * jnp.sin(turn)
 
 
-# -- OpenCL C: four rows at once ----------------------------------------------------------------------------------------
+# -- OpenCL C: four rows at once -------------------------------------------------------------------------------------
 
 #: Functions over four counters at once, in vectors of 256 bits. Wants cl_khr_fp64.
 OPENCL = """

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Run
 from tasks import philox
-from tasks.philox import normal_pair, normal_pair_cuda, philox4x32, philox_round
+from tasks.philox import normal_pair, normal_pair_cuda, normal_pair_jax, philox4x32, philox_round
 
 value_at_risk = Kernel(
     "finance.value_at_risk",
@@ -29,7 +29,7 @@ value_at_risk = Kernel(
     bytes="16*paths + 8*a*a",
     limits={
         "positions": "a <= 1024",
-        "paths": "1 <= paths <= 2**4 * 10**4 * 10**4",
+        "paths": "1 <= paths <= 1000000000",
         "horizon": "horizon >= 0",
         "confidence": "0 < confidence < 1",
     },
@@ -38,6 +38,7 @@ value_at_risk = Kernel(
 )
 
 Vector = NDArray[np.float64]
+Word = np.uint64
 
 
 @value_at_risk.reference
@@ -64,7 +65,7 @@ def _reference(
 
 
 def _rank(paths: int, confidence: float) -> tuple[int, float, float]:
-    """Which of the losses, counted from the smallest (1), is the value at risk; its share, and all shares, in the mean."""
+    """Which loss, counted from the smallest (1), is the value at risk; its share in the mean, and all the shares."""
     sure = confidence if 0 < confidence < 1 else 0.5
     rank = min(max(math.ceil(paths * sure), 1), paths)
     return rank, rank - paths * sure, paths * (1 - sure)
@@ -103,7 +104,14 @@ def _exp(x: float) -> float:
 
 
 def _lose(
-    positions: Vector, drift: Vector, lower: Vector, wild: bool, k0: np.uint64, k1: np.uint64, first: int, losses: Vector
+    positions: Vector,
+    drift: Vector,
+    lower: Vector,
+    wild: bool,
+    k0: Word,
+    k1: Word,
+    first: int,
+    losses: Vector,
 ) -> None:
     """The losses of the paths from `first` on. Assets are filled up with zeros to a multiple of four."""
     assets = positions.size
@@ -193,7 +201,7 @@ cuda: Any  # numba.cuda, on a GPU
 _THREADS = 64
 #: The paths' normals wait in memory, a column a thread, so that neighbours read neighbours.
 _SCRATCH_BYTES = 64 * 2**20
-_SIGN, _ALL = np.uint64(1 << 63), np.uint64(0xFFFFFFFFFFFFFFFF)
+_SIGN, _ALL, _BYTE = np.uint64(1 << 63), np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(255)
 
 
 def _spoil_gpu(positions: Vector, mean: Vector, factor: Vector, spoil: Vector) -> None:
@@ -210,8 +218,8 @@ def _lose_gpu(
     factor: Vector,
     horizon: float,
     spoil: Vector,
-    k0: np.uint64,
-    k1: np.uint64,
+    k0: Word,
+    k1: Word,
     z: Vector,
     losses: Vector,
 ) -> None:
@@ -235,26 +243,306 @@ def _lose_gpu(
         losses[path] = loss
 
 
-def _order_gpu(value: float, held: Any) -> Any:
-    """A number whose order as uint64 is that of the float64 `value`; `held` is one place to look at its bits."""
-    held[0] = value
-    bits = held.view(np.uint64)[0]
+def _order_gpu(value: Any) -> Any:
+    """A number whose order as uint64 is that of the float64 `value`."""
+    bits = np.float64(value).view(np.uint64)
     return bits ^ _ALL if bits & _SIGN else bits | _SIGN
 
 
-def _count_gpu(losses: Vector, state: NDArray[np.uint64], shift: np.uint64, counts: NDArray[np.uint64]) -> None:
-    """How many losses, of those that begin as the k-th does, have which eight bits next."""
+def _count_gpu(losses: Vector, state: NDArray[np.uint64], shift: Word, counts: NDArray[np.uint64]) -> None:
+    """How many of the losses that begin as the k-th does have which eight bits next."""
     shared = cuda.shared.array(256, np.uint32)
-    held = cuda.local.array(1, np.float64)
-    for bin_ in range(cuda.threadIdx.x, 256, cuda.blockDim.x):
-        shared[bin_] = 0
+    for digit in range(cuda.threadIdx.x, 256, cuda.blockDim.x):
+        shared[digit] = 0
     cuda.syncthreads()
     prefix, mask = state[0], state[1]
     for i in range(cuda.grid(1), losses.size, cuda.gridsize(1)):
-        key = _order_gpu(losses[i], held)
+        key = _order_gpu(losses[i])
         if key & mask == prefix:
             cuda.atomic.add(shared, np.int64((key >> shift) & _BYTE), np.uint32(1))
     cuda.syncthreads()
-    for bin_ in range(cuda.threadIdx.x, 256, cuda.blockDim.x):
-        if shared[bin_] > 0:
-            cuda.atomic.add(counts, bin_, np.uint64(shared[bin_]))
+    for digit in range(cuda.threadIdx.x, 256, cuda.blockDim.x):
+        if shared[digit] > 0:
+            cuda.atomic.add(counts, digit, np.uint64(shared[digit]))
+
+
+def _narrow_gpu(state: NDArray[np.uint64], shift: Word, rank: Word, counts: NDArray[np.uint64]) -> None:
+    """Takes the next eight bits of the k-th loss into `state`: its bits, which are known, how many losses are below."""
+    digit, below = 0, state[2]
+    while digit < 255 and below + counts[digit] < rank:
+        below += counts[digit]
+        digit += 1
+    state[0] |= np.uint64(digit) << shift
+    state[1] |= _BYTE << shift
+    state[2] = below
+    for each in range(256):
+        counts[each] = 0
+
+
+def _beyond_gpu(losses: Vector, state: NDArray[np.uint64], sums: Vector, above: NDArray[np.int64]) -> None:
+    """Each block's sum and number of the losses above the k-th; NaN where a loss is."""
+    partial = cuda.shared.array(_THREADS, np.float64)
+    number = cuda.shared.array(_THREADS, np.int64)  # on a line of its own: the simulator tells arrays apart by it
+    thread, found = cuda.threadIdx.x, state[0]
+    total, count = 0.0, 0
+    for i in range(cuda.grid(1), losses.size, cuda.gridsize(1)):
+        loss = losses[i]
+        if loss != loss or _order_gpu(loss) > found:
+            total += loss
+            count += 1
+    partial[thread], number[thread] = total, count
+    cuda.syncthreads()
+    if thread == 0:
+        for other in range(1, _THREADS):
+            total += partial[other]
+            count += number[other]
+        sums[cuda.blockIdx.x], above[cuda.blockIdx.x] = total, count
+
+
+def _finish_gpu(
+    state: NDArray[np.uint64],
+    sums: Vector,
+    above: NDArray[np.int64],
+    beyond: np.int64,
+    share: float,
+    total: float,
+    var: Vector,
+    shortfall: Vector,
+) -> None:
+    worst, count = 0.0, 0
+    for block in range(sums.size):
+        worst += sums[block]
+        count += above[block]
+    bits = state[0]
+    bits = bits ^ _SIGN if bits & _SIGN else bits ^ _ALL
+    found = np.nan if worst != worst else np.uint64(bits).view(np.float64)
+    # Losses that equal the k-th, and come after it.
+    same = beyond - count
+    if same > 0:
+        worst += same * found
+    var[0] = found
+    shortfall[0] = (worst + share * found) / total
+
+
+@value_at_risk.on("gpu")
+def _gpu(device: Any) -> Run:
+    """A thread a path; then the k-th loss, eight bits at a time. Nothing waits for the host."""
+    spoil_of = device.compile(_spoil_gpu)
+    lose = device.compile(_lose_gpu, (_THREADS,), (philox_round, philox4x32, normal_pair_cuda))
+    count = device.compile(_count_gpu, (_THREADS,), (_order_gpu,))
+    narrow = device.compile(_narrow_gpu, (1,))
+    add_up = device.compile(_beyond_gpu, (_THREADS,), (_order_gpu,))
+    finish = device.compile(_finish_gpu, (1,))
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        positions, mean, factor = inputs["positions"], inputs["mean"], inputs["factor"]
+        paths, horizon, confidence = inputs["paths"], inputs["horizon"], inputs["confidence"]
+        rank, share, total = _rank(paths, confidence)
+        k0, k1 = map(np.uint64, philox.key_of(inputs["seed"]))
+        rows = -(-positions.size // 4) * 4
+        most = max(1, _SCRATCH_BYTES // (8 * max(rows, 1) * _THREADS))
+        blocks = min(-(-paths // _THREADS), most, 2048)
+        spoil = device.full((1,), 0 * (horizon + confidence), np.float64)
+        z, losses = device.empty((rows, blocks * _THREADS), np.float64), device.empty((paths,), np.float64)
+        spoil_of(positions.size, positions, mean, factor, spoil)
+        lose(blocks, positions, mean, factor, np.float64(max(horizon, 0)), spoil, k0, k1, z, losses)
+        state, counts = device.zeros((3,), np.uint64), device.zeros((256,), np.uint64)
+        for shift in range(56, -1, -8):
+            count(blocks, losses, state, np.uint64(shift), counts)
+            narrow(1, state, np.uint64(shift), np.uint64(rank), counts)
+        sums, above = device.empty((blocks,), np.float64), device.empty((blocks,), np.int64)
+        var, shortfall = device.empty((1,), np.float64), device.empty((1,), np.float64)
+        add_up(blocks, losses, state, sums, above)
+        finish(1, state, sums, above, np.int64(paths - rank), np.float64(share), np.float64(total), var, shortfall)
+        return {"var": var, "shortfall": shortfall}
+
+    return run
+
+
+# -- tpu -------------------------------------------------------------------------------------------------------------
+
+#: Paths in a step; their normals are a matrix that the factor's multiplies.
+_STEP = 4096
+
+
+@value_at_risk.on("tpu")
+def _tpu(device: Any) -> Run:
+    """Steps of paths, whose normals meet the factor in the matrix unit; the losses are sorted."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    def risk(
+        positions: Any, mean: Any, factor: Any, paths: Any, horizon: Any, spoil: Any, k0: Any, k1: Any,
+        rank: Any, share: Any, total: Any, size: int,
+    ) -> Any:  # fmt: skip
+        lower = jnp.tril(factor)
+        spoil += 0 * (positions.sum() + mean.sum() + lower.sum())
+        rows = min(size, _STEP)
+        block = jnp.arange(-(-positions.size // 4), dtype=jnp.uint64)[None, :]
+
+        def lose(first: Any) -> Any:
+            path = (first + jnp.arange(rows)).astype(jnp.uint64)[:, None]
+            w0, w1, w2, w3 = philox4x32(path & _LOW, path >> _HALF, block, _NONE, k0, k1)
+            made = [*normal_pair_jax(w0, w1), *normal_pair_jax(w2, w3)]
+            z = jnp.stack(made, axis=-1).reshape(rows, -1)[:, : positions.size]
+            x = mean * horizon + jnp.sqrt(horizon) * jnp.matmul(z, lower.T, precision="highest")
+            return (positions * (1 - jnp.exp(jnp.clip(x, -700, 700)))).sum(axis=1)
+
+        losses = lax.map(lose, jnp.arange(0, size, rows)).reshape(-1) + spoil
+        number = jnp.arange(size)
+        missing = (jnp.isnan(losses) & (number < paths)).any()
+        # What is beyond the paths is sorted behind them.
+        ordered = jnp.sort(jnp.where(number < paths, losses, jnp.inf))
+        var = jnp.where(missing, jnp.nan, ordered[rank - 1])
+        worst = jnp.where((number >= rank) & (number < paths), ordered, 0).sum()
+        return var[None], ((worst + share * var) / total)[None]
+
+    program = device.program(risk, static=("size",))
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        paths, horizon, confidence = inputs["paths"], inputs["horizon"], inputs["confidence"]
+        rank, share, total = _rank(paths, confidence)
+        low, high = map(np.uint64, philox.key_of(inputs["seed"]))
+        spoil = np.float64(0 * (horizon + confidence))
+        size = 1 << (paths - 1).bit_length()
+        return program(
+            {"var": (1,), "shortfall": (1,)},
+            inputs["positions"], inputs["mean"], inputs["factor"], np.int64(paths), np.float64(max(horizon, 0)), spoil,
+            low, high, np.int64(rank), np.float64(share), np.float64(total), size=size,
+        )  # fmt: skip
+
+    return run
+
+
+# -- fpga ------------------------------------------------------------------------------------------------------------
+
+# A group has a block of paths, four at once; one work-item then finds the k-th loss, eight bits at a time, which on a
+# board is a pipeline that reads the losses nine times.
+_OPENCL = (
+    philox.OPENCL
+    + """
+__kernel __attribute__((reqd_work_group_size(1, 1, 1)))
+void lose(__global const double* restrict positions, __global const double* restrict mean,
+          __global const double* restrict factor, double horizon, double spoil, ulong k0, ulong k1,
+          __global double* restrict losses, int assets, ulong paths) {
+  __local double4 z[MOST];
+  const ulong start = get_group_id(0) * BLOCK, stop = min(start + BLOCK, paths);
+  const double root = sqrt(horizon);
+  for (int i = 0; i < assets; i++) {
+    spoil += 0 * (positions[i] + mean[i]);
+    for (int j = 0; j <= i; j++) spoil += 0 * factor[(ulong)i * assets + j];
+  }
+  for (ulong path = start; path < stop; path += 4) {
+    const ulong4 row = path + (ulong4)(0, 1, 2, 3);
+    for (int block = 0; 4 * block < assets; block++) {
+      ulong4 words[4] = {row & 0xFFFFFFFFUL, row >> 32, (ulong4)((ulong)block), (ulong4)(0)};
+      philox4x32(words, k0, k1);
+      double4 first, second, third, fourth;
+      normal_pair(words[0], words[1], &first, &second);
+      normal_pair(words[2], words[3], &third, &fourth);
+      z[4 * block] = first;
+      z[4 * block + 1] = second;
+      z[4 * block + 2] = third;
+      z[4 * block + 3] = fourth;
+    }
+    double4 loss = spoil;
+    for (int i = 0; i < assets; i++) {
+      __global const double* restrict lower = factor + (ulong)i * assets;
+      double4 x = 0, y = 0;
+      int j = 0;
+      for (; j < i; j += 2) {
+        x += lower[j] * z[j];
+        y += lower[j + 1] * z[j + 1];
+      }
+      if (j == i) x += lower[j] * z[j];
+      x = mean[i] * horizon + root * (x + y);
+      x = x > 700.0 ? (double4)700.0 : x;
+      x = x < -700.0 ? (double4)-700.0 : x;
+      loss += positions[i] * (1.0 - exp(x));
+    }
+    const double lost[4] = {loss.x, loss.y, loss.z, loss.w};
+    for (int l = 0; l < 4 && path + l < stop; l++) losses[path + l] = lost[l];
+  }
+}
+
+ulong order(double value) {  // as a ulong it has the order of the double
+  const ulong bits = as_ulong(value);
+  return bits >> 63 ? ~bits : bits | 1UL << 63;
+}
+
+__kernel __attribute__((reqd_work_group_size(1, 1, 1)))
+void select_worst(__global const double* restrict losses, ulong paths, ulong rank, double share, double total,
+                  __global double* restrict var, __global double* restrict shortfall) {
+  __local ulong counts[256];
+  ulong prefix = 0, mask = 0, below = 0;
+  for (int shift = 56; shift >= 0; shift -= 8) {
+    for (int digit = 0; digit < 256; digit++) counts[digit] = 0;
+    for (ulong i = 0; i < paths; i++) {
+      const ulong key = order(losses[i]);
+      if ((key & mask) == prefix) counts[(key >> shift) & 255]++;
+    }
+    int digit = 0;
+    for (; digit < 255 && below + counts[digit] < rank; digit++) below += counts[digit];
+    prefix |= (ulong)digit << shift;
+    mask |= 255UL << shift;
+  }
+  double found = as_double(prefix >> 63 ? prefix ^ 1UL << 63 : ~prefix), worst = 0;
+  ulong same = paths - rank;  // losses that equal the k-th, and come after it
+  for (ulong i = 0; i < paths; i++)
+    if (isnan(losses[i]) || order(losses[i]) > prefix) {
+      worst += losses[i];
+      same--;
+    }
+  if (isnan(worst)) found = NAN;
+  else if (same > 0) worst += same * found;
+  var[0] = found;
+  shortfall[0] = (worst + share * found) / total;
+}
+"""
+)
+_BLOCK = 1024
+
+
+@value_at_risk.on("fpga")
+def _fpga(device: Any) -> Run:
+    program = device.program(_OPENCL, "finance.value_at_risk", BLOCK=_BLOCK, MOST=1024)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        positions, paths = inputs["positions"], inputs["paths"]
+        horizon, confidence = inputs["horizon"], inputs["confidence"]
+        rank, share, total = _rank(paths, confidence)
+        spoil = np.float64(0 * (horizon + confidence))
+        k0, k1 = map(np.uint64, philox.key_of(inputs["seed"]))
+        losses = device.empty((paths,), np.float64)
+        var, shortfall = device.empty((1,), np.float64), device.empty((1,), np.float64)
+        program.launch(
+            "lose", (-(-paths // _BLOCK),), positions, inputs["mean"], inputs["factor"], np.float64(max(horizon, 0)),
+            spoil, k0, k1, losses, np.int32(positions.size), np.uint64(paths),
+        )  # fmt: skip
+        program.launch(
+            "select_worst", (1,), losses, np.uint64(paths), np.uint64(rank), np.float64(share), np.float64(total),
+            var, shortfall,
+        )  # fmt: skip
+        return {"var": var, "shortfall": shortfall}
+
+    return run
+
+
+@value_at_risk.samples
+def _samples() -> Iterator[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    for assets, paths, confidence in ((1, 1, 0.99), (3, 100, 0.95), (8, 10_000, 0.99)):
+        deviation = random.uniform(0.01, 0.03, assets)
+        alike = np.linalg.cholesky(np.full((assets, assets), 0.3) + 0.7 * np.eye(assets))
+        yield {
+            "positions": random.uniform(-1e3, 1e4, assets),
+            "mean": random.uniform(0, 1e-3, assets),
+            "factor": deviation[:, None] * alike,
+            "paths": paths,
+            "horizon": 10.0,
+            "confidence": confidence,
+            "seed": -assets,
+        }
+    # Every path loses the same, and log returns that are held within 700.
+    yield {"positions": np.ones(2), "mean": np.ones(2), "factor": np.zeros((2, 2)), "paths": 50}
+    yield {"positions": -np.ones(2), "mean": np.array([1e6, -1e6]), "factor": np.eye(2), "paths": 50}
