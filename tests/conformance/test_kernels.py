@@ -70,6 +70,10 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
         "horizon": lambda random, shape: random.uniform(0, 10),
         "confidence": lambda random, shape: random.uniform(0.01, 0.99),
     },
+    "monitor.failure_forecast": {
+        "alpha": lambda random, shape: random.uniform(0.01, 1),
+        "beta": lambda random, shape: random.uniform(0, 1),
+    },
     # Whole numbers: exact in any order of summing, so that ties are ties on every device.
     "retrieval.top_k": {"items": _whole, "queries": _whole},
     "medical.median_filter": {"radius": lambda random, shape: random.integers(0, 17)},
