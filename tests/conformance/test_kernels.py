@@ -74,6 +74,13 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
         "alpha": lambda random, shape: random.uniform(0.01, 1),
         "beta": lambda random, shape: random.uniform(0, 1),
     },
+    "recommend.als_step": {
+        "starts": lambda random, shape: np.sort(random.integers(-2, 72, shape)),
+        "items": lambda random, shape: random.integers(-1, 12, shape),
+        "confidence": lambda random, shape: 1 + random.exponential(2, shape),
+        "factors": lambda random, shape: random.normal(0, 0.3, shape),
+        "regularization": lambda random, shape: random.uniform(0.5, 2),
+    },
     # Whole numbers: exact in any order of summing, so that ties are ties on every device.
     "retrieval.top_k": {"items": _whole, "queries": _whole},
     "medical.median_filter": {"radius": lambda random, shape: random.integers(0, 17)},
