@@ -114,9 +114,27 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
         "volatility": lambda random, shape: random.uniform(0, 1, shape),
         "rate": lambda random, shape: random.uniform(-0.05, 0.2),
     },
+    # Else log returns of ten deviations cancel each other, and the losses are rounding.
+    "finance.value_at_risk": {
+        "factor": lambda random, shape: random.normal(0, 0.02, shape),
+        "mean": lambda random, shape: random.normal(0, 0.01, shape),
+        "horizon": lambda random, shape: random.uniform(0, 10),
+        "confidence": lambda random, shape: random.uniform(0.01, 0.99),
+    },
     "medical.gaussian_filter": {"sigma": lambda random, shape: random.uniform(0, 1 if SIMULATED else 6)},
     # A pixel of radius 16 costs the simulator 30 ms.
     "medical.median_filter": {"radius": lambda random, shape: random.integers(0, 4 if SIMULATED else 17)},
+    "monitor.failure_forecast": {
+        "alpha": lambda random, shape: random.uniform(0.01, 1),
+        "beta": lambda random, shape: random.uniform(0, 1),
+    },
+    "recommend.als_step": {
+        "starts": lambda random, shape: np.sort(random.integers(-2, 72, shape)),
+        "items": lambda random, shape: random.integers(-1, 12, shape),
+        "confidence": lambda random, shape: 1 + random.exponential(2, shape),
+        "factors": lambda random, shape: random.normal(0, 0.3, shape),
+        "regularization": lambda random, shape: random.uniform(0.5, 2),
+    },
     # Whole numbers: exact in any order of summing, so that ties are ties on every device.
     "retrieval.top_k": {"items": _whole, "queries": _whole},
     "stream.window": {
