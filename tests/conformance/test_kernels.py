@@ -53,8 +53,23 @@ def _whole(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any]:
     return random.integers(-9, 10, shape)
 
 
+def _windows(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Rows (key, start, count, sum, least, most) of windows five seconds wide, some in the same window."""
+    rows = random.standard_normal(shape)
+    rows[:, :3] = random.integers([-5, -4, 1], [5, 4, 9], (shape[0], 3)) * [1, 5, 1]
+    return rows
+
+
 #: Values of an input where standard normal ones would not do, by kernel and input.
 VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any]]] = {
+    # Keys outside at either end, too.
+    "data.group_by": {"keys": lambda random, shape: random.integers(-2, 16, shape)},
+    "data.histogram": {
+        "low": lambda random, shape: random.uniform(-2, -1),
+        "high": lambda random, shape: random.uniform(0, 2),
+    },
+    # Whole numbers: ties.
+    "data.top_k": {"values": _whole},
     "finance.black_scholes": {
         "spot": lambda random, shape: random.uniform(1, 200, shape),
         "strike": lambda random, shape: random.uniform(1, 200, shape),
@@ -66,6 +81,14 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
     "retrieval.top_k": {"items": _whole, "queries": _whole},
     # A pixel of radius 16 costs the simulator 30 ms.
     "medical.median_filter": {"radius": lambda random, shape: random.integers(0, 4 if SIMULATED else 17)},
+    "stream.window": {
+        "times": lambda random, shape: random.uniform(-20, 20, shape),
+        "keys": lambda random, shape: random.integers(-5, 5, shape),
+        "width": lambda random, shape: 5,
+        "lateness": lambda random, shape: random.uniform(0, 10),
+        "state": _windows,
+        "watermark": lambda random, shape: random.uniform(-20, 0, shape),
+    },
 }
 
 
