@@ -94,9 +94,9 @@ def look_for_devices() -> tuple[Found, ...]:
 
 
 def default_workers(found: Sequence[Found]) -> dict[str, int]:
-    """A worker for each device that is there, with its slots. Another device's worker needs a core beside the cpu's."""
+    """A worker for each device that is there, with its slots. Each other device's needs a core beside the cpu's."""
     others = [each.kind for each in found if each.available and each.kind != "cpu"]
-    return {"cpu": max(1, cores() - 1 if others else cores()), **dict.fromkeys(others, 1)}
+    return {"cpu": max(1, cores() - len(others)), **dict.fromkeys(others, 1)}
 
 
 def parse_workers(text: str) -> dict[str, int]:

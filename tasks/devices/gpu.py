@@ -138,6 +138,7 @@ class GpuDriver:
         self._threads = threading.local()
         self._memories: weakref.WeakSet[Memory] = weakref.WeakSet()
         self._context = cuda.current_context(0)
+        self.model = "Numba's CUDA simulator" if simulated else f"{_name(self._context.device)}, CUDA {cuda_version()}"
         self._array_type, self._memset = _numba_parts()
         self._read_state = None if simulated else gpu_state(str(self._context.device.uuid))
 

@@ -77,8 +77,7 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
         "volatility": lambda random, shape: random.uniform(0, 1, shape),
         "rate": lambda random, shape: random.uniform(-0.05, 0.2),
     },
-    # Whole numbers: exact in any order of summing, so that ties are ties on every device.
-    "retrieval.top_k": {"items": _whole, "queries": _whole},
+    "medical.gaussian_filter": {"sigma": lambda random, shape: random.uniform(0, 1 if SIMULATED else 6)},
     # A pixel of radius 16 costs the simulator 30 ms.
     "medical.median_filter": {"radius": lambda random, shape: random.integers(0, 4 if SIMULATED else 17)},
     "stream.window": {
@@ -89,6 +88,8 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
         "state": _windows,
         "watermark": lambda random, shape: random.uniform(-20, 0, shape),
     },
+    # Whole numbers: exact in any order of summing, so that ties are ties on every device.
+    "retrieval.top_k": {"items": _whole, "queries": _whole},
 }
 
 
@@ -247,11 +248,21 @@ def test_it_treats_values_that_are_not_finite_as_the_reference_does(name: str, k
         inputs = draw(kernel, random, {})
         if argument.dims is None:
             inputs[key] = odd
+            if refuses(kernel, inputs):  # so no variant ever sees it
+                continue
         else:
             array = inputs[key].copy()
             array.flat[random.integers(0, array.size, 3)] = odd
             inputs[key] = array
         assert_refers(kernel, launch(name, kind, inputs), inputs, f"{name} on {kind}, {odd} in {key}")
+
+
+def refuses(kernel: Kernel, inputs: Inputs) -> bool:
+    try:
+        kernel.signature.bind(inputs)
+    except InvalidArguments:
+        return True
+    return False
 
 
 @variants

@@ -12,6 +12,7 @@ from pipeline.machine import Found, checked, cores, default_workers, look_for_de
 
 CPU = Found("cpu", available=True, what="a processor")
 FPGA = Found("fpga", available=True, what="PoCL", emulated=True)
+TPU = Found("tpu", available=True, what="JAX", emulated=True)
 NO_GPU = Found("gpu", available=False, what="no NVIDIA driver", fix="install one")
 
 
@@ -60,6 +61,14 @@ def test_beside_another_device_it_leaves_a_core_for_that_ones_worker(
 ) -> None:
     monkeypatch.setattr(machine, "cores", lambda: count)
     assert default_workers([CPU, NO_GPU, FPGA]) == {"cpu": slots, "fpga": 1}
+
+
+@pytest.mark.parametrize(("count", "slots"), [(8, 6), (3, 1), (2, 1)])
+def test_beside_two_other_devices_it_leaves_a_core_for_each(
+    monkeypatch: pytest.MonkeyPatch, count: int, slots: int
+) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: count)
+    assert default_workers([CPU, FPGA, TPU]) == {"cpu": slots, "fpga": 1, "tpu": 1}
 
 
 def test_a_device_that_is_there_may_be_asked_for_under_any_model() -> None:
