@@ -88,6 +88,17 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
         "state": _windows,
         "watermark": lambda random, shape: random.uniform(-20, 0, shape),
     },
+    # Else log returns of ten deviations cancel each other, and the losses are rounding.
+    "finance.value_at_risk": {
+        "factor": lambda random, shape: random.normal(0, 0.02, shape),
+        "mean": lambda random, shape: random.normal(0, 0.01, shape),
+        "horizon": lambda random, shape: random.uniform(0, 10),
+        "confidence": lambda random, shape: random.uniform(0.01, 0.99),
+    },
+    "monitor.failure_forecast": {
+        "alpha": lambda random, shape: random.uniform(0.01, 1),
+        "beta": lambda random, shape: random.uniform(0, 1),
+    },
     # Whole numbers: exact in any order of summing, so that ties are ties on every device.
     "retrieval.top_k": {"items": _whole, "queries": _whole},
 }
