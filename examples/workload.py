@@ -229,7 +229,7 @@ def _bands(path: Path) -> dict[str, Singles]:
 
 
 #: Kernel, share of the jobs, what makes the arguments, and its sizes from small to large. Measured on one core from the
-#: smallest to the largest, in ms: matmul 0.1 to 3, black_scholes 0.1 to 0.9, value_at_risk 0.3 to 2, anomaly 0.1 to 0.4,
+#: smallest to the largest, in ms: matmul 0.1 to 3, black_scholes 0.1 to 0.9, value_at_risk 0.3 to 2, anomaly to 0.4,
 #: failure_forecast 0.04 to 0.2, top_k 0.2 to 24, zonal_stats 0.05 to 0.7, median_filter 0.4 to 20, gaussian_filter 0.05
 #: to 0.8, group_by and histogram 0.02 to 0.4. ndvi and otsu take 0.01 to 0.1: jobs that are not worth a long way.
 #: Driving, cities, recommendation and networks have no real data here, so they are left to the benches.
