@@ -141,7 +141,7 @@ class GpuDriver:
         self._context = cuda.current_context()
         self.processors = 1 if simulated else int(self._context.device.MULTIPROCESSOR_COUNT)
         """The multiprocessors of the card: it is busy with a few blocks for each."""
-        self.model = "Numba's CUDA simulator" if simulated else f"{_name(self._context.device)}, CUDA {cuda_version()}"
+        self.model = "Numba's CUDA simulator" if simulated else f"{_name(self._context.device)}, CUDA {_cuda_version()}"
         self._array_type, self._memset = _numba_parts()
         self._types: dict[tuple[np.dtype[Any], int], Any] = {}
         self._read_state = None if simulated else gpu_state(str(self._context.device.uuid))
@@ -559,6 +559,14 @@ def _several(cards: Sequence[tuple[str, str]]) -> Found:
 def _name(device: Any) -> str:
     name = getattr(device, "name", "simulator")
     return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _cuda_version() -> str:
+    """The newest CUDA that the installed driver can serve."""
+    from numba.cuda.cudadrv.driver import driver
+
+    major, minor = driver.get_version()
+    return f"{major}.{minor}"
 
 
 def _numba_parts() -> tuple[Any, Any]:
