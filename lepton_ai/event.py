@@ -15,10 +15,14 @@
 | job.cancelled    | who held| yes  | code, message                                                               |
 | job.expired      | who held| yes  | code, message: its deadline has passed                                      |
 | job.retried      | worker  | yes  | code, message; delay_s: after which it runs again; retries: before this one |
+| job.released     | worker  | yes  | code, message: this device could not run it, and it goes to another         |
 | job.dead         | who held| yes  | code, message; attempts: it is among the dead letters                       |
 | device.online    | worker  |      | worker                                                                      |
 | device.heartbeat | worker  |      | state: ResourceState                                                        |
 | device.offline   | worker  |      | worker                                                                      |
+| device.lost      | worker  |      | worker, reason: its process ends, and what it held has been given back      |
+| device.          | worker  |      | reason, difference, tolerance, shapes, job: `kernel` runs on `device` no    |
+|     quarantined  |         |      | more, until somebody lifts that (see `Quarantined`)                         |
 | kernel.refused   | worker  |      | reason (`kernel` is the kernel, or the module that was refused)             |
 | router.online    | router  |      |                                                                             |
 | router.offline   | router  |      |                                                                             |
@@ -107,8 +111,9 @@ _TYPE: Final = "io.lepton.{}.v1"
 #: Every type in the table above.
 TYPES: Final = (
     *("job.accepted", "job.placed", "job.parked", "job.rejected", "job.scheduled", "job.progressed"),
-    *("job.cancel_asked", "job.succeeded", "job.failed", "job.cancelled", "job.expired", "job.retried", "job.dead"),
-    *("device.online", "device.heartbeat", "device.offline"),
+    *("job.cancel_asked", "job.succeeded", "job.failed", "job.cancelled", "job.expired", "job.retried", "job.released"),
+    "job.dead",
+    *("device.online", "device.heartbeat", "device.offline", "device.lost", "device.quarantined"),
     *("kernel.refused", "router.online", "router.offline"),
 )
 #: After one of these a job has no more events.

@@ -20,6 +20,7 @@ from queues.event_stream import EventStream
 from queues.steps import Commit
 from tasks.heartbeat import Heartbeat
 from tasks.host import boot
+from tasks.quarantine import Quarantine
 
 QUICK = Settings(lease_s=0.5, heartbeat_s=0.05)
 INCARNATION = "worker-of-the-test"
@@ -40,7 +41,13 @@ class Slots(SimpleNamespace):
 @pytest.fixture
 def slots() -> Slots:
     return Slots(
-        busy_s=0.0, busy=1, count=2, heed=lambda _: None, driver=SimpleNamespace(state=DeviceState), threads=[]
+        busy_s=0.0,
+        busy=1,
+        count=2,
+        heed=lambda _: None,
+        driver=SimpleNamespace(state=DeviceState),
+        threads=[],
+        quarantine=Quarantine("cpu.test"),
     )
 
 
