@@ -3,8 +3,8 @@
 Numba keeps an index and a file for each function, and replaces each of them whole. But of two processes that write one
 index the last wins, and both may have named their files alike: then an entry leads to the other's machine code. And it
 writes the index first: a process that dies between the two leaves an entry that leads to whatever stood there before.
-So each kernel is compiled under a lock (flock, which a death releases), and who finds that the last one died there
-begins anew.
+So each file of kernels is compiled under a lock (flock, which a death releases), and who finds that the last one died
+there begins anew.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 class Lock:
-    """One kernel's, of one kind of device, among all processes that share a cache."""
+    """Of one file of kernels and one kind of device, among all processes that share a cache."""
 
     def __init__(self, path: Path, source: Path | None = None) -> None:
         self._path = path
@@ -129,12 +129,15 @@ def _is_locked(descriptor: int) -> bool:
 
 
 def lock_of(name: str, kind: str, source: Path | None) -> Lock:
-    """The lock of a kernel's variant, in the folder where what is compiled of its file is kept."""
+    """The lock of a kernel's variant, in the folder where what is compiled of its file is kept.
+
+    Kernels of one file have one lock: they may share functions, and with them an index.
+    """
     given = os.environ.get(_VARIABLE)
     folder = Path(given) if given else source.parent / "__pycache__" if source is not None else None
     if folder is None or not _is_writable(folder):
         folder = private_folder("lepton", "locks")
-    return Lock(folder / f"lepton-{name}.{kind}.lock", source)
+    return Lock(folder / f"lepton-{source.stem if source is not None else name}.{kind}.lock", source)
 
 
 @contextmanager
