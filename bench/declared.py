@@ -79,6 +79,7 @@ class DeclaredDriver:
     """The opened stand-in. It has one set of units: whatever several slots launch is run one after the other."""
 
     emulated = True
+    model = "a stand-in"
     stream = None
 
     def __init__(self, kind: str, slots: int, speed: Speed) -> None:

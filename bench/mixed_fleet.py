@@ -20,8 +20,9 @@ from bench.contest import say
 from bench.cpu import CORES
 from lepton_ai import Client
 from lepton_ai.settings import Settings
+from pipeline.machine import planned
 from pipeline.processes import Processes, Program, ending, environment
-from pipeline.supervisor import programs, worker_name
+from pipeline.supervisor import programs
 from queues.embedded import EmbeddedBroker
 
 __all__ = ["DEVICES", "MixedFleet", "mixed_fleet"]
@@ -74,7 +75,7 @@ def mixed_fleet(name: str, devices: Sequence[str] = tuple(DEVICES)) -> Iterator[
             processes.start(program)
         for device in devices:
             if (core := DEVICES[device][1]) is not None:
-                _pin(processes.running[worker_name(device)].pid, core)
+                _pin(processes.running[f"worker-{device}"].pid, core)
         fleet = MixedFleet(broker.url, stack.enter_context(Client(broker.url)), processes, logs)
         while {each.device for each in fleet.client.devices()} < set(devices):
             fleet.check()
@@ -83,11 +84,11 @@ def mixed_fleet(name: str, devices: Sequence[str] = tuple(DEVICES)) -> Iterator[
 
 
 def _programs(environ: dict[str, str], devices: Sequence[str]) -> Iterator[Program]:
-    for program in programs(environ, dict.fromkeys(devices, 1)):
+    for program in programs(environ, planned(dict.fromkeys(devices, 1))):
         if program.name in _SERVICES:
             yield program
         for device in devices:
-            if program.name == worker_name(device):
+            if program.name == f"worker-{device}":
                 own = tuple(DEVICES[device][0] if each == "tasks.worker" else each for each in program.arguments)
                 yield msgspec.structs.replace(program, arguments=own)
 

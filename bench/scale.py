@@ -30,6 +30,7 @@ from lepton_ai import Client, topology, wire
 from lepton_ai.identity import new_id, new_ids
 from lepton_ai.job import Options
 from lepton_ai.settings import Settings
+from pipeline.machine import planned
 from pipeline.processes import Processes, environment
 from pipeline.supervisor import programs
 from queues.embedded import EmbeddedBroker
@@ -124,7 +125,7 @@ class _Play:
     @contextmanager
     def _processes(self, url: str) -> Iterator[Processes]:
         processes = Processes(lambda name: (self._folder / name).open("wb"), lambda *_, **__: None, restart=False)
-        own = programs(environment({"LEPTON_REDIS_URL": url}), {"cpu": 1})
+        own = programs(environment({"LEPTON_REDIS_URL": url}), planned({"cpu": 1}))
         self._router = next(each for each in own if each.name == "router")
         try:
             processes.start(next(each for each in own if each.name.startswith("worker")))

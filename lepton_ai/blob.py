@@ -1,10 +1,11 @@
 """Blobs: arrays that are kept outside their message, which names each by a Reference. Without any I/O.
 
 A reference stands in a message where the array would: `{"dtype": "<f4", "shape": [..], "blob": "<place>"}`, and the
-place is one of two (decision 13):
+place is one of three (decision 13):
 
     redis:<nonce>:<chunks>                          the keys `lepton-blob:<job>:<nonce>:<n>`; as safe as the message
     ring:<memory>:<segment>:<offset>:<generation>   memory that two processes of a host share; volatile
+    s3://<bucket>/<object>, ...                     a store that fsspec knows, where it was before and stays
 
 The keys of a blob are made of its own job's id, so no message can name another job's. What is sent to the broker and
 read from it are plain commands, performed by either client, a router or a worker.
@@ -35,6 +36,7 @@ __all__ = [
     "WRITTEN_S",
     "InRedis",
     "InRing",
+    "InStore",
     "Reference",
     "array_of",
     "check_places",
@@ -71,6 +73,10 @@ _WIRE: Final = {dtype.str: dtype for dtype in tensor.DTYPES.values()}
 _REDIS: Final = re.compile(r"redis:([0-9a-f]{16}):([1-9][0-9]{0,6})", re.ASCII)
 _RING: Final = re.compile(r"ring:([0-9a-f]{32}):([0-9a-f]{32}):([0-9]{1,15}):([1-9][0-9]{0,17})", re.ASCII)
 
+#: No credentials, queries, fragments or ways up: what stands there is matched against the prefixes that are allowed.
+_STORE: Final = re.compile(r"([a-z][a-z0-9+-]{0,15})://([^\s/?#@%\\:]*(/[^\s/?#@%\\:]+)+)", re.ASCII)
+_LONGEST_URL: Final = 1024
+
 Command = tuple[Any, ...]
 
 
@@ -100,12 +106,22 @@ class InRing(NamedTuple):
     generation: int
 
 
+class InStore(NamedTuple):
+    """The place of a blob on a store of the user's own."""
+
+    url: str
+
+    def is_below(self, prefixes: Iterable[str]) -> bool:
+        """Whether it is in one of these folders, such as `s3://bucket/scans`."""
+        return any(self.url.startswith(prefix.rstrip("/") + "/") for prefix in prefixes)
+
+
 def is_worth(array: NDArray[Any]) -> bool:
     """Whether an array is large enough to leave its message."""
     return array.nbytes > WORTH_BYTES
 
 
-def place_of(reference: Reference, field: str | None = None) -> InRedis | InRing:
+def place_of(reference: Reference, field: str | None = None) -> InRedis | InRing | InStore:
     """Where the bytes of a reference are; InvalidArguments where it names no place."""
     try:
         return _place(reference.blob)
@@ -114,11 +130,14 @@ def place_of(reference: Reference, field: str | None = None) -> InRedis | InRing
 
 
 @lru_cache(maxsize=1024)  # of an array it is asked five times
-def _place(told: str) -> InRedis | InRing:
+def _place(told: str) -> InRedis | InRing | InStore:
     if match := _RING.fullmatch(told):
         return InRing(match[1], match[2], int(match[3]), int(match[4]))
     if match := _REDIS.fullmatch(told):
         return InRedis(match[1], int(match[2]))
+    url = _STORE.fullmatch(told) if len(told) <= _LONGEST_URL else None
+    if url is not None and not {".", ".."}.intersection(url[2].split("/")):
+        return InStore(told)
     raise ValueError(told[:200])
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_ai import tensor, wire
+from lepton_ai.blob import Reference
 from lepton_ai.errors import InvalidArguments, KeyConflict
 
 __all__ = ["KEPT_S", "conflict", "fingerprint", "job_id", "paired"]
@@ -59,6 +60,9 @@ def fingerprint(kernel: str, arguments: Mapping[str, Any], device: str | None = 
     digest = hashlib.sha256(_FORM)
     digest.update(msgspec.msgpack.encode((kernel, device, len(arguments))))
     for name in sorted(arguments):
+        if isinstance(value := arguments[name], Reference):  # by where it is: nobody reads it here
+            digest.update(msgspec.msgpack.encode((name, "store", value)))
+            continue
         array, form = _canonical(name, arguments[name])
         digest.update(msgspec.msgpack.encode((name, form, array.shape)))
         flat = array.reshape(-1)

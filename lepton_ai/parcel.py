@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_ai import blob, topology
-from lepton_ai.blob import Command, Reference
+from lepton_ai.blob import Command, InStore, Reference
 from lepton_ai.bundle import Row
 from lepton_ai.device import Announcement
+from lepton_ai.errors import InvalidArguments
 from lepton_ai.job import Meta
 from lepton_ai.ring import Ring
 from lepton_ai.tensor import TensorMap
@@ -167,8 +168,8 @@ def pack(
 ) -> Parcel | Row:
     """The parcel of a row with arrays that leave its message. `ring` is the kernel and device where the ring will do.
 
-    A Row where all of them are in the ring and it `may_share` its message. What goes to the broker is copied first: its
-    caller may write to the array as soon as it has been taken.
+    A Row where none of them goes to the broker and it `may_share` its message. What does is copied first: its caller
+    may write to the array as soon as it has been taken.
     """
     values = dict(row)
     places: list[str] = []
@@ -176,6 +177,10 @@ def pack(
     size = 0
     try:
         for name, value in row.items():
+            if isinstance(value, Reference):
+                values[name] = _stored(value, name)
+                places.append(value.blob)
+                continue
             if not isinstance(value, np.ndarray) or not blob.is_worth(value):
                 continue
             reference = None if ring is None else blobs.put(value, job, *ring)
@@ -195,3 +200,10 @@ def pack(
         blobs.free(job)
         raise
     return Parcel(message, writes, blob.keys(job, places) if writes else (), len(message) + size)
+
+
+def _stored(reference: Reference, name: str) -> TensorMap:
+    """An array on a store, as it crosses the wire; the other places are those of one job, and no caller names them."""
+    if not isinstance(blob.place_of(reference, name), InStore):
+        raise InvalidArguments(f"{reference.blob!r} is not on a store", name)
+    return TensorMap(reference.dtype, list(reference.shape), blob=reference.blob)

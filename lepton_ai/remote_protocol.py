@@ -16,6 +16,7 @@ from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.device import Announcement
 from lepton_ai.errors import (
     BrokerUnavailable,
+    InvalidArguments,
     JobExpired,
     LeptonError,
     OptionNotSupported,
@@ -103,6 +104,7 @@ class JobRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True)
     deadline_s: float | None = None
     limit_s: float | None = None
     must_meet: bool | None = None
+    state_key: str | None = None
 
 
 class Chosen(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -152,14 +154,23 @@ def request(kernel: str, row: Mapping[str, Any], terms: Terms, key: str | None =
         "deadline_s": terms.deadline_s,
         "limit_s": options.limit_s,
         "must_meet": options.must_meet or None,
+        "state_key": options.state_key,
     }
     return wire.pack(
         {
             "kernel": kernel,
-            "arguments": {name: wire.to_value(value) for name, value in row.items()},
+            "arguments": {name: _sent(name, value) for name, value in row.items()},
             **{name: value for name, value in asked.items() if value is not None},
         }
     )
+
+
+def _sent(name: str, value: Any) -> Any:
+    try:
+        return wire.to_value(value)
+    except wire.Oversize:
+        told = f"argument {name!r} is on a store: that takes a client of the broker (redis://), not of HTTP"
+        raise InvalidArguments(told, name) from None
 
 
 def body_of(requests: list[bytes]) -> bytes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -20,7 +21,14 @@ _SCHEMES = ("redis", "rediss", "unix")
 
 
 #: Beyond these the broker refuses a number, or one step of it would hold up everybody else.
-_MOST = {"result_ttl_s": 3.2e9, "batch_jobs": 4096, "events_kept": 10**9, "lease_s": 3600.0, "limit_s": 3.2e9}
+_MOST = {
+    "result_ttl_s": 3.2e9,
+    "state_ttl_s": 3.2e9,
+    "batch_jobs": 4096,
+    "events_kept": 10**9,
+    "lease_s": 3600.0,
+    "limit_s": 3.2e9,
+}
 _LEAST = {
     "heartbeat_s": 0.01,
     "limit_s": 0.1,
@@ -54,6 +62,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     result_serializer: Literal["json", "msgpack"] = "json"
     """The encoding of results whose job names none: what plain Celery clients expect."""
     result_ttl_s: float = 3600.0
+    state_ttl_s: float = 7 * 86_400.0
+    """How long the state of a state key lasts after its last job."""
+    state_bytes: int = 8 * 1024 * 1024
+    """The most that it may take."""
     durability: Literal["everysec", "fsync"] = "everysec"
     """What an accepted job survives: fsync also a killed broker and a full disk, at the price of a disk write each."""
     attempts: int = 3
@@ -111,8 +123,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The share of succeeded jobs that a worker computes once more, by another variant, to compare them; 0 for none."""
     parity_bytes: int = 64 * 1024 * 1024
     """What the arrays of such a job may take at most."""
+    stores: str = ""
+    """Where a worker may read arrays that are on a store, as prefixes separated by commas: `s3://bucket/scans`."""
     kernels: str = ""
     """Modules with kernels of your own, separated by commas."""
+    kernels_allowed: str = ""
+    """What a worker serves of its kernels: names or patterns (`linalg.*`), separated by commas, and with `!` in front
+    those that it does not. Unset it serves all."""
     fpga_binaries: str = ""
     """A folder with what an FPGA board runs: `<kernel>.aocx` or `<kernel>.xclbin`. Without a board nothing reads it."""
 
@@ -143,6 +160,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "body_limit_bytes",
             "blob_limit_bytes",
             "result_ttl_s",
+            "state_ttl_s",
+            "state_bytes",
             "lease_s",
             "heartbeat_s",
             "window",
@@ -189,6 +208,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"{_PREFIX}REDIS_URL must begin with redis://, rediss:// or unix://, such as redis://127.0.0.1:6379/0",
                 "redis_url",
             )
+        for prefix in self.store_prefixes:
+            if "://" not in prefix:
+                told = f"{_PREFIX}STORES holds prefixes such as s3://bucket/folder, not {prefix!r}"
+                raise InvalidSettings(told, "stores")
         if not 0 <= self.http_port <= 65535:
             raise InvalidSettings(f"{_PREFIX}HTTP_PORT must be 0 to 65535, not {self.http_port}", "http_port")
         if self.heartbeat_s * 2 > self.lease_s:
@@ -199,5 +222,20 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self
 
     @property
+    def store_prefixes(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in self.stores.split(",") if part.strip())
+
+    @property
     def kernel_modules(self) -> tuple[str, ...]:
         return tuple(part.strip() for part in self.kernels.split(",") if part.strip())
+
+    def allows(self, kernel: str) -> bool:
+        """Whether a worker with these settings serves a kernel of this name."""
+        patterns = [part.strip() for part in self.kernels_allowed.split(",") if part.strip()]
+        refused = [part[1:].strip() for part in patterns if part.startswith("!")]
+        allowed = [part for part in patterns if not part.startswith("!")] or ["*"]
+        return _matches(kernel, allowed) and not _matches(kernel, refused)
+
+
+def _matches(kernel: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(kernel, pattern) for pattern in patterns)

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from lepton_ai import tensor
+from lepton_ai.blob import Reference
 from lepton_ai.errors import (
     InvalidArguments,
     Malformed,
@@ -185,12 +186,14 @@ _ORIGIN = f"lepton-{os.getpid()}@{socket.gethostname()}"
 def to_value(value: Any, most_bytes: float = math.inf) -> Any:
     """A caller's argument as it crosses the wire: arrays as tensor maps, NumPy numbers as numbers, the rest as is.
 
-    Raises Oversize for an array above `most_bytes`.
+    Raises Oversize for an array above `most_bytes`, and for one that is outside the message already.
     """
     if isinstance(value, np.ndarray):
         if value.nbytes > most_bytes:
             raise Oversize
         return tensor.to_wire(value) if value.ndim else value.item()
+    if isinstance(value, Reference):
+        raise Oversize
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from tempfile import TemporaryFile
 
 import msgspec
@@ -15,7 +15,19 @@ from lepton_ai.errors import InvalidSettings
 from pipeline.processes import Program, environment, start
 from queues.broker import LISTS_EACH
 
-__all__ = ["Found", "checked", "cores", "default_workers", "look_for_devices", "parse_workers"]
+__all__ = [
+    "CPU",
+    "Found",
+    "WorkerPlan",
+    "check_name",
+    "checked",
+    "cores",
+    "default_slots",
+    "default_workers",
+    "look_for_devices",
+    "parse_workers",
+    "planned",
+]
 
 _PROBE_S = 60.0
 
@@ -36,6 +48,31 @@ class Found(msgspec.Struct, frozen=True):
         return "; ".join(filter(None, (self.what, self.fix)))
 
 
+#: What every machine has.
+CPU = Found("cpu", available=True, what="this machine's processor")
+
+
+class WorkerPlan(msgspec.Struct, frozen=True):
+    """A worker that is to be started."""
+
+    name: str
+    """Its own on this machine: the device's, with a number where several workers serve that."""
+    device: str
+    slots: int
+    environ: dict[str, str] = {}
+    """What it has beside the environment of all."""
+
+    @property
+    def process(self) -> str:
+        """The name of its process here."""
+        return f"worker-{self.name}"
+
+
+def planned(workers: Mapping[str, int]) -> tuple[WorkerPlan, ...]:
+    """A worker for each device, which `workers` maps to its slots."""
+    return tuple(WorkerPlan(device, device, slots) for device, slots in workers.items())
+
+
 def look_for_devices() -> tuple[Found, ...]:
     """What `python -m tasks` reports; where it cannot, the processor, which every machine has, is all that is known."""
     # A child like the others, so that it does not outlive a Ctrl-C.
@@ -53,7 +90,7 @@ def look_for_devices() -> tuple[Found, ...]:
             return msgspec.json.decode(line, type=tuple[Found, ...])
         except msgspec.DecodeError:
             continue
-    return (Found("cpu", available=True, what="this machine's processor"),)
+    return (CPU,)
 
 
 def default_workers(found: Sequence[Found]) -> dict[str, int]:
@@ -67,18 +104,28 @@ def parse_workers(text: str) -> dict[str, int]:
     workers: dict[str, int] = {}
     for part in text.split(","):
         device, colon, slots = part.strip().partition(":")
-        kind_of(device)
+        check_name(device)
         if device in workers:
             raise InvalidSettings(f"{device} is named twice; one worker has several slots: {device}:2")
         if colon and not (slots.isdecimal() and 1 <= int(slots) < LISTS_EACH):
             raise InvalidSettings(f"a worker has 1 to {LISTS_EACH - 1} slots, as in cpu:2, not {part.strip()!r}")
-        if not all(each.isalnum() or each in "._-" for each in device):
-            raise InvalidSettings(f"a device's name is letters, digits, '.', '_' and '-', not {device!r}")
-        workers[device] = int(slots) if colon else cores() if device == "cpu" else 1
+        workers[device] = int(slots) if colon else default_slots(device)
     return workers
 
 
-def checked(workers: Mapping[str, int], found: Sequence[Found]) -> None:
+def check_name(device: str) -> None:
+    """InvalidSettings where no device may have this name."""
+    kind_of(device)
+    if not all(each.isalnum() or each in "._-" for each in device):
+        raise InvalidSettings(f"a device's name is letters, digits, '.', '_' and '-', not {device!r}")
+
+
+def default_slots(device: str) -> int:
+    """The slots of a worker that is told of none."""
+    return cores() if device == "cpu" else 1
+
+
+def checked(workers: Iterable[str], found: Sequence[Found]) -> None:
     """Raises InvalidSettings for a device that is not there, with what is missing and the fix."""
     by_kind = {each.kind: each for each in found}
     for device in workers:

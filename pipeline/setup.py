@@ -18,7 +18,17 @@ import msgspec
 from lepton_ai.errors import BrokerUnavailable, InvalidSettings
 from lepton_ai.placement import policies
 from lepton_ai.settings import Settings
-from pipeline.machine import Found, checked, default_workers, look_for_devices, parse_workers
+from pipeline.fleet_file import read_fleet
+from pipeline.machine import (
+    CPU,
+    Found,
+    WorkerPlan,
+    checked,
+    default_workers,
+    look_for_devices,
+    parse_workers,
+    planned,
+)
 from pipeline.processes import Program, environment
 from pipeline.supervisor import free_port, programs
 from queues import guardian
@@ -41,7 +51,7 @@ class Setup(msgspec.Struct, frozen=True):
     """Where the embedded broker keeps its data."""
     http_url: str
     flower_url: str | None
-    workers: dict[str, int]
+    workers: tuple[WorkerPlan, ...]
     found: tuple[Found, ...]
 
     @property
@@ -80,11 +90,16 @@ def set_up(arguments: Sequence[str], held: ExitStack) -> Setup:
     given = {name: str(value) for name, value in asked.items() if value is not None}
     settings = Settings.read(os.environ | given)
     policies.load(settings.policy)
+    if options.fleet and options.workers:
+        raise InvalidSettings("--fleet and --workers both name the workers: leave one out", "--fleet")
+    fleet = read_fleet(options.fleet.expanduser()) if options.fleet else None
     workers = parse_workers(options.workers) if options.workers else {}
     found: tuple[Found, ...] = ()
-    if not workers or any(device.partition(".")[0] != "cpu" for device in workers):
+    devices = fleet.devices if fleet is not None else list(workers)
+    if not devices or any(device.partition(".")[0] != "cpu" for device in devices):
         found = look_for_devices()
         checked(workers, found)
+    plans = fleet.planned(found or (CPU,)) if fleet is not None else planned(workers or default_workers(found))
     broker_url, server, data = settings.redis_url, None, None
     if broker_url:
         if options.data is not None:
@@ -102,14 +117,14 @@ def set_up(arguments: Sequence[str], held: ExitStack) -> Setup:
         if find_spec("flower") is None:
             raise InvalidSettings("Flower is not installed: pip install 'lepton-ai[flower]'", "--flower")
         flower_url = f"http://127.0.0.1:{_port('127.0.0.1', options.flower_port, '--flower-port')}"
-    workers = workers or default_workers(found)
-    return Setup(settings, broker_url, server, data, http_url, flower_url, workers, found)
+    return Setup(settings, broker_url, server, data, http_url, flower_url, plans, found)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lepton up", allow_abbrev=False)
     parser.add_argument("--broker", metavar="URL")
     parser.add_argument("--workers", metavar="DEVICE[:SLOTS],...")
+    parser.add_argument("--fleet", type=Path, metavar="FILE")
     parser.add_argument("--flower", action="store_true")
     parser.add_argument("--flower-port", type=int, default=5555, metavar="PORT")
     parser.add_argument("--data", type=Path, metavar="DIR")

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,12 +16,13 @@ import msgspec
 from lepton_ai.device import Announcement
 from lepton_ai.errors import BrokerUnavailable, Unavailable
 from lepton_ai.settings import Settings
+from pipeline.machine import WorkerPlan, planned
 from pipeline.processes import Processes, Program, ending, environment
 from queues.broker import announcements
 from queues.connection import CommandError, Connection
 from queues.embedded import EmbeddedBroker
 
-__all__ = ["SERVICES", "Arrival", "Fleet", "free_port", "programs", "run_fleet", "worker_arguments", "worker_name"]
+__all__ = ["SERVICES", "Arrival", "Fleet", "free_port", "programs", "run_fleet", "worker_arguments"]
 
 SERVICES = ("router", "telemetry", "ingest")
 _STOP_S = 20.0
@@ -66,10 +67,11 @@ def run_fleet(
         processes = Processes(lambda name: (logs / name).open("wb"), lambda *_, **__: None, restart=False)
         fleet = Fleet(broker.url, f"http://127.0.0.1:{port}", processes.running, logs)
         stack.callback(_stop, processes)
-        for program in programs(environment(own), workers):
+        plans = planned(workers)
+        for program in programs(environment(own), plans):
             processes.start(program)
         tell("warming the kernels (the first start compiles them)")
-        arrival = Arrival(fleet.broker_url, fleet.http_url, workers)
+        arrival = Arrival(fleet.broker_url, fleet.http_url, plans)
         try:
             while not arrival.complete():
                 fleet.check()
@@ -83,66 +85,64 @@ def run_fleet(
         yield fleet
 
 
-def programs(environ: dict[str, str], workers: Mapping[str, int]) -> list[Program]:
-    """The services and a worker for each device, which `workers` maps to its slots."""
+def programs(environ: dict[str, str], workers: Iterable[WorkerPlan]) -> list[Program]:
+    """The services and the workers."""
     return [
         *(Program(name, ("-m", "pipeline", name), environ) for name in SERVICES),
         *(
-            Program(worker_name(device), tuple(worker_arguments(device, slots)), environ)
-            for device, slots in workers.items()
+            Program(each.process, tuple(worker_arguments(each.device, each.slots, each.name)), environ | each.environ)
+            for each in workers
         ),
     ]
 
 
-def worker_name(device: str) -> str:
-    """The name of the process that serves a device here."""
-    return f"worker-{device}"
-
-
-def worker_arguments(device: str, slots: int) -> list[str]:
-    """The command line, after the interpreter, of a real Celery worker that serves a device."""
+def worker_arguments(device: str, slots: int, name: str | None = None) -> list[str]:
+    """The command line, after the interpreter, of a real Celery worker that serves a device, by its name if none."""
     arguments = f"-m celery -q -A tasks.worker worker -P threads --without-gossip --without-mingle -Q lepton.{device}"
-    return [*arguments.split(), "-c", str(slots), "-n", f"{device}@%h", "--loglevel", "WARNING"]
+    return [*arguments.split(), "-c", str(slots), "-n", f"{name or device}@%h", "--loglevel", "WARNING"]
 
 
 class Arrival:
     """Looks who has come up since it was made: the workers by their announcements, the ingest by its own word."""
 
-    def __init__(self, broker_url: str, http_url: str, devices: Mapping[str, int]) -> None:
+    def __init__(self, broker_url: str, http_url: str, workers: Iterable[WorkerPlan]) -> None:
         self.online: set[str] = set()
         self._broker_url = broker_url
         self._http_url = http_url
-        self._devices = set(devices)
+        self._nodes = {f"{each.name}@{socket.gethostname()}": each.name for each in workers}
         self._since = time.time()
         self._told: set[str] = set()
 
     def complete(self) -> bool:
         """Looks once; whether every worker is online and the ingest ready."""
         with contextlib.suppress(BrokerUnavailable):
-            self.online |= {each.device for each in self.announced()}
-        return self.online >= self._devices and _is_ready(self._http_url)
+            self.online |= set(self.announced())
+        return self.online >= set(self._nodes.values()) and _is_ready(self._http_url)
 
     def news(self) -> list[str]:
-        """The devices that have come online since the last call."""
+        """The workers that have come online since the last call, by name."""
         news = sorted(self.online - self._told)
         self._told |= self.online
         return news
 
-    def announced(self) -> list[Announcement]:
-        """Our workers that are online now; BrokerUnavailable while the broker is."""
+    def announced(self) -> dict[str, Announcement]:
+        """Our workers that are online now, by name; BrokerUnavailable while the broker is."""
         try:
             with contextlib.closing(Connection(self._broker_url, "supervisor")) as connection:
                 found = announcements(connection)
         except CommandError as error:
             raise BrokerUnavailable(error.message) from error
-        mine = {f"{device}@{socket.gethostname()}" for device in self._devices}
         # Not what an earlier run has left: a lease outlives its worker for a while.
-        return [each for each in found if each.worker in mine and each.started_at >= self._since]
+        return {
+            self._nodes[each.worker]: each
+            for each in found
+            if each.worker in self._nodes and each.started_at >= self._since
+        }
 
 
 def _tell(arrival: Arrival, tell: Callable[[str], None]) -> None:
-    for device in arrival.news():
-        tell(f"{device} is online")
+    for name in arrival.news():
+        tell(f"{name} is online")
 
 
 def free_port(host: str = "127.0.0.1") -> int:

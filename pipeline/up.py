@@ -25,7 +25,7 @@ from pipeline.output import Output
 from pipeline.processes import Processes, Program, ending, environment
 from pipeline.setup import FLOWER, Setup, set_up
 from pipeline.signals import Signals
-from pipeline.supervisor import SERVICES, Arrival, worker_name
+from pipeline.supervisor import SERVICES, Arrival
 from queues import logs
 from queues.addresses import celery_addresses
 from queues.broker import LISTS_EACH
@@ -82,7 +82,7 @@ class _Up:
         self._signals = signals
         self._processes = Processes(output.of, _note, restart=True)
         self._arrival = Arrival(setup.broker_url, setup.http_url, setup.workers)
-        self._workers = {worker_name(device): device for device in setup.workers}
+        self._workers = [each.process for each in setup.workers]
         self._broker_failed = ""
 
     def run(self) -> int:
@@ -157,8 +157,8 @@ class _Up:
                 raise NoBroker(f"the broker did not start: {self._broker_failed or ending(code)}")
 
     def _tell_arrived(self, began: float) -> None:
-        for device in self._arrival.news():
-            log.info("device_ready", device=device, seconds=round(time.monotonic() - began, 2))
+        for name in self._arrival.news():
+            log.info("device_ready", device=name, seconds=round(time.monotonic() - began, 2))
 
     def _broker_answers(self) -> bool:
         try:
@@ -190,7 +190,7 @@ class _Up:
             openapi=setup.openapi_url,
             flower=setup.flower_url,
             data=None if setup.data is None else str(setup.data),
-            workers=setup.workers,
+            workers={each.name: each.slots for each in setup.workers},
         )
 
     def _introduce(self) -> None:
@@ -206,9 +206,9 @@ class _Up:
             "Celery": f"{shlex.quote(celery_addresses(own)[0])} (broker and result backend of a producer)",
             "data": setup.data,
             "workers": ", ".join(
-                f"{device} ({slots} slot{'s' if slots > 1 else ''}"
-                f"{', emulated' if device.partition('.')[0] in emulated else ''})"
-                for device, slots in setup.workers.items()
+                f"{each.name} ({each.slots} slot{'s' if each.slots > 1 else ''}"
+                f"{', emulated' if each.device.partition('.')[0] in emulated else ''})"
+                for each in setup.workers
             ),
         }
         stream = self._output.ours()
@@ -280,8 +280,8 @@ class _Up:
         """The workers that serve now, with how many jobs each has taken."""
         now, clock = time.time(), time.monotonic()
         found: dict[str, int] = {}
-        for each in self._arrival.announced():
-            name = worker_name(each.device)
+        for worker, each in self._arrival.announced().items():
+            name = f"worker-{worker}"
             if each.started_at >= now - clock + self._processes.began(name):  # not the lease of one that was killed
                 held = [("LLEN", topology.held(each.incarnation, slot)) for slot in range(each.slots)]
                 found[name] = sum(broker.many(held))

@@ -114,7 +114,11 @@ class DeviceStep(bootsteps.StartStopStep):
         assert url is not None
         driver = open_device(device, worker.concurrency)
         catalogue = load(self.settings.kernel_modules)
-        repertoire = warm(catalogue.kernels.values(), driver, catalogue.refused)
+        allowed = [each for name, each in catalogue.kernels.items() if self.settings.allows(name)]
+        if catalogue.kernels and not allowed:
+            patterns = self.settings.kernels_allowed
+            raise InvalidSettings(f"LEPTON_KERNELS_ALLOWED allows none of the kernels: {patterns!r}", "kernels_allowed")
+        repertoire = warm(allowed, driver, catalogue.refused)
         incarnation = f"worker-{secrets.token_hex(8)}"
         self._teller = Teller(self.settings, url, incarnation, worker.hostname)
         books = Books(worker.app, worker.hostname, device, incarnation, self._teller)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from lepton_ai.device import DeviceState, Peaks, kind_of
 from lepton_ai.errors import InvalidSettings
 from lepton_ai.kernel import DEVICE_KINDS, Context, Inputs, Outputs, Run
 
-__all__ = ["Driver", "Found", "best_s", "cores", "open_device", "probe"]
+__all__ = ["Driver", "Found", "best_s", "cores", "instructions", "open_device", "probe", "processor"]
 
 _REPEATS = 5
+_INFO = Path("/proc/cpuinfo")
 
 
 class Driver(Protocol):
@@ -29,6 +31,8 @@ class Driver(Protocol):
     kind: str
     emulated: bool
     slots: int
+    model: str
+    """The make of the device, and the version of its driver where it has one: what its peaks depend on."""
 
     def peaks(self) -> Peaks:
         """What the device can do at best, measured now (well under a second)."""
@@ -121,6 +125,21 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The make of the host's processor."""
+    return _told("model name") or platform.machine()
+
+
+def instructions() -> str:
+    """What code compiled for the host's processor may use: of a cache that machines share, each has its own part."""
+    return f"{platform.machine()} {processor()} {_told('flags') or _told('Features')}"
+
+
+def _told(of: str) -> str:
+    lines = _INFO.read_text(errors="replace").splitlines() if _INFO.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(of)), "")
 
 
 def best_s(run: Callable[[], object]) -> float:

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from lepton_ai.device import DeviceState
 
-__all__ = ["gpu_state"]
+__all__ = ["cuda_version", "gpu_state"]
 
 
-def gpu_state(environ: Mapping[str, str] = os.environ) -> Callable[[], DeviceState]:
-    """The reading of the first GPU that CUDA_VISIBLE_DEVICES leaves this process: its number, or its UUID.
+def gpu_state(uuid: str) -> Callable[[], DeviceState]:
+    """The reading of the GPU of this UUID (CUDA and NVML number the GPUs of a machine differently).
 
     Nothing is loaded before the reading is first taken; it raises what NVML raises, and ModuleNotFoundError without it.
     """
-    chosen = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
     opened: list[tuple[Any, Any]] = []
 
     def read() -> DeviceState:
         if not opened:
-            opened.append(_open(chosen))
+            opened.append(_open(uuid))
         return _read(*opened[0])
 
     return read
 
 
-def _open(chosen: str) -> tuple[Any, Any]:
+def cuda_version() -> int:
+    """The newest CUDA that the installed driver can serve: 12080 for 12.8; 0 where nobody can tell."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlSystemGetCudaDriverVersion())
+    except Exception:  # noqa: BLE001 - it is asked for to word an advice
+        return 0
+
+
+def _open(uuid: str) -> tuple[Any, Any]:
     import pynvml
 
     pynvml.nvmlInit()
-    if chosen.isdecimal():
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(chosen))
-    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(chosen)
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
 
 
 def _read(nvml: Any, gpu: Any) -> DeviceState:

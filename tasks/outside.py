@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from numpy.typing import NDArray
 
 from lepton_ai import blob
-from lepton_ai.blob import InRedis, Reference
-from lepton_ai.errors import LeptonError
+from lepton_ai.blob import InRedis, InStore, Reference
+from lepton_ai.errors import InvalidArguments, LeptonError
 from lepton_ai.ring import RingReader
 from queues.connection import Connection
 from tasks.batching import TakenJob
@@ -27,18 +28,25 @@ class Fetched(msgspec.Struct):
     from_broker_bytes: int
 
 
-def fetch(jobs: Sequence[TakenJob], connection: Connection, ring: RingReader, limit_bytes: int) -> Fetched:
-    """Reads what jobs have outside their messages: from shared memory in place, from the broker all at once.
+def fetch(
+    jobs: Sequence[TakenJob], connection: Connection, ring: RingReader, limit_bytes: int, stores: Sequence[str] = ()
+) -> Fetched:
+    """Reads what jobs have outside their messages: from shared memory in place, from broker and stores all at once.
 
-    Raises BrokerUnavailable.
+    `stores` are the prefixes of what may be read from a store. Raises BrokerUnavailable.
     """
     start = time.perf_counter()
     arrays: dict[int, dict[str, Any]] = {}
     errors: dict[int, LeptonError] = {}
     asked: list[tuple[int, str, Reference, list[blob.Command]]] = []
+    stored: list[tuple[int, str, Reference]] = []
     for at, name, reference in _references(jobs):
         try:
-            if isinstance(blob.place_of(reference, name), InRedis):
+            place = blob.place_of(reference, name)
+            if isinstance(place, InStore):
+                _check_stored(place, reference, name, limit_bytes, stores)
+                stored.append((at, name, reference))
+            elif isinstance(place, InRedis):
                 commands = blob.read_commands(reference, jobs[at].id, limit_bytes, name)
                 asked.append((at, name, reference, commands))
             else:
@@ -56,9 +64,32 @@ def fetch(jobs: Sequence[TakenJob], connection: Connection, ring: RingReader, li
             from_broker_bytes += array.nbytes
         except LeptonError as error:
             errors.setdefault(at, error)
+    for (at, name, _), read in zip(stored, _read_stored(stored, limit_bytes), strict=True):
+        if isinstance(read, LeptonError):
+            errors.setdefault(at, type(read)(read.message, name))
+        else:
+            arrays.setdefault(at, {})[name] = read
     each_s = (time.perf_counter() - start) / len(jobs)
     there = [_filled(job, arrays.get(at, {}), each_s) for at, job in enumerate(jobs) if at not in errors]
     return Fetched(there, [(jobs[at], error) for at, error in errors.items()], from_broker_bytes)
+
+
+def _check_stored(place: InStore, reference: Reference, name: str, limit_bytes: int, stores: Sequence[str]) -> None:
+    """InvalidArguments where a worker may not read this: a producer must not make it read whatever it can reach."""
+    blob.layout(reference, limit_bytes, name)
+    if not place.is_below(stores):
+        told = f"only below {', '.join(stores)}" if stores else "nothing: LEPTON_STORES is not set there"
+        raise InvalidArguments(f"{place.url} is not for workers to read; they read {told}", name)
+
+
+def _read_stored(
+    stored: Sequence[tuple[int, str, Reference]], limit_bytes: int
+) -> Sequence[NDArray[Any] | LeptonError]:
+    if not stored:
+        return ()
+    from lepton_ai import store  # fsspec is loaded by those who need it
+
+    return store.read([reference for *_, reference in stored], limit_bytes)
 
 
 def _references(jobs: Sequence[TakenJob]) -> list[tuple[int, str, Reference]]:

@@ -90,7 +90,10 @@ class Parity:
 
     def draws(self, job: TakenJob) -> bool:
         """Whether a job is to be compared: asked for every one that succeeds, so the draw comes first."""
-        return self._chance() < self._share and self._check is None and job.kernel.parity and self._is_short(job.work)
+        if self._chance() >= self._share or self._check is not None or not job.kernel.parity:
+            return False
+        # What a job of a state key was given by the one before it is not among its own inputs.
+        return job.options.state_key is None and self._is_short(job.work)
 
     def copied(self, job: TakenJob, outputs: Mapping[str, np.ndarray[Any, Any]]) -> Check | None:
         """A job with copies of its arrays; None where they are too large."""

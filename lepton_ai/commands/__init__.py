@@ -95,6 +95,9 @@ def up(
     workers: Annotated[
         str | None, Parameter(help="Devices and their slots: cpu:2,fpga:1. Default: every device that is found.")
     ] = None,
+    fleet: Annotated[
+        str | None, Parameter(help="Or a file that names the workers, their limits and kernels (examples/fleet.toml).")
+    ] = None,
     flower: Annotated[bool, Parameter(help="Start Flower too, on the loopback address.", negative="")] = False,
     flower_port: Annotated[int, Parameter(help="Where Flower listens; 0: any free port.")] = 5555,
     data: Annotated[
@@ -113,7 +116,7 @@ def up(
     is started again. Ctrl-C drains: what runs is finished, what waits is kept
     for the next start. A second Ctrl-C quits at once.
     """
-    given = {"broker": broker, "workers": workers, "data": data, "http-port": http_port, "log": log}
+    given = {"broker": broker, "workers": workers, "fleet": fleet, "data": data, "http-port": http_port, "log": log}
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     _service("up", *options, f"--flower-port={flower_port}", *(["--flower"] if flower else []))
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from lepton_ai.device import DeviceState, Peaks
 from lepton_ai.kernel import Context, Inputs, Outputs, Run
-from tasks.driver import Found, best_s, cores
+from tasks.driver import Found, best_s, cores, processor
 
 __all__ = ["CpuDriver", "open_device", "probe"]
 
@@ -28,7 +26,6 @@ _MATMUL_SIZE = 512
 _COPY_BYTES = 16 * 2**20
 #: The kernel's names for what measures a processor: Intel's, AMD's, and that of small boards.
 _THERMOMETERS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
-_INFO = Path("/proc/cpuinfo")
 
 
 class CpuDriver:
@@ -40,6 +37,7 @@ class CpuDriver:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
+        self.model = processor()
 
     def peaks(self) -> Peaks:
         """The whole processor's matmul rate, copy bandwidth and launch cost, best of a few runs (about 50 ms)."""
@@ -110,6 +108,4 @@ def open_device(device: str, slots: int) -> CpuDriver:
 
 def probe() -> Found:
     """The processor, which is always there."""
-    lines = _INFO.read_text(errors="replace").splitlines() if _INFO.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return Found("cpu", True, f"{(models or [platform.machine()])[0]}, {cores()} cores", None)
+    return Found("cpu", True, f"{processor()}, {cores()} cores", None)

@@ -74,6 +74,7 @@ class FpgaDriver:
 
         self.slots = slots
         self.emulated = emulated
+        self.model = f"{device.name.strip()}, {device.platform.version.strip()}"
         self._cl = pyopencl
         self._device = device
         self._context = pyopencl.Context([device])

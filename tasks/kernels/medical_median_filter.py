@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -239,6 +240,74 @@ def _cpu(device: Any) -> Run:
         if np.isnan(images).any():
             _spread_nan(images, radius, filtered)
         return {"filtered": filtered.reshape(image.shape)}
+
+    return run
+
+
+cuda: Any  # numba.cuda, on a GPU
+#: A block is _SIDE by _SIDE threads, a pixel each, and sees _REACH = _SIDE + 2 * 16 pixels across.
+_SIDE, _REACH = 16, 48
+
+
+def _median_gpu(images: NDArray[np.uint32], radius: int, filtered: NDArray[np.uint32]) -> None:
+    """By halving: the median is the least value that more than half of the square's are not above.
+
+    Values are the bits of floats, made so that unsigned numbers are in their order; the square's own least and most
+    begin the search, so it takes 32 rounds at most, the same for every thread of a block but for the last few.
+    """
+    keys = cuda.shared.array((_REACH, _REACH), np.uint32)
+    height, width = images.shape[1], images.shape[2]
+    down, across = (height + _SIDE - 1) // _SIDE, (width + _SIDE - 1) // _SIDE
+    image = cuda.blockIdx.x // (down * across)
+    tile = cuda.blockIdx.x - image * (down * across)
+    top, left = (tile // across) * _SIDE, (tile % across) * _SIDE
+    x, y = cuda.threadIdx.x, cuda.threadIdx.y
+    reach, side = _SIDE + 2 * radius, 2 * radius + 1
+    for row in range(y, reach, _SIDE):
+        for column in range(x, reach, _SIDE):  # the image's edge is repeated outwards
+            at = min(max(top + row - radius, 0), height - 1)
+            bits = np.int64(images[image, at, min(max(left + column - radius, 0), width - 1)])
+            keys[row, column] = np.uint32(bits ^ 0xFFFFFFFF if bits >= 0x80000000 else bits ^ 0x80000000)
+    cuda.syncthreads()
+    if top + y >= height or left + x >= width:
+        return
+    low, high = np.uint32(0xFFFFFFFF), np.uint32(0)
+    for row in range(y, y + side):
+        for column in range(x, x + side):
+            low, high = min(low, keys[row, column]), max(high, keys[row, column])
+    if low < np.uint32(0x007FFFFF) or high > np.uint32(0xFF800000):  # beyond the infinities is NaN
+        filtered[image, top + y, left + x] = np.uint32(0x7FC00000)
+        return
+    half = side * side // 2
+    while low < high:
+        middle = np.uint32(low + (high - low) // np.uint32(2))
+        below = 0
+        for row in range(y, y + side):
+            for column in range(x, x + side):
+                below += 1 if keys[row, column] <= middle else 0
+        if below > half:
+            high = middle
+        else:
+            low = np.uint32(middle + np.uint32(1))
+    found = np.int64(low)
+    filtered[image, top + y, left + x] = np.uint32(found ^ 0x80000000 if found >= 0x80000000 else found ^ 0xFFFFFFFF)
+
+
+@median_filter.on("gpu")
+def _gpu(device: Any) -> Run:
+    """Takes one image, or a stack of them."""
+    side = 4 if device.simulated else _SIDE
+    median = device.compile(_median_gpu, threads=(side, side), constants={"_SIDE": side, "_REACH": side + 32})
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        image = inputs["image"]
+        *stack, height, width = image.shape
+        filtered = device.empty(image.shape, np.float32)
+        shape = (math.prod(stack), height, width)
+        blocks = shape[0] * -(-height // side) * -(-width // side)
+        bits, bits_filtered = (each.view(np.uint32).reshape(*shape) for each in (image, filtered))
+        median(blocks, bits, np.int64(inputs["radius"]), bits_filtered)
+        return {"filtered": filtered}
 
     return run
 

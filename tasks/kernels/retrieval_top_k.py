@@ -164,6 +164,160 @@ def _best(candidates: NDArray[np.int64], counts: NDArray[np.int64], k: int) -> O
     }
 
 
+cuda: Any  # numba.cuda, on a GPU
+#: A block is _SIDE by _SIDE threads, each with _EACH by _EACH scores, of _WIDE queries and _WIDE items.
+_SIDE, _EACH, _WIDE, _PADDED = 16, 4, 64, 65
+_SIMULATED = {"_SIDE": 2, "_EACH": 2, "_WIDE": 4, "_PADDED": 5}
+#: Threads of a block that selects, and how many keys it selects from; it gets more where 4 k is more.
+_SELECTING, _CHUNK = 256, 8192
+#: Keys of a launch at most: what more queries need is done after them.
+_MOST_KEYS = 2**27
+
+# On a GPU a score becomes an unsigned key, so that larger is better, and equal scores are ordered by the lower index:
+# the k best are found by their bits, eight at a time from the top (radix selection, as in Alabi, Blanchard, Gordon,
+# Steinbach 2012, "Fast k-Selection Algorithms for Graphics Processing Units"), for a chunk of the items in each block,
+# until one chunk is left. No atomic operation decides anything but the place of a key among those that are kept.
+
+
+def _scores_gpu(items: NDArray[np.float32], queries: NDArray[np.float32], first: int, keys: NDArray[np.uint64]) -> None:
+    """The keys of a tile of scores, of the queries from `first` on: the float's bits in order, then the index."""
+    left = cuda.shared.array((_SIDE, _PADDED), np.float32)
+    right = cuda.shared.array((_SIDE, _PADDED), np.float32)
+    sums = cuda.local.array((_EACH, _EACH), np.float32)
+    row = cuda.local.array(_EACH, np.float32)
+    bits = cuda.local.array(1, np.float32)
+    count, n, d = keys.shape[0], items.shape[0], items.shape[1]
+    across = (n + _WIDE - 1) // _WIDE
+    top, start = (cuda.blockIdx.x // across) * _WIDE, (cuda.blockIdx.x % across) * _WIDE
+    x, y = cuda.threadIdx.x, cuda.threadIdx.y
+    zero = np.float32(0)
+    for i in range(_EACH):
+        for j in range(_EACH):
+            sums[i, j] = zero
+    for depth in range(0, d, _SIDE):
+        for i in range(_EACH):
+            at = y + i * _SIDE
+            left[x, at] = queries[first + top + at, depth + x] if top + at < count and depth + x < d else zero
+            right[x, at] = items[start + at, depth + x] if start + at < n and depth + x < d else zero
+        cuda.syncthreads()
+        for z in range(_SIDE):
+            for i in range(_EACH):
+                row[i] = left[z, y + i * _SIDE]
+            for j in range(_EACH):
+                value = right[z, x + j * _SIDE]
+                for i in range(_EACH):
+                    sums[i, j] += row[i] * value
+        cuda.syncthreads()
+    for i in range(_EACH):
+        for j in range(_EACH):
+            query, item = top + y + i * _SIDE, start + x + j * _SIDE
+            if query < count and item < n:
+                bits[0] = sums[i, j] + zero  # -0 is the same as 0
+                rank: Any = np.int64(bits.view(np.int32)[0])
+                # The bits of negative floats are in reverse order. NaN is last.
+                rank = rank if rank >= 0 else rank ^ 0x7FFFFFFF
+                rank = -2147483648 if bits[0] != bits[0] else rank
+                keys[query, item] = np.uint64(((rank + 2147483648) << 32) | (4294967295 - item))
+
+
+def _select_gpu(keys: NDArray[np.uint64], chunk: int, kept: NDArray[np.uint64]) -> None:
+    """The k largest keys of each chunk of a row, in any order; where it has fewer, all of them and zeros."""
+    histogram = cuda.shared.array(256, np.int32)
+    found = cuda.shared.array(3, np.int64)  # the byte, how many keys are still wanted of it, how many it has
+    places = cuda.shared.array(1, np.int32)
+    n, chunks, k = keys.shape[1], kept.shape[1], kept.shape[2]
+    query, part = cuda.blockIdx.x // chunks, cuda.blockIdx.x % chunks
+    start, stop = part * chunk, min((part + 1) * chunk, n)
+    thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+    wanted = min(k, stop - start)
+    for i in range(wanted + thread, k, threads):
+        kept[query, part, i] = np.uint64(0)
+    prefix, mask = np.uint64(0), np.uint64(0)
+    byte: Any
+    if wanted < stop - start:
+        shift = 56
+        while shift >= 0:
+            for i in range(thread, 256, threads):
+                histogram[i] = 0
+            cuda.syncthreads()
+            for i in range(start + thread, stop, threads):
+                key = keys[query, i]
+                if key & mask == prefix:
+                    byte = np.int64((key >> np.uint64(shift)) & np.uint64(255))
+                    cuda.atomic.add(histogram, byte, 1)
+            cuda.syncthreads()
+            if thread == 0:
+                byte, above = 255, 0
+                while above + histogram[byte] < wanted:
+                    above += histogram[byte]
+                    byte -= 1
+                found[0], found[1], found[2] = byte, wanted - above, histogram[byte]
+            cuda.syncthreads()
+            prefix |= np.uint64(found[0]) << np.uint64(shift)
+            mask |= np.uint64(255) << np.uint64(shift)
+            wanted = found[1]
+            whole = found[2] == wanted
+            cuda.syncthreads()
+            if whole:
+                break
+            shift -= 8
+    if thread == 0:
+        places[0] = 0
+    cuda.syncthreads()
+    for i in range(start + thread, stop, threads):
+        key = keys[query, i]
+        if key >= prefix:
+            kept[query, part, cuda.atomic.add(places, 0, 1)] = key
+
+
+def _order_gpu(keys: NDArray[np.uint64], first: int, ranks: NDArray[np.int32], indices: NDArray[np.int64]) -> None:
+    """Each key to its place (how many of its row are larger), taken apart into the score's bits and the index."""
+    k = keys.shape[1]
+    for at in range(cuda.grid(1), keys.size, cuda.gridsize(1)):
+        query, i = at // k, at % k
+        key = keys[query, i]
+        place = 0
+        for j in range(k):
+            place += 1 if keys[query, j] > key else 0
+        rank = np.int64(key >> np.uint64(32)) - 2147483648
+        bits = rank if rank >= 0 else rank ^ 0x7FFFFFFF
+        ranks[first + query, place] = np.int32(2143289344 if rank == -2147483648 else bits)
+        indices[first + query, place] = 4294967295 - np.int64(key & np.uint64(4294967295))
+
+
+@top_k.on("gpu")
+def _gpu(device: Any) -> Run:
+    """Scores by tiles, then the best of each chunk of them, then the best of those, until one chunk is left."""
+    constants, selecting, smallest = ({}, _SELECTING, _CHUNK) if not device.simulated else (_SIMULATED, 2, 4)
+    side, wide = constants.get("_SIDE", _SIDE), constants.get("_WIDE", _WIDE)
+    score = device.compile(_scores_gpu, threads=(side, side), constants=constants)
+    select = device.compile(_select_gpu, threads=(selecting,))
+    order = device.compile(_order_gpu)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        items, queries, k = inputs["items"], inputs["queries"], int(inputs["k"])
+        n, q = items.shape[0], queries.shape[0]
+        scores, indices = device.empty((q, k), np.float32), device.empty((q, k), np.int64)
+        ranks = scores.view(np.int32)
+        chunk = max(smallest, 4 * k)
+        together = max(1, _MOST_KEYS // n)
+        for first in range(0, q, together):
+            if context.cancelled:
+                raise JobCancelled(f"retrieval.top_k was cancelled after {first} of {q} queries")
+            count = min(together, q - first)
+            keys = device.empty((count, n), np.uint64)
+            score(-(-count // wide) * -(-n // wide), items, queries, np.int64(first), keys)
+            while keys.shape[1] > k:
+                chunks = -(-keys.shape[1] // chunk)
+                kept = device.empty((count, chunks, k), np.uint64)
+                select(count * chunks, keys, np.int64(chunk), kept)
+                keys = kept.reshape(count, chunks * k)
+            order(keys.size, keys, np.int64(first), ranks, indices)
+        return {"scores": scores, "indices": indices}
+
+    return run
+
+
 @top_k.samples
 def _samples() -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)

@@ -186,7 +186,7 @@ GOOD = Reference("<f4", (1024, 1024), "redis:0123456789abcdef:16")
         "ring:" + "0" * 32 + ":" + "0" * 32 + ":0:1e3",
         "ring:" + "0" * 32 + ":" + "0" * 32 + ":\u0661:1",
         "lepton:jobs:1",
-        "s3://bucket/key",
+        "s3://bucket/../key",
     ],
 )
 def test_what_is_no_place_is_refused(place: str) -> None:

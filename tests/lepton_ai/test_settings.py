@@ -148,3 +148,18 @@ def test_a_limit_of_a_device_is_a_share_or_nought(name: str, value: str) -> None
 def test_the_band_below_a_limit_is_a_share_above_nought(value: str) -> None:
     with pytest.raises(InvalidSettings, match="LEPTON_LIMIT_BAND is above 0 and at most 1"):
         Settings.read({"LEPTON_LIMIT_BAND": value})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "allowed", "refused"),
+    [
+        ("", ["linalg.matmul", "a.b"], []),
+        ("linalg.*, nn.mlp_forward", ["linalg.matmul", "nn.mlp_forward"], ["nn.other", "Linalg.matmul"]),
+        ("!linalg.*", ["vision.ndvi"], ["linalg.matmul"]),
+        ("vision.*,!vision.ndvi", ["vision.other"], ["vision.ndvi", "linalg.matmul"]),
+    ],
+)
+def test_a_worker_serves_the_kernels_that_it_may(patterns: str, allowed: list[str], refused: list[str]) -> None:
+    settings = Settings.read({"LEPTON_KERNELS_ALLOWED": patterns})
+    assert all(map(settings.allows, allowed))
+    assert not any(map(settings.allows, refused))

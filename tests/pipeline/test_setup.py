@@ -43,7 +43,7 @@ def test_it_is_the_services_and_a_worker_for_each_device(held: ExitStack) -> Non
 def test_without_workers_they_are_what_the_machine_has(held: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     found = (Found("cpu", available=True), Found("fpga", available=True, emulated=True), Found("gpu", available=False))
     monkeypatch.setattr(module, "look_for_devices", lambda: found)
-    assert list(set_up(FREE[2:], held).workers) == ["cpu", "fpga"]
+    assert [each.device for each in set_up(FREE[2:], held).workers] == ["cpu", "fpga"]
 
 
 def test_a_device_that_is_not_there_is_refused(held: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from lepton_ai.errors import Unavailable
 from lepton_ai.settings import Settings
+from pipeline.machine import planned
 from pipeline.supervisor import Fleet, free_port, programs, run_fleet, worker_arguments
 
 
@@ -23,7 +24,7 @@ def test_a_workers_command_line_names_its_device_queue_and_its_slots() -> None:
 
 
 def test_a_lepton_is_three_services_and_a_worker_a_device() -> None:
-    found = programs({}, {"cpu.big": 2, "fpga": 1})
+    found = programs({}, planned({"cpu.big": 2, "fpga": 1}))
     assert [each.name for each in found] == ["router", "telemetry", "ingest", "worker-cpu.big", "worker-fpga"]
 
 

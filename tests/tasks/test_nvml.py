@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lepton_ai.device import DeviceState
-from tasks.nvml import gpu_state
+from tasks.nvml import cuda_version, gpu_state
 
 
 class NotSupported(Exception): ...
@@ -28,8 +28,8 @@ class Nvml:
     def nvmlInit(self) -> None:
         self.opened += 1
 
-    def nvmlDeviceGetHandleByIndex(self, number: int) -> Any:
-        return f"GPU-{number}"
+    def nvmlSystemGetCudaDriverVersion(self) -> int:
+        return 12080
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Any:
         return uuid
@@ -61,12 +61,17 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Nvml:
 
 
 def test_a_gpu_tells_of_its_load_memory_temperature_and_power(nvml: Nvml) -> None:
-    assert gpu_state({})() == DeviceState(0.75, 1, 100, 60.0, 90.0, 350.5, 700.0)
+    assert gpu_state("GPU-0")() == DeviceState(0.75, 1, 100, 60.0, 90.0, 350.5, 700.0)
 
 
-@pytest.mark.parametrize(("visible", "used"), [("", 1), ("1", 2), ("1,0", 2), ("GPU-abc7", 8)])
-def test_the_gpu_is_the_first_that_the_process_may_see(nvml: Nvml, visible: str, used: int) -> None:
-    assert gpu_state({"CUDA_VISIBLE_DEVICES": visible})().memory_used_bytes == used
+def test_the_gpu_is_the_one_of_that_uuid(nvml: Nvml) -> None:
+    assert gpu_state("GPU-abc7")().memory_used_bytes == 8
+
+
+def test_the_newest_cuda_is_what_the_driver_can_serve(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cuda_version() == 12080
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert cuda_version() == 0
 
 
 def test_what_a_model_has_no_sensor_for_is_left_out(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,12 +79,12 @@ def test_what_a_model_has_no_sensor_for_is_left_out(nvml: Nvml, monkeypatch: pyt
         raise NotSupported
 
     monkeypatch.setattr(nvml, "nvmlDeviceGetPowerUsage", missing, raising=False)
-    found = gpu_state({})()
+    found = gpu_state("GPU-0")()
     assert (found.power_w, found.power_limit_w, found.temperature_c) == (None, 700.0, 60.0)
 
 
 def test_the_library_is_loaded_with_the_first_reading_and_once(nvml: Nvml) -> None:
-    reading = gpu_state({})
+    reading = gpu_state("GPU-0")
     assert nvml.opened == 0
     assert reading() == reading()
     assert nvml.opened == 1
@@ -88,4 +93,4 @@ def test_the_library_is_loaded_with_the_first_reading_and_once(nvml: Nvml) -> No
 def test_without_the_library_the_reading_says_which_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(ModuleNotFoundError, match="pynvml"):
-        gpu_state({})()
+        gpu_state("GPU-0")()

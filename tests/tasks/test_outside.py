@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lepton_ai import blob, results, topology, wire
-from lepton_ai.blob import WORTH_BYTES
+from lepton_ai import blob, results, store, topology, wire
+from lepton_ai.blob import WORTH_BYTES, Reference
+from lepton_ai.bundle import Row
 from lepton_ai.device import Announcement, Peaks
 from lepton_ai.direct_protocol import push, writer
+from lepton_ai.errors import InvalidArguments
 from lepton_ai.identity import new_id, new_ids
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec, Retry
@@ -73,6 +76,46 @@ def test_a_kernel_gets_the_array_and_the_broker_keeps_nothing(worker: Worker, bl
     assert np.array_equal(worker.double(job), 2 * numbers())
     assert lasts_s(worker, sent) <= {-2}
     assert len(sent.message) < 2000
+
+
+def stored(reference: Reference, kernel: str = "test.double") -> tuple[str, Row]:
+    """A job whose array is on a store, as a client writes it."""
+    job = new_id()
+    message = writer(kernel, Terms(), None, Blobs(0))(job, {"x": reference})
+    assert isinstance(message, Row)
+    return job, message
+
+
+def send(worker: Worker, *rows: Row) -> None:
+    for each in rows:
+        _, _, message = push([each], Terms(), None).commands[-1]
+        worker.push(message)
+
+
+def test_arrays_on_a_store_are_read_where_the_worker_may(make_worker: MakeWorker, tmp_path: Path) -> None:
+    worker = make_worker(settings=type(SETTINGS)(lease_s=60, heartbeat_s=30, stores=f"s3://other,file://{tmp_path}/a"))
+    for folder in ("a", "ab"):
+        (tmp_path / folder).mkdir()
+    there = [stored(store.put(numbers(5, start=n), f"file://{tmp_path}/a/{n}.npy")) for n in range(3)]
+    gone = stored(Reference("<f8", (5,), f"file://{tmp_path}/a/none.npy"))
+    other = stored(store.put(numbers(5), f"file://{tmp_path}/ab/0.npy"))
+    send(worker, *(message for _, message in (*there, gone, other)))
+    for n, (job, _) in enumerate(there):
+        assert np.array_equal(worker.double(job), 2 * numbers(5, start=n))
+    assert worker.failure(gone[0])[:2] == ("FAILURE", "BlobLost")
+    assert worker.failure(other[0])[:2] == ("FAILURE", "InvalidArguments")
+    assert (tmp_path / "a" / "0.npy").exists()
+
+
+def test_a_worker_that_was_told_of_no_store_reads_from_none(worker: Worker, tmp_path: Path) -> None:
+    job, message = stored(store.put(numbers(5), f"file://{tmp_path}/a.npy"))
+    send(worker, message)
+    assert worker.failure(job)[:2] == ("FAILURE", "InvalidArguments")
+
+
+def test_a_reference_to_another_jobs_blob_is_not_sent() -> None:
+    with pytest.raises(InvalidArguments, match="not on a store"):
+        stored(Reference("<f8", (5,), "redis:0123456789abcdef:1"))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -272,6 +272,18 @@ def test_a_users_kernel_is_announced_beside_ours(start_worker: Any, client: Clie
     assert msgspec.to_builtins(device)["device"] == "cpu.test"
 
 
+def test_a_worker_serves_only_the_kernels_that_it_is_allowed(start_worker: Any, client: Client) -> None:
+    start_worker(LEPTON_KERNELS_ALLOWED="linalg.*,test.*,!test.gated")
+    (device,) = client.devices()
+    assert [spec.name for spec in device.kernels] == ["linalg.matmul"]
+
+
+def test_a_worker_that_is_allowed_no_kernel_at_all_says_so(processes: Processes) -> None:
+    process = processes.start("-Q", QUEUE, "-P", "threads", LEPTON_KERNELS_ALLOWED="linalgebra.*")
+    assert process.wait(10) != 0
+    assert "allows none of the kernels: 'linalgebra.*'" in processes.log(process)
+
+
 # -- a broker that is not there yet -----------------------------------------------------------------------------------
 
 
