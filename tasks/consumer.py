@@ -44,6 +44,8 @@ from tasks.watchdog import Watchdog
 __all__ = ["DeviceQueueStep", "DeviceStep", "PatientConsumer"]
 
 _RETRY_S = (0.1, 2.0)
+#: Characters of why a kernel was refused that stand in the lease, which routers read again and again.
+_LONGEST_REASON = 300
 
 log = structlog.get_logger()
 
@@ -140,6 +142,7 @@ class DeviceStep(bootsteps.StartStopStep):
             tuple(kernel.spec for kernel in repertoire.kernels.values()),
             time.time(),
             self._slots.ring.memory,
+            refused={name: reason[:_LONGEST_REASON] for name, reason in repertoire.refused.items()},
         )
         install_commands(self.settings, url, announcement, books)
         self._heartbeat = Heartbeat(self.settings, url, announcement, self._slots)
