@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -59,16 +60,27 @@ def kernels(
     name: Annotated[str | None, Parameter(help="Everything about this one.")] = None,
     /,
     *,
+    check: Annotated[
+        list[str] | None,
+        Parameter(help="Whether a worker here would serve this module's.", metavar="MODULE", negative=""),
+    ] = None,
     url: Url = None,
     json: Json = False,
 ) -> int:
     """List the kernels that live workers announce, or show one: signature, formulas, limits, devices.
 
+    With --check, for authors, no worker is asked: each variant of the module's
+    kernels is built on each device of this machine and compared with its
+    reference on its samples, as when a worker starts. 1 where one is refused.
+
     For example:
 
       lepton kernels
       lepton kernels linalg.matmul
+      lepton kernels --check mypackage.kernels
     """
+    if check:
+        return _checked(check, as_json=json)
     with connected(url) as client:
         found = _by_kernel(client.devices())
     if name is not None and name not in found:
@@ -85,6 +97,17 @@ def kernels(
     if not found:
         shown.tell("no worker is online; `lepton up` starts one for each device of this machine")
     return 0
+
+
+def _checked(modules: list[str], *, as_json: bool) -> int:
+    from lepton_ai.commands import facts
+
+    found = facts.examined(modules, os.environ)
+    if as_json:
+        shown.as_json(found)
+    else:
+        shown.console().print(shown.examined(found))
+    return int(not found or any(each.status == "refused" for each in found))
 
 
 def quarantine(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from lepton_ai.commands.doctor import Finding
+    from lepton_ai.commands.facts import Examined
 
 __all__ = [
     "as_json",
@@ -171,6 +172,14 @@ def _range(array: Any) -> str:
 
 
 # -- dead letters -----------------------------------------------------------------------------------------------------
+
+
+def examined(found: Sequence[Examined]) -> Table:
+    """A row a kernel and kind of device."""
+    table = _table("kernel", "on", "", "seconds", "told", numbers=slice(3, 4))
+    for each in found:
+        table.add_row(each.kernel, each.kind, each.status, f"{each.seconds:.2f}" if each.seconds else "", each.reason)
+    return table
 
 
 def quarantined(found: Sequence[Quarantined]) -> Table:
