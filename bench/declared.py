@@ -79,13 +79,13 @@ class DeclaredDriver:
     """The opened stand-in. It has one set of units: whatever several slots launch is run one after the other."""
 
     emulated = True
-    model = "a stand-in"
     stream = None
 
     def __init__(self, kind: str, slots: int, speed: Speed) -> None:
         self.kind = kind
         self.slots = slots
         self.speed = speed
+        self.model = f"a stand-in of {speed}"
         self._unit = threading.Lock()
         self._link = threading.Lock()
 

@@ -132,6 +132,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     those that it does not. Unset it serves all."""
     fpga_binaries: str = ""
     """A folder with what an FPGA board runs: `<kernel>.aocx` or `<kernel>.xclbin`. Without a board nothing reads it."""
+    peaks: Literal["kept", "measure"] = "kept"
+    """What a device can do at best: as a worker of this machine measured within a week, or measured anew."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> Settings:

@@ -35,6 +35,7 @@ from tasks.driver import open_device
 from tasks.heartbeat import Heartbeat
 from tasks.loss import Loss
 from tasks.parity import Parity
+from tasks.peaks import peaks_of
 from tasks.quarantine import Quarantine
 from tasks.slots import Slots
 from tasks.teller import Teller
@@ -125,7 +126,7 @@ class DeviceStep(bootsteps.StartStopStep):
         self._teller = Teller(self.settings, url, incarnation, worker.hostname)
         books = Books(worker.app, worker.hostname, device, incarnation, self._teller)
         canvas = Canvas(self.settings, catalogue.kernels)
-        peaks, quarantine = driver.peaks(), Quarantine(device)
+        peaks, quarantine = peaks_of(driver, anew=self.settings.peaks == "measure"), Quarantine(device)
         if self.settings.parity_share > 0:
             self._parity = Parity(self.settings, device, driver.kind, peaks, self._quarantine)
         self._slots = worker.device_slots = Slots(

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from lepton_ai.device import DeviceState, Peaks
 from lepton_ai.errors import DeviceLost, DeviceOutOfMemory, InvalidKernel, InvalidSettings
 from lepton_ai.kernel import Context, Inputs, Outputs, Run
-from tasks.driver import Found, best_s, cores, instructions, processor
+from tasks.driver import Found, best_s, cache_folder, cores, instructions, processor
 
 __all__ = ["Array", "Program", "TpuDriver", "bucket", "open_device", "probe"]
 
@@ -97,6 +97,11 @@ class TpuDriver:
         named in `donate` give their memory to outputs of equal shape and dtype, and are gone after the call.
         """
         return Program(self, function, tuple(static), tuple(donate))
+
+    @staticmethod
+    def bucket(size: int) -> int:
+        """The size to which an axis is padded; for static values too."""
+        return bucket(size)
 
     def upload(self, array: NDArray[Any]) -> Array:
         """The array on the device, zeros around it. One that fills its buckets is not copied on the host."""
@@ -318,16 +323,10 @@ def _prepare(slots: int) -> None:
 
 
 def _cache() -> Path:
-    """Where XLA's programs are kept: a folder that nobody else can write to, one for each make of processor.
+    """Where XLA's programs are kept, one folder for each make of processor; a temporary one where there is none.
 
-    A home may be shared by machines of which one lacks instructions that another compiled for. Files in it are checked
-    as they are read, so one that is half written costs a compile and a warning.
+    A home may be shared by machines of which one lacks instructions that another compiled for. JAX checks files as it
+    reads them, so one that is half written costs a compile and a warning.
     """
     make = hashlib.blake2b(instructions().encode(), digest_size=6).hexdigest()
-    with suppress(OSError, RuntimeError):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-        folder = home / "lepton" / "jax" / make
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    return Path(tempfile.mkdtemp(prefix="lepton-jax-"))
+    return cache_folder("jax", make) or Path(tempfile.mkdtemp(prefix="lepton-jax-"))

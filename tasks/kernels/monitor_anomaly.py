@@ -115,6 +115,118 @@ def _cpu(device: Any) -> Run:
     return run
 
 
+# Blocks of `window` values do not know of each other, so a group is one work-item with a few of them. What the cpu's
+# variant keeps of a block's head is only needed in order, and so two numbers; for the tails there is scratch as long as
+# the series.
+_OPENCL = """
+#pragma OPENCL EXTENSION cl_khr_fp64 : enable
+
+__kernel __attribute__((reqd_work_group_size(1, 1, 1)))
+void score(__global const double* restrict series, __global double* restrict tail_means,
+           __global double* restrict tail_m2s, __global double* restrict scores, ulong n, ulong window, ulong blocks) {
+  const ulong row = get_group_id(1) * n;
+  series += row;
+  tail_means += row;
+  tail_m2s += row;
+  scores += row;
+  if (get_group_id(0) == 0)
+    for (ulong i = 0; i < min(window, n); i++) scores[i] = NAN;
+  const ulong first = (get_group_id(0) * blocks + 1) * window;
+  for (ulong block = first, count = 0; block < n && count < blocks; block += window, count++) {
+    const ulong size = min(window, n - block);
+    double mean = 0, m2 = 0;
+    // The tail that belongs to value block + j covers the last window - j values before the block.
+    for (ulong length = 1; length <= window; length++) {
+      const double value = series[block - length], delta = value - mean;
+      mean += delta * (1.0 / length);
+      m2 += delta * (value - mean);
+      if (window - length < size) {
+        tail_means[block + window - length] = mean;
+        tail_m2s[block + window - length] = m2;
+      }
+    }
+    double head_mean = 0, head_m2 = 0;
+    for (ulong j = 0; j < size; j++) {
+      const double share = (double)j / window, value = series[block + j];
+      const double tail_mean = tail_means[block + j], gap = j > 0 ? head_mean - tail_mean : 0;
+      const double all_m2 = tail_m2s[block + j] + head_m2 + gap * gap * share * (window - j);
+      const double difference = value - (tail_mean + gap * share);
+      const double z = difference / sqrt(all_m2 / window);
+      scores[block + j] = all_m2 == 0 && difference == 0 ? 0 : z;
+      const double delta = value - head_mean;
+      head_mean += delta * (1.0 / (j + 1));
+      head_m2 += delta * (value - head_mean);
+    }
+  }
+}
+"""
+_BLOCK = 4096
+
+
+@anomaly.on("fpga")
+def _fpga(device: Any) -> Run:
+    """Takes one series, or a stack of them along the second axis of groups."""
+    program = device.program(_OPENCL, "monitor.anomaly")
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        series = inputs["series"]
+        *stack, n = series.shape
+        window = min(inputs["window"], n)
+        score, *tails = (device.empty(series.shape, np.float64) for _ in range(3))
+        if n > 0:
+            blocks = max(1, _BLOCK // window)
+            groups = (max(1, -(-(n - window) // (window * blocks))), *(stack or [1]))
+            sizes = np.uint64(n), np.uint64(window), np.uint64(blocks)
+            program.launch("score", groups, series, *tails, score, *sizes)
+        return {"score": score}
+
+    return run
+
+
+@anomaly.on("tpu")
+def _tpu(device: Any) -> Run:
+    """Takes one series, or a stack of them as rows, every window at once.
+
+    Means and squared deviations of the last `size` values up to each: from 1 on the size is doubled, and one more is
+    taken in, as the window's binary digits say; both are joins by Chan, Golub and LeVeque (1979, eq. 2.1). As on the
+    cpu nothing is subtracted, and a window of equal values comes out with the deviation 0.
+    """
+    import jax.numpy as jnp
+    from jax import lax
+
+    def later(values: Any, by: Any) -> Any:
+        """The values `by` places on. What comes round from the end is in no window that is asked for."""
+        return jnp.roll(values, by, axis=-1)
+
+    def score(series: Any, window: Any) -> Any:
+        def step(state: Any) -> Any:
+            digit, size, mean, m2 = state
+            count = size.astype(series.dtype)
+            gap = later(mean, size) - mean
+            mean, m2 = mean + gap / 2, m2 + later(m2, size) + gap * gap * (count / 2)
+            named, count = (window >> digit) & 1, 2 * count
+            before = later(mean, 1)
+            gap = series - before
+            longer = before + gap / (count + 1), later(m2, 1) + gap * gap * (count / (count + 1))
+            mean, m2 = jnp.where(named == 1, longer[0], mean), jnp.where(named == 1, longer[1], m2)
+            return digit - 1, 2 * size + named, mean, m2
+
+        start = 62 - lax.clz(window), jnp.ones_like(window), series, jnp.zeros_like(series)
+        *_, mean, m2 = lax.while_loop(lambda state: state[0] >= 0, step, start)
+        difference, m2 = series - later(mean, 1), later(m2, 1)
+        z = jnp.where((m2 == 0) & (difference == 0), 0.0, difference / jnp.sqrt(m2 / window))
+        return jnp.where(jnp.arange(series.shape[-1]) < window, jnp.nan, z)
+
+    program = device.program(score)
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        series = inputs["series"]
+        window = min(inputs["window"], max(series.shape[-1], 1))
+        return program({"score": series.shape}, series, np.int64(window))
+
+    return run
+
+
 cuda: Any  # numba.cuda, on a GPU
 #: Windows of up to so many values are summed value by value; longer ones are put together of stretches of so many.
 _BASE = 64
