@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import sys
 import tempfile
 import time
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Final
 
 import structlog
+
+from tasks.driver import cache_folder
 
 __all__ = ["Lock", "choose", "compiling", "lock_of", "private_folder"]
 
@@ -40,7 +43,15 @@ def private_folder(*parts: str) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    name = "-".join(parts)
+    return _temporary("-".join(parts))
+
+
+def _of_our_own(name: str) -> Path:
+    """A folder for compiled code in the user's cache, or a temporary one."""
+    return cache_folder(name) or _temporary(name)
+
+
+def _temporary(name: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"lepton-{name}-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder if folder.lstat().st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix=f"lepton-{name}-"))
@@ -55,7 +66,7 @@ def choose(sources: Iterable[Path]) -> Path | None:
         return Path(given)
     if all(_is_writable(folder) for folder in {source.parent / "__pycache__" for source in sources}):
         return None
-    folder = private_folder("lepton", "numba")
+    folder = _of_our_own("numba")
     os.environ[_VARIABLE] = str(folder)
     if (config := sys.modules.get("numba.core.config")) is not None:
         config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
@@ -94,7 +105,7 @@ class Lock:
                 if wait:
                     log.warning("compile_lock_held", path=str(self._path), waited_s=_PATIENCE_S)
                 return wait
-            time.sleep(_LOOK_S)
+            select.select([], [], [], _LOOK_S)  # time.sleep fails under a clock that somebody sets (libfaketime)
         self._descriptor = descriptor
         if os.pread(descriptor, len(_MARK), 0) == _MARK:
             self._begin_anew()
@@ -136,7 +147,7 @@ def lock_of(name: str, kind: str, source: Path | None) -> Lock:
     given = os.environ.get(_VARIABLE)
     folder = Path(given) if given else source.parent / "__pycache__" if source is not None else None
     if folder is None or not _is_writable(folder):
-        folder = private_folder("lepton", "locks")
+        folder = _of_our_own("locks")
     return Lock(folder / f"lepton-{source.stem if source is not None else name}.{kind}.lock", source)
 
 
