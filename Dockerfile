@@ -31,7 +31,8 @@ ENV NUMBA_CACHE_DIR=/tmp/numba \
     PATH=/opt/lepton/bin:$PATH \
     POCL_CACHE_DIR=/tmp/pocl \
     PYTHONPATH=/opt/lepton/services \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    XDG_CACHE_HOME=/tmp/cache
 USER 10001
 WORKDIR /home/lepton
 

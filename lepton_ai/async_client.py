@@ -72,9 +72,10 @@ class AsyncClient:
         deadline_s: float | None = None,
         limit_s: float | None = None,
         must_meet: bool = False,
+        state_key: str | None = None,
     ) -> AsyncJobHandle:
         """Submits one job; when this returns, the broker has it: see `Client.submit`."""
-        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet)
+        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet, state_key=state_key)
         return (await self._connection.submit(kernel, [arguments], terms, None if key is None else [key]))[0]
 
     async def submit_many(
@@ -89,9 +90,10 @@ class AsyncClient:
         deadline_s: float | None = None,
         limit_s: float | None = None,
         must_meet: bool = False,
+        state_key: str | None = None,
     ) -> list[AsyncJobHandle]:
         """Submits one job for each row of arguments, many of them to a round trip."""
-        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet)
+        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet, state_key=state_key)
         return await self._connection.submit(kernel, rows, terms, keys, patient=True)
 
     def map(
@@ -106,6 +108,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         limit_s: float | None = None,
         must_meet: bool = False,
+        state_key: str | None = None,
     ) -> AsyncGenerator[AsyncJobHandle, None]:
         """Submits a job for each row as there is room, and hands out each once it has ended: see `Client.map`.
 
@@ -114,9 +117,8 @@ class AsyncClient:
         landed while the caller does something else, up to the window. Leaving early ends that: at once by
         `contextlib.aclosing(lepton.map(...))` or `aclose()`, soon after where the iterator is only dropped.
         """
-        return self._connection.map(
-            kernel, rows, asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet), window
-        )
+        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet, state_key=state_key)
+        return self._connection.map(kernel, rows, terms, window)
 
     def job(self, job_id: str) -> AsyncJobHandle:
         """The handle of a job by its id, whoever submitted it."""

@@ -81,6 +81,7 @@ class Client:
         deadline_s: float | None = None,
         limit_s: float | None = None,
         must_meet: bool = False,
+        state_key: str | None = None,
     ) -> JobHandle:
         """Submits one job; when this returns, the broker has it.
 
@@ -95,6 +96,11 @@ class Client:
         the device where the job would end soonest, with what waits before it. Where a device that can run it has not
         been measured twice, nobody can say, and it is accepted.
 
+        `state_key` is for kernels that carry state from job to job (`stream.window`): the job goes on with what the
+        last job of that key, kernel and tenant left, and leaves its own to the next. Each counts once, whatever dies
+        meanwhile. Leave out what is carried, on both sides. Jobs of one key that are under way together run one after
+        the other, in no order that is promised.
+
         `key` makes it the only job of that idempotency key (1 to 255 characters): whoever submits the same job with the
         same key, before, now or later, gets the same id and result. So what was perhaps accepted (BrokerUnavailable)
         may be submitted again. A key is remembered until its job's result is forgotten. Raises KeyConflict where it
@@ -103,7 +109,7 @@ class Client:
         Over HTTP raises QuotaExceeded where too much of this tenant waits already, and Overloaded where too much does
         altogether; their `retry_after_s` says when to try again.
         """
-        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet)
+        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet, state_key=state_key)
         return self._connection.submit(kernel, [arguments], terms, None if key is None else [key])[0]
 
     def submit_many(
@@ -118,6 +124,7 @@ class Client:
         deadline_s: float | None = None,
         limit_s: float | None = None,
         must_meet: bool = False,
+        state_key: str | None = None,
     ) -> list[JobHandle]:
         """Submits one job for each row of arguments, many of them to a round trip: see `submit`.
 
@@ -125,7 +132,7 @@ class Client:
         refused, the error is raised, and rows before it may have been accepted. Where an ingest takes no more for now
         (QuotaExceeded, Overloaded), it goes on trying until nothing was accepted for 30 s.
         """
-        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet)
+        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet, state_key=state_key)
         return self._connection.submit(kernel, rows, terms, keys, patient=True)
 
     def job(self, job_id: str) -> JobHandle:
@@ -144,6 +151,7 @@ class Client:
         deadline_s: float | None = None,
         limit_s: float | None = None,
         must_meet: bool = False,
+        state_key: str | None = None,
     ) -> Generator[JobHandle, None, None]:
         """Submits a job for each row as there is room, and hands out each job once it has ended, in any order.
 
@@ -159,7 +167,7 @@ class Client:
         (over HTTP at once where rows are just being sent), and over HTTP UnknownKernel, and QuotaExceeded or Overloaded
         where for 30 s no row was accepted and no job ended.
         """
-        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet)
+        terms = asked(priority, device, delay_s, deadline_s, limit_s, must_meet=must_meet, state_key=state_key)
         return self._connection.map(kernel, rows, terms, window)
 
     def cancel(self, job_id: str) -> bool:
@@ -266,9 +274,10 @@ def asked(
     limit_s: float | None,
     *,
     must_meet: bool = False,
+    state_key: str | None = None,
 ) -> Terms:
     """What a caller of either client asks; OptionNotSupported names what is out of range."""
-    options = Options(priority=priority, device=device, limit_s=limit_s, must_meet=must_meet)
+    options = Options(priority=priority, device=device, limit_s=limit_s, must_meet=must_meet, state_key=state_key)
     return Terms(options, delay_s, deadline_s).checked()
 
 

@@ -99,7 +99,8 @@ def writer(
     # A job that waits for its time may outlive its producer, and so the ring.
     ring = (kernel, terms.options.device) if in_ring and not terms.delay_s else None
     is_timed = bool(terms.times())
-    may_share = may_share and not is_timed and terms.options.limit_s is None and terms.options.shapes is None
+    own = (terms.options.limit_s, terms.options.shapes, terms.options.state_key)
+    may_share = may_share and not is_timed and all(each is None for each in own)
 
     def write(job_id: str, row: Mapping[str, Any]) -> Message:
         times: Mapping[str, Any] = terms.times() if is_timed else {}

@@ -26,6 +26,7 @@ __all__ = [
 
 #: Celery's states that end a job, and ours.
 _LONGEST_REPLY_TO: Final = 200
+_LONGEST_STATE_KEY: Final = 200
 _REPLIES: Final = topology.reply("")
 
 FINAL_STATES: Final = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "cancelled"}
@@ -53,6 +54,8 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     must_meet: bool = False
     #: The places of the arrays that are kept outside the message, so that whoever ends the job need not open its body.
     blobs: tuple[str, ...] | None = None
+    #: Whose state it is that the job goes on with, and leaves to the next: of its kernel and lane, by this name.
+    state_key: str | None = None
     #: How many jobs are in the message (lepton_ai/bundle.py); `shapes` hold for all, numbers as the largest of them.
     bundle: int | None = None
     #: A part of a bundle, whose jobs are noted one by one where they were placed.
@@ -72,6 +75,11 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             raise OptionNotSupported(f"limit_s must be above 0 and finite, not {self.limit_s}", "limit_s")
         if self.blobs is not None:
             blob.check_places(self.blobs)
+        if self.state_key is not None and not 1 <= len(self.state_key) <= _LONGEST_STATE_KEY:
+            told = f"a state key is 1 to {_LONGEST_STATE_KEY} characters, not {len(self.state_key)}"
+            raise OptionNotSupported(told, "state_key")
+        if self.state_key is not None and self.bundle is not None:
+            raise OptionNotSupported("a job with a state key has a message of its own", "state_key")
         if self.must_meet and self.bundle is not None:
             raise OptionNotSupported("a job that must meet its deadline has a message of its own", "must_meet")
         if self.bundle is not None and not 2 <= self.bundle <= topology.MOST_BUNDLED:

@@ -122,6 +122,8 @@ class KernelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     limit_s: float | None = None
     """The longest that one of its jobs may run; the fleet's own limit where it is unset."""
     retry: Retry | None = None
+    carries: tuple[str, ...] = ()
+    """Inputs that become outputs of the same names, which jobs of one state key hand on from one to the next."""
 
     def work(self, dims: Dims) -> Work:
         """The Work of a job with these dims; a formula that is not defined there counts as nought."""
@@ -130,7 +132,7 @@ class KernelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def signature(self) -> Signature:
         """The parsed signature; InvalidKernel where a string does not parse."""
-        return Signature(self.inputs, self.outputs, self.limits)
+        return Signature(self.inputs, self.outputs, self.limits, self.carries)
 
 
 class Kernel:
@@ -141,6 +143,7 @@ class Kernel:
     and equal scalars get a new leading axis), `"concat"` (along the first axis), or None (one after another).
     `tolerance` is the largest difference to the reference, relative to the larger of 1 and the reference's values.
     `limit_s` is the longest that a job may run before its worker is ended; `retry` says which failures run again when.
+    `carries` names inputs that are outputs too: jobs with a state key get what the last one of that key left.
     """
 
     def __init__(
@@ -157,6 +160,7 @@ class Kernel:
         summary: str = "",
         limit_s: float | None = None,
         retry: Retry | None = None,
+        carries: Iterable[str] = (),
     ) -> None:
         if not _NAME.fullmatch(name):
             raise InvalidKernel(f"a kernel's name is like linalg.matmul, not {name!r}")
@@ -174,6 +178,7 @@ class Kernel:
             summary,
             limit_s,
             retry.checked() if retry is not None else None,
+            tuple(carries),
         )
         self._builders: dict[str, Builder] = {}
         self._reference: Reference | None = None

@@ -104,6 +104,7 @@ class JobRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True)
     deadline_s: float | None = None
     limit_s: float | None = None
     must_meet: bool | None = None
+    state_key: str | None = None
 
 
 class Chosen(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -153,6 +154,7 @@ def request(kernel: str, row: Mapping[str, Any], terms: Terms, key: str | None =
         "deadline_s": terms.deadline_s,
         "limit_s": options.limit_s,
         "must_meet": options.must_meet or None,
+        "state_key": options.state_key,
     }
     return wire.pack(
         {

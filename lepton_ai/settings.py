@@ -21,7 +21,14 @@ _SCHEMES = ("redis", "rediss", "unix")
 
 
 #: Beyond these the broker refuses a number, or one step of it would hold up everybody else.
-_MOST = {"result_ttl_s": 3.2e9, "batch_jobs": 4096, "events_kept": 10**9, "lease_s": 3600.0, "limit_s": 3.2e9}
+_MOST = {
+    "result_ttl_s": 3.2e9,
+    "state_ttl_s": 3.2e9,
+    "batch_jobs": 4096,
+    "events_kept": 10**9,
+    "lease_s": 3600.0,
+    "limit_s": 3.2e9,
+}
 _LEAST = {
     "heartbeat_s": 0.01,
     "limit_s": 0.1,
@@ -54,6 +61,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     result_serializer: Literal["json", "msgpack"] = "json"
     """The encoding of results whose job names none: what plain Celery clients expect."""
     result_ttl_s: float = 3600.0
+    state_ttl_s: float = 7 * 86_400.0
+    """How long the state of a state key lasts after its last job."""
+    state_bytes: int = 8 * 1024 * 1024
+    """The most that it may take."""
     durability: Literal["everysec", "fsync"] = "everysec"
     """What an accepted job survives: fsync also a killed broker and a full disk, at the price of a disk write each."""
     attempts: int = 3
@@ -116,6 +127,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     those that it does not. Unset it serves all."""
     fpga_binaries: str = ""
     """A folder with what an FPGA board runs: `<kernel>.aocx` or `<kernel>.xclbin`. Without a board nothing reads it."""
+    peaks: Literal["kept", "measure"] = "kept"
+    """What a device can do at best: as a worker of this machine measured within a week, or measured anew."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -144,6 +157,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "body_limit_bytes",
             "blob_limit_bytes",
             "result_ttl_s",
+            "state_ttl_s",
+            "state_bytes",
             "lease_s",
             "heartbeat_s",
             "window",

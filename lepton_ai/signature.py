@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -83,12 +83,21 @@ class Signature:
     """The parsed inputs, outputs and limits of a kernel.
 
     `limits` maps an input to a condition on dims and scalars (`{"k": "1 <= k <= n"}`); an input that breaks its own
-    is refused by name.
+    is refused by name. `carries` are inputs that an earlier job's outputs of the same names become: an argument of
+    these may be left out, and is then what the first job begins with (`initial`).
     """
 
-    def __init__(self, inputs: Mapping[str, str], outputs: Mapping[str, str], limits: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
+        limits: Mapping[str, str],
+        carries: Collection[str] = (),
+    ) -> None:
         self.inputs = {name: parse(name, text) for name, text in inputs.items()}
         self.outputs = {name: parse(name, text) for name, text in outputs.items()}
+        self.initial = {name: self._initial(name) for name in carries}
+        """What the first job of a state key begins with, by name."""
         self.limits = {name: Formula(text) for name, text in limits.items()}
         self._forms = [
             (name, each, *(_FORMS[each.dtype] if each.dims is None else _NO_NUMBER))
@@ -100,6 +109,22 @@ class Signature:
                 raise InvalidKernel(f"a limit is set on {name!r}, which is not an input", name)
             if limit.names - known:
                 raise InvalidKernel(f"the limit of {name!r} uses unknown {sorted(limit.names - known)}", name)
+
+    def _initial(self, name: str) -> NDArray[Any]:
+        """An array without elements; where all of its sizes are declared, of NaN, or of nought for whole numbers."""
+        given, left = self.inputs.get(name), self.outputs.get(name)
+        if given is None or left is None or given.dims is None or left.dims is None:
+            raise InvalidKernel(f"what is carried is an array among inputs and outputs, {name!r} is not", name)
+        if given.dtype != left.dtype or len(given.dims) != len(left.dims):
+            raise InvalidKernel(f"{name!r} is carried, so {left} among the outputs must be as {given}", name)
+        others = {dim for each in self.inputs.values() if each.name != name for dim in each.dims or ()}
+        if shared := {dim for dim in given.dims if isinstance(dim, str)} & others:
+            raise InvalidKernel(f"{name!r} is carried, so no other input may have its {sorted(map(str, shared))}", name)
+        sizes = [dim if isinstance(dim, int) else 0 for dim in given.dims]
+        kind = _NATIVE[given.dtype]
+        array = np.full(sizes, np.nan if kind.kind == "f" else 0, kind)
+        array.flags.writeable = False
+        return array
 
     @property
     def names(self) -> frozenset[str]:
@@ -123,6 +148,8 @@ class Signature:
         dims: Dims = {}
         for name, argument, number, least, most in self._forms:
             value = arguments.get(name, argument.default)
+            if value is None and name in self.initial:
+                value = self.initial[name]
             if type(value) is number and least <= value <= most:  # as it should be, which most are
                 inputs[name] = dims[name] = value
             elif argument.dims is None:
@@ -140,6 +167,8 @@ class Signature:
         dims: Dims = {}
         for name, argument in self.inputs.items():
             value = shapes.get(name, argument.default)
+            if value is None and name in self.initial:
+                value = self.initial[name].shape
             if argument.dims is None:
                 dims[name] = _scalar(argument, value)
             elif isinstance(value, list | tuple):
@@ -149,6 +178,14 @@ class Signature:
         self._check_limits(dims)
         return dims
 
+    def check(self, name: str, value: Any) -> None:
+        """InvalidArguments where a value cannot be this input, whatever the others are."""
+        argument = self.inputs[name]
+        if argument.dims is None:
+            _scalar(argument, value)
+        else:
+            _bind_shape(argument, _array(argument, value).shape, {})
+
     def _check_names(self, arguments: Mapping[str, Any]) -> None:
         if arguments.keys() == self.inputs.keys():
             return
@@ -156,7 +193,7 @@ class Signature:
             if name not in self.inputs:
                 raise InvalidArguments(f"unknown argument {name!r}; the kernel takes {', '.join(self.inputs)}", name)
         for name, argument in self.inputs.items():
-            if name not in arguments and argument.default is None:
+            if name not in arguments and argument.default is None and name not in self.initial:
                 raise InvalidArguments(f"argument {name!r} is missing; it is {argument}", name)
 
     def _check_limits(self, dims: Dims) -> None:

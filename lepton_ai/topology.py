@@ -98,6 +98,11 @@ def backlog(incarnation: str) -> str:
     return f"lepton:backlog:{incarnation}"
 
 
+def carried(lane: str, kernel: str, state_key: str) -> str:
+    """Where the state is that jobs of this key carry from one to the next (lepton_ai/carried.py)."""
+    return f"lepton:carried:{lane}:{kernel}:{state_key}"
+
+
 def lease(incarnation: str) -> str:
     return f"lepton:lease:{incarnation}"
 
@@ -133,6 +138,11 @@ def parked_alone(kernel: str) -> str:
 
 def reply(client: str) -> str:
     return f"lepton:reply:{client}"
+
+
+def ended(job_id: str) -> str:
+    """Says of a job whose result is ignored that it has ended."""
+    return f"lepton:ended:{job_id}"
 
 
 def result(job_id: str) -> str:

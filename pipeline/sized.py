@@ -102,7 +102,7 @@ def _read(shapes: Mapping[str, Any] | None, offer: Offer | None) -> tuple[Size, 
         work = offer.spec.work(offer.signature.dims(shapes))
         transfer_bytes = 0.0
         for name, argument in offer.signature.inputs.items():
-            if argument.dims is not None:
+            if argument.dims is not None and (name in shapes or name not in offer.signature.initial):
                 transfer_bytes += math.prod(shapes[name]) * DTYPES[argument.dtype].itemsize
         size = Size(work.flops, work.bytes, transfer_bytes, tuple(map(float, work.dims)))
         return size, packed(size)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from itertools import chain, islice
@@ -30,7 +30,7 @@ from lepton_ai.succession import FollowUps
 from queues import functions, recovery
 from queues.connection import Command, CommandError, Connection
 from queues.recovery import LISTS_EACH, Recovered, Sequels
-from queues.steps import Commit, Dispatch, Moves, Outcome
+from queues.steps import Carry, Commit, Dispatch, Moves, Outcome
 
 __all__ = [
     "CLAIM_LIMIT",
@@ -39,6 +39,7 @@ __all__ = [
     "WAKE",
     "Broker",
     "Kind",
+    "Stale",
     "Woken",
     "announcements",
     "event_command",
@@ -98,6 +99,10 @@ class Woken(NamedTuple):
     """In the wake claim; None where the wait was in vain, or a claim has taken it over meanwhile."""
     is_all: bool
     """Nothing else waits, and nobody has asked for anything to be cancelled."""
+
+
+class Stale(Exception):
+    """A state that jobs of a batch carry was carried on by others meanwhile, or one of them has ended: run it anew."""
 
 
 class Broker:
@@ -616,13 +621,15 @@ class Broker:
     def commit(self, step: Commit) -> list[str]:
         """Ends a batch: results, acknowledgement, counters and event in one step; returns the duplicates' ids.
 
-        Raises Fenced, with nothing written, where the lease has lapsed or the batch has been given to another.
+        Raises, with nothing written, Fenced where the lease has lapsed or the batch has been given to another, and
+        Stale where a state that its jobs carry is another by now, or one of them has ended: then it is to be run anew.
         """
         held = topology.held(self.incarnation, step.slot)
         settings = self._settings
         cancelled = [outcome.job for outcome in step.outcomes if outcome.status == "cancelled"]
         arguments = (
             *(step.held, self._ttl_s, settings.events_kept, settings.dead_bytes, step.event, step.bundled),
+            *_section(self._carry_rows(step.carried)),
             *_grouped(step.outcomes),
             *_section(step.pushes),
             *_section((job, round(delay_s * 1000), message) for job, delay_s, message in step.retries),
@@ -631,11 +638,35 @@ class Broker:
             *_section(step.blobs),
             *_section((minute,) for minute in step.minutes),
         )
-        duplicates = self._fenced("commit", held, arguments)
+        try:
+            duplicates = self._fenced("commit", held, arguments)
+        except CommandError as error:
+            if error.message.startswith("STALE"):
+                raise Stale(error.message) from None
+            raise
         if cancelled:  # afterwards, and not with it: a mark that stays behind does no harm
             with suppress(CommandError):
                 self.connection.call("ZREM", topology.CANCELLED, *cancelled)
         return [name.decode() for name in duplicates]
+
+    def _carry_rows(self, carried: Iterable[Carry]) -> Iterator[tuple[str | bytes | int, ...]]:
+        ttl_s = max(1, round(self._settings.state_ttl_s))
+        for each in carried:
+            for job in each.jobs:
+                value = each.value if job == each.jobs[-1] else b""
+                yield job, each.key, each.version, each.new_version, ttl_s, value
+
+    def carried(self, keys: Sequence[str], jobs: Sequence[str]) -> tuple[list[tuple[str, bytes | None]], set[str]]:
+        """The version and the value of each of these states, and which of these jobs have ended already."""
+        asked: list[Command] = [("HMGET", key, "version", "value") for key in keys]
+        asked += [("EXISTS", topology.ended(job)) for job in jobs]
+        found = self.connection.receive(self.connection.send(asked))
+        # A key of another type: nobody can go on with that, or overwrite it.
+        unreadable = (b"unreadable", b"")
+        ended = {job for job, ignored in zip(jobs, found[len(keys) :], strict=True) if ignored}
+        rows = (unreadable if isinstance(each, CommandError) else each for each in found[: len(keys)])
+        states = [((version or b"").decode(), value) for version, value in rows]
+        return states, ended | self.ended(jobs)
 
     def count_fenced(self) -> None:
         """A commit of ours was refused."""

@@ -280,18 +280,31 @@ end
 
 -- commit: how one held batch ended: results, acknowledgement, follow-ups, counters and event, in one step.
 -- KEYS held lease
--- ARGV n ttl_s events_kept dead_bytes event, how many more jobs than messages, how many groups of jobs, each with its
---   status reply_key n, and n times id record (an empty record: ignored; no reply_key: published for Celery's clients);
+-- ARGV n ttl_s events_kept dead_bytes event, how many more jobs than messages, how many rows of what is carried by key,
+--   each: id key version new_version ttl_s value (an empty value: a later row of the same key has it),
+--   how many groups of jobs, each with its status reply_key n, and n times id record (an empty record: ignored; no reply_key: published for Celery's clients);
 --   then counted sections:
 --   pushes: id list message        retries: id delay_ms message
 --   chord parts: id part           dead letters: id kernel code reason attempts trace message
 --   blobs: id kept_s key (0: forgotten; below: the job goes on)
 --   minutes: those whose placements are kept as long as these results
 -- What a duplicate would have set off does not happen. Returns the ids that had a final result already. Refused whole,
--- as FENCED, unless the lease is alive and the held list is exactly the n messages that the worker took.
+-- as FENCED, unless the lease is alive and the held list is exactly the n messages that the worker took; and as STALE,
+-- where a carried state has another version by now, or a job that it comes from has a final result.
 local function fenced(held, lease, n)
   if redis.call('EXISTS', lease) == 0 then return redis.error_reply('FENCED the lease has lapsed') end
   if redis.call('LLEN', held) ~= n then return redis.error_reply('FENCED the held list is gone') end
+end
+
+local function stale(args, last)
+  for at = 8, last, 6 do
+    local id, key = args[at], args[at + 1]
+    if not is_type(key, 'hash') then return redis.error_reply('WRONGTYPE ' .. key .. ' holds something else') end
+    if (redis.call('HGET', key, 'version') or '') ~= args[at + 2] then return redis.error_reply('STALE ' .. key) end
+    if is_final(redis.pcall('GET', RESULT .. id)) or redis.call('EXISTS', 'lepton:ended:' .. id) == 1 then
+      return redis.error_reply('STALE ' .. id .. ' has ended')
+    end
+  end
 end
 
 local function commit(keys, args)
@@ -304,10 +317,18 @@ local function commit(keys, args)
     has_attempts, has_ended = redis.call('EXISTS', ATTEMPTS) == 1, redis.call('EXISTS', ENDED) == 1
   end
   bad = bad or fenced(held, keys[2], n)
+  local last = 7 + 6 * tonumber(args[7])
+  bad = bad or stale(args, last)
   if bad then return bad end
+  for first = 8, last, 6 do
+    if args[first + 5] ~= '' then
+      redis.call('HSET', args[first + 1], 'version', args[first + 3], 'value', args[first + 5])
+      redis.call('EXPIRE', args[first + 1], args[first + 4])
+    end
+  end
   local counts, duplicates, late = {}, {}, {}
-  local at = 8
-  for _ = 1, tonumber(args[7]) do
+  local at = last + 2
+  for _ = 1, tonumber(args[last + 1]) do
     local status, reply, size = args[at], args[at + 1], tonumber(args[at + 2])
     local ends, awaited = status ~= 'retried', string.sub(reply, 1, 13) == 'lepton:reply:'
     local told, again = {}, 0

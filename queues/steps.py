@@ -11,7 +11,7 @@ from lepton_ai import topology
 from lepton_ai.succession import FollowUps
 from queues.connection import Command
 
-__all__ = ["GOES_ON", "Commit", "DeadLetter", "Dispatch", "Outcome"]
+__all__ = ["GOES_ON", "Carry", "Commit", "DeadLetter", "Dispatch", "Outcome"]
 
 #: Of a job's blobs in a commit: it goes on, and needs them still.
 GOES_ON: Final = -1
@@ -45,6 +45,18 @@ class DeadLetter(msgspec.Struct, frozen=True):
         return (self.job, self.kernel, self.code, self.reason, self.attempts, self.trace, self.message)
 
 
+class Carry(msgspec.Struct, frozen=True):
+    """A state that jobs of a batch have carried on (lepton_ai/carried.py)."""
+
+    key: str
+    version: str
+    """Which it must still have: else somebody else has carried it on meanwhile."""
+    new_version: str
+    value: bytes
+    jobs: tuple[str, ...]
+    """Those that it has come from: none of them may have ended before."""
+
+
 class Commit(msgspec.Struct, frozen=True):
     """Everything that ends a batch: its outcomes, what they set off, and the event that tells of them."""
 
@@ -65,6 +77,7 @@ class Commit(msgspec.Struct, frozen=True):
     blobs: Sequence[tuple[str, int, str]] = ()
     """Keys of its jobs' blobs, each with its job and how many seconds it is kept: 0 for none, or GOES_ON. A
     duplicate's are left to themselves for a minute."""
+    carried: Sequence[Carry] = ()
     minutes: Collection[int] = ()
     """Those whose placements are kept as long as these results are: what ends a job says no more where it went."""
 

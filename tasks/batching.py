@@ -12,6 +12,7 @@ import numpy as np
 
 from lepton_ai import blob, bundle, wire
 from lepton_ai.blob import Reference
+from lepton_ai.carried import check_state
 from lepton_ai.errors import InvalidArguments, LeptonError, OptionNotSupported, UnknownKernel
 from lepton_ai.job import Options
 from lepton_ai.kernel import Kernel, Work
@@ -196,6 +197,7 @@ def _taken(
     taken: list[TakenJob] = []
     for place, (job_id, body) in enumerate(zip(ids, bodies, strict=True)):
         arguments = inherit(signature, body) if body.args else body.kwargs
+        check_state(kernel.name, kernel.spec.carries, options.state_key, arguments)
         inputs, dims = signature.bind(arguments)
         forms = set(map(type, arguments.values()))
         outside_bytes = _outside_bytes(inputs, options.blobs or ()) if TensorMap in forms else 0
@@ -271,6 +273,8 @@ def groups(
         one_by_one = job.kernel.spec.batch is None
         run_s = predicted_s(job) if one_by_one and _is_plain(job) else 0.0
         key = _key(job) if not one_by_one else _series_key(job) if 0 < run_s <= SERIES_S else None
+        if job.options.state_key is not None:  # what it goes on with may be what the job before it leaves
+            key = None
         group = open_groups.get(key) if key is not None else None
         if (
             group is None
@@ -290,7 +294,7 @@ def groups(
 
 def _is_plain(job: TakenJob) -> bool:
     """Whether nothing about a job asks for a launch that is looked at by itself."""
-    return job.limit_s is None and job.sequel is None and not job.outside_bytes
+    return job.limit_s is None and job.sequel is None and not job.outside_bytes and job.options.state_key is None
 
 
 def _series_key(job: TakenJob) -> tuple[Any, ...]:

@@ -31,6 +31,7 @@ from tasks.books import Books, install_commands
 from tasks.catalogue import load
 from tasks.driver import open_device
 from tasks.heartbeat import Heartbeat
+from tasks.peaks import peaks_of
 from tasks.slots import Slots
 from tasks.teller import Teller
 from tasks.warmup import warm
@@ -127,7 +128,7 @@ class DeviceStep(bootsteps.StartStopStep):
             driver.kind,
             driver.slots,
             driver.emulated,
-            driver.peaks(),
+            peaks_of(driver, anew=self.settings.peaks == "measure"),
             tuple(kernel.spec for kernel in repertoire.kernels.values()),
             time.time(),
             self._slots.ring.memory,

@@ -9,6 +9,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,7 +20,18 @@ from lepton_ai.device import DeviceState, Peaks, kind_of
 from lepton_ai.errors import InvalidSettings
 from lepton_ai.kernel import DEVICE_KINDS, Context, Inputs, Outputs, Run
 
-__all__ = ["Driver", "Found", "best_s", "cores", "instructions", "open_device", "probe", "processor"]
+__all__ = [
+    "Driver",
+    "Found",
+    "Unit",
+    "best_s",
+    "cache_folder",
+    "cores",
+    "instructions",
+    "open_device",
+    "probe",
+    "processor",
+]
 
 _REPEATS = 5
 _INFO = Path("/proc/cpuinfo")
@@ -67,6 +79,14 @@ class Driver(Protocol):
         """Gives the device back. Nothing may be called after it."""
 
 
+class Unit(msgspec.Struct, frozen=True):
+    """One of several devices of a kind, which take a worker each: its name with its model, as in `gpu.h100`."""
+
+    device: str
+    environ: dict[str, str]
+    """What leaves a worker this one alone."""
+
+
 class Found(msgspec.Struct, frozen=True):
     """Whether a kind of device would open on this machine. Each driver's module has a `probe() -> Found`."""
 
@@ -77,6 +97,8 @@ class Found(msgspec.Struct, frozen=True):
     fix: str | None
     """The one command that helps, where one does."""
     emulated: bool = False
+    units: tuple[Unit, ...] = ()
+    """Those that there are, where there may be several."""
 
 
 def open_device(device: str, slots: int) -> Driver:
@@ -140,6 +162,23 @@ def instructions() -> str:
 def _told(of: str) -> str:
     lines = _INFO.read_text(errors="replace").splitlines() if _INFO.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(of)), "")
+
+
+def cache_folder(*names: str) -> Path | None:
+    """A folder of ours in the user's cache, in which nobody else can write; None where there can be none.
+
+    What is kept there is run, or believed, by the next worker.
+    """
+    with suppress(OSError, RuntimeError):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lepton"
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in (folder, *(folder.joinpath(*names[: count + 1]) for count in range(len(names)))):
+            each.mkdir(mode=0o700, exist_ok=True)
+            found = each.stat()
+            if found.st_uid != os.getuid() or found.st_mode & 0o022 or not os.access(each, os.W_OK):
+                return None
+        return folder.joinpath(*names)
+    return None
 
 
 def best_s(run: Callable[[], object]) -> float:

@@ -39,6 +39,7 @@ from queues.broker import Broker
 from queues.connection import CommandError
 from queues.steps import GOES_ON, Commit, DeadLetter, Outcome
 from tasks.batching import Group, Refused, TakenJob, Unreadable, answer, groups, magnitude, names, read_all, split
+from tasks.carried import Carried
 from tasks.driver import Driver
 from tasks.limits import kill_after_s, own_limit_s
 from tasks.outside import fetch
@@ -187,6 +188,7 @@ class _Batch(msgspec.Struct):
     chord_parts: list[tuple[str, bytes]] = []
     dead: list[DeadLetter] = []
     blobs: list[tuple[str, int, str]] = []
+    carried: Carried = msgspec.field(default_factory=Carried)
 
     def predicted_s(self, job: TakenJob) -> float:
         """How long a job was predicted to run; infinity where its kernel had not been measured."""
@@ -235,6 +237,7 @@ class Runner:
             minutes = _minutes(found)
             batch = _Batch(_notes(notes, minutes), set(minutes.values()), taken_at)
             jobs = self._begin(found, marked, broker.now(), batch)
+            jobs = self._carrying(broker, jobs, batch)
             for group in groups(jobs, settings.batch_jobs, settings.batch_bytes, batch.predicted_s):
                 self._run_group(broker, group, batch)
         finally:
@@ -251,6 +254,7 @@ class Runner:
             batch.dead,
             len(found) - len(messages),
             batch.blobs,
+            batch.carried.commits(),
             batch.minutes,
         )
         return step, batch.endings
@@ -323,6 +327,16 @@ class Runner:
                 jobs.append(job)
         return jobs
 
+    @staticmethod
+    def _carrying(broker: Broker, jobs: list[TakenJob], batch: _Batch) -> list[TakenJob]:
+        """The jobs to run, once the states are there that some of them go on with."""
+        carrying = [job for job in jobs if job.options.state_key is not None]
+        if not carrying:
+            return jobs
+        ended = batch.carried.load(broker, carrying)
+        batch.outcomes += [Outcome(job.id, "duplicate", b"") for job in carrying if job.id in ended]
+        return [job for job in jobs if job.id not in ended]
+
     # -- launches -----------------------------------------------------------------------------------------------
 
     def _run_group(self, broker: Broker, group: Group, batch: _Batch) -> None:
@@ -357,7 +371,8 @@ class Runner:
         for job in group.jobs:
             context = self._start((job.id,), kernel, limits)
             try:
-                outputs, launch = self._launch(kernel, job.inputs, context)
+                inputs = job.inputs if job.options.state_key is None else job.inputs | batch.carried.of(job)
+                outputs, launch = self._launch(kernel, inputs, context)
             except (Exception, SystemExit) as error:  # noqa: BLE001
                 self._kernel_raised(job, error, context, batch)
                 continue
@@ -396,10 +411,18 @@ class Runner:
         kept: Record | None = None
         of: _Note | Placement | None = None
         succeeded: list[str] = []
-        for job, part in ran:
+        for job, outputs in ran:
+            part = outputs
             if job.limit_s is not None and each_run_s > job.limit_s:
                 self._fail(job, _over(job), batch)
                 continue
+            left: bytes | None = None
+            if job.options.state_key is not None:
+                try:
+                    part, left = batch.carried.leave(job, outputs, self._settings.state_bytes)
+                except LeptonError as error:
+                    self._fail(job, error, batch)
+                    continue
             note = batch.notes.get(job.id)
             if kept is None or note is not of:  # which the jobs of a bundle share
                 wait_s = max(0.0, batch.taken_at - note.placed_at) if note is not None else 0.0
@@ -429,6 +452,8 @@ class Runner:
                 continue
             if follow_ups is not None:
                 self._note(job.id, follow_ups, batch)
+            if left is not None:
+                batch.carried.keep(job, left)
             self._end_blobs(job, 0, batch)
             batch.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
             shapes = _shapes(part) if note is not None and note.shown else ""

@@ -17,7 +17,7 @@ from lepton_ai.errors import BrokerUnavailable, Fenced
 from lepton_ai.ring import RingReader
 from lepton_ai.settings import Settings
 from lepton_ai.succession import Canvas
-from queues.broker import Broker
+from queues.broker import Broker, Stale
 from queues.connection import Connection
 from queues.steps import Commit
 from tasks.chords import ChordParts
@@ -274,6 +274,11 @@ class _Slot:
                 if step.chord_parts:
                     self._slots.chord_parts.committed(job for job, _ in step.chord_parts)
                 held: list[bytes] = []
+                break
+            except Stale as error:  # nothing is written: what was run is run anew, with what is there now
+                log.info("commit_stale", slot=self.number, reason=str(error))
+                self._slots.observer.lost([ending.job for ending in endings])
+                held = list(self.messages)
                 break
             except Fenced as error:
                 held = broker.held(self.number)

@@ -33,6 +33,7 @@ _FOR: Final = {
     "worker": "workers on this machine",
     "services": "router, ingest and telemetry on this machine",
     "fpga": "OpenCL devices",
+    "tpu": "JAX, for TPUs",
     "flower": "Flower",
     "backfill": "backfills",
 }

@@ -86,6 +86,9 @@ def submit(
         bool,
         Parameter(help="Refused where it is estimated not to end by its deadline.", negative="", show_default=False),
     ] = False,
+    state_key: Annotated[
+        str | None, Parameter(help="Goes on with what the last job of this key left, for kernels that carry state.")
+    ] = None,
     tenant: Annotated[str | None, Parameter(help="For whom: jobs of a tenant wait in a lane of its own.")] = None,
     wait: Wait = None,
     out: Out = None,
@@ -136,6 +139,7 @@ def submit(
             deadline_s=deadline,
             limit_s=limit,
             must_meet=must_meet,
+            state_key=state_key,
         )
         if spec is None:
             shown.tell(f"no live worker announces {kernel!r}: the job is parked until one does")

@@ -57,6 +57,7 @@ class _Incoming(msgspec.Struct, forbid_unknown_fields=True):
     deadline_s: float | None = None
     limit_s: float | None = None
     must_meet: bool | None = None
+    state_key: str | None = None
 
 
 _ASKED = [name for name in _Incoming.__struct_fields__ if name not in ("kernel", "arguments")]

@@ -16,6 +16,7 @@ import structlog
 from lepton_ai import cancellation, idempotency, topology, wire
 from lepton_ai.accounts import Accounts, accounts_of
 from lepton_ai.async_direct import settled
+from lepton_ai.carried import check_state
 from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
 from lepton_ai.device import Announcement, read_workers, worker_keys
 from lepton_ai.errors import BrokerUnavailable, LeptonError, TooLarge, UnknownJob, UnknownKernel
@@ -281,9 +282,11 @@ class Door:
                 result="msgpack",
                 limit_s=request.limit_s,
                 must_meet=bool(request.must_meet),
+                state_key=request.state_key,
             )
             terms = Terms(options, request.delay_s, request.deadline_s).checked()
-            _, signature = await self._spec(request.kernel)
+            spec, signature = await self._spec(request.kernel)
+            check_state(request.kernel, spec.carries, request.state_key, request.arguments)
             signature.bind(request.arguments)
             if terms.options.must_meet:
                 terms = await self._meeting(request, terms, tenant, index)

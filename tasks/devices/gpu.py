@@ -10,14 +10,17 @@ takes a hundred thousand times as long. It never does so unasked.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
 import os
 import re
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -29,7 +32,7 @@ from lepton_ai.device import DeviceState, Peaks
 from lepton_ai.errors import DeviceLost, DeviceOutOfMemory, InvalidKernel, InvalidSettings, LeptonError
 from lepton_ai.kernel import Context, Inputs, Outputs, Run
 from tasks.cuda_memory import Lease, Memory, Staging
-from tasks.driver import Found, best_s
+from tasks.driver import Found, Unit, best_s
 from tasks.nvml import cuda_version, gpu_state
 
 __all__ = ["Array", "GpuDriver", "Launcher", "bound", "model_of", "open_device", "probe"]
@@ -76,7 +79,7 @@ _ERROR = re.compile(r"CUDA_ERROR_([A-Z_]+)")
 class Array:
     """An array on the GPU, contiguous. What is in it, only kernels see."""
 
-    __slots__ = ("_driver", "_view", "dtype", "lease", "shape")
+    __slots__ = ("_driver", "_native", "dtype", "lease", "shape")
 
     def __init__(self, driver: GpuDriver, lease: Lease | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.shape = shape
@@ -84,7 +87,7 @@ class Array:
         self.lease = lease
         """The memory; None where there is nothing to hold."""
         self._driver = driver
-        self._view: Any = None
+        self._native: Any = None
 
     @property
     def ndim(self) -> int:
@@ -107,12 +110,19 @@ class Array:
             raise ValueError(f"an array of shape {self.shape} has no shape {tuple(given)}")
         return Array(self._driver, self.lease, sizes, self.dtype)
 
+    def view(self, dtype: DTypeLike) -> Array:
+        """The same memory, its bits read as another type of the same size."""
+        kind = np.dtype(dtype)
+        if kind.itemsize != self.dtype.itemsize:
+            raise ValueError(f"{self.dtype} and {kind} are not of one size")
+        return Array(self._driver, self.lease, self.shape, kind)
+
     @property
-    def view(self) -> Any:
+    def native(self) -> Any:
         """What numba-cuda takes for it."""
-        if self._view is None:
-            self._view = self._driver._view(self.lease, self.shape, self.dtype)
-        return self._view
+        if self._native is None:
+            self._native = self._driver._native(self.lease, self.shape, self.dtype)
+        return self._native
 
 
 class GpuDriver:
@@ -128,7 +138,10 @@ class GpuDriver:
         self._cuda = cuda
         self._threads = threading.local()
         self._memories: weakref.WeakSet[Memory] = weakref.WeakSet()
-        self._context = cuda.current_context(0)
+        self._context = cuda.current_context()
+        self.processors = 1 if simulated else int(self._context.device.MULTIPROCESSOR_COUNT)
+        """The multiprocessors of the card: it is busy with a few blocks for each."""
+        self.model = "Numba's CUDA simulator" if simulated else f"{_name(self._context.device)}, CUDA {cuda_version()}"
         self._array_type, self._memset = _numba_parts()
         self._read_state = None if simulated else gpu_state(str(self._context.device.uuid))
 
@@ -139,15 +152,18 @@ class GpuDriver:
         function: Callable[..., None],
         threads: Sequence[int] | None = None,
         helpers: Sequence[Callable[..., Any]] = (),
+        constants: Mapping[str, int] | None = None,
     ) -> Launcher:
         """What launches a function that stands at module level, compiled for the types of each first launch.
 
         Without `threads` it is called with a number of items and its arguments, and goes over the items in a loop
         (`for i in range(cuda.grid(1), size, cuda.gridsize(1))`) that is right for any number of threads. With them
         it is called with the blocks to start, each of so many threads that may share memory and wait for each other.
-        `helpers` are the functions that it calls, and those that they call.
+        `helpers` are the functions that it calls, and those that they call; `constants` are globals of theirs that
+        are not what their module says.
         """
-        jitted = self._cuda.jit(cache=not self.simulated)(bound(self._cuda, function, helpers, self.simulated))
+        own = bound(self._cuda, function, helpers, constants or {}, simulated=self.simulated)
+        jitted = self._cuda.jit(cache=not self.simulated)(own)
         return Launcher(self, jitted, None if threads is None else tuple(threads))
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
@@ -163,7 +179,7 @@ class GpuDriver:
         if array.lease is not None:
             flat = _flat(array)
             with _translated():
-                self._memset(flat.view, 0, flat.size, stream=self.stream)
+                self._memset(flat.native, 0, flat.size, stream=self.stream)
         return array
 
     def full(self, shape: Sequence[int], value: Any, dtype: DTypeLike) -> Array:
@@ -193,7 +209,7 @@ class GpuDriver:
         found = self.empty(source.shape, source.dtype)
         if found.lease is not None:
             with _translated():
-                self._thread.staging.upload(source.reshape(-1).view(np.uint8), _flat(found).view)
+                self._thread.staging.upload(source.reshape(-1).view(np.uint8), _flat(found).native)
         return found
 
     def launch(self, run: Run, inputs: Inputs, context: Context) -> Outputs:
@@ -210,7 +226,7 @@ class GpuDriver:
         if value.lease is None:
             return np.empty(value.shape, value.dtype)
         with _translated():
-            return self._thread.staging.download(_flat(value).view).view(value.dtype).reshape(value.shape)
+            return self._thread.staging.download(_flat(value).native).view(value.dtype).reshape(value.shape)
 
     def synchronize(self) -> None:
         """Returns when everything that this thread launched has finished. Waits without the GIL."""
@@ -238,7 +254,7 @@ class GpuDriver:
             self.synchronize()
 
         def copy() -> None:
-            target.view.copy_to_device(source.view, stream=self.stream)
+            target.native.copy_to_device(source.native, stream=self.stream)
             self.synchronize()
 
         return Peaks(
@@ -284,7 +300,7 @@ class GpuDriver:
             for memory in list(self._memories):
                 memory.give_up()
 
-    def _view(self, lease: Lease | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    def _native(self, lease: Lease | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         block = None if lease is None else lease.block
         if self.simulated:
             return self._array_type(np.ndarray(shape, dtype, b"" if block is None else block))
@@ -296,7 +312,7 @@ class _Thread:
     """What each thread has of its own."""
 
     def __init__(self, cuda: Any) -> None:
-        context = cuda.current_context(0)
+        context = cuda.current_context()
         self.stream = cuda.stream()
         self.memory = Memory(context.memalloc)
         self.staging = Staging(cuda, self.stream)
@@ -309,8 +325,7 @@ class Launcher:
         self._driver = driver
         self._jitted = jitted
         self._threads = threads
-        processors = 1 if driver.simulated else driver._context.device.MULTIPROCESSOR_COUNT
-        self._most_blocks = _SIMULATED_BLOCKS if driver.simulated else _BLOCKS_EACH * processors
+        self._most_blocks = _SIMULATED_BLOCKS if driver.simulated else _BLOCKS_EACH * driver.processors
 
     def __call__(self, blocks: int | Sequence[int], *arguments: Array | np.generic) -> None:
         """Starts it on so many items, or blocks, and returns before it is done; nothing starts where there are none.
@@ -324,7 +339,7 @@ class Launcher:
             grid = (min(-(-grid[0] // threads[0]), self._most_blocks),)
         if 0 in grid:
             return
-        given = [each.view if isinstance(each, Array) else _scalar(each) for each in arguments]
+        given = [each.native if isinstance(each, Array) else _scalar(each) for each in arguments]
         with _translated():
             if not self._driver.simulated:
                 self._jitted[grid, threads, self._driver.stream](*given)
@@ -342,19 +357,28 @@ _SIMULATING = threading.Lock()
 def _scalar(value: Any) -> Any:
     if not isinstance(value, np.generic):
         raise InvalidKernel(f"a launch takes arrays of the GPU and NumPy scalars, not {type(value).__name__}")
-    return value
+    return bool(value) if isinstance(value, np.bool_) else value
 
 
 def bound(
-    cuda: Any, function: Callable[..., Any], helpers: Sequence[Callable[..., Any]] = (), simulated: bool = False
+    cuda: Any,
+    function: Callable[..., Any],
+    helpers: Sequence[Callable[..., Any]] = (),
+    constants: Mapping[str, int] | None = None,
+    *,
+    simulated: bool = False,
 ) -> Callable[..., Any]:
-    """The function as numba-cuda wants it: `cuda` and its helpers, compiled, among its globals.
+    """The function as numba-cuda wants it: `cuda`, its constants and its helpers, compiled, among its globals.
 
     It gets globals of its own, copied from its module's: there the helpers stay what they were, for other devices
     compile them too.
     """
-    own = {each: {**each.__globals__, "cuda": cuda} for each in (function, *helpers)}
-    copies: dict[Any, Callable[..., Any]] = {each: _copy(each, globals_) for each, globals_ in own.items()}
+    changed = dict(constants or {})
+    own = {each: {**each.__globals__, "cuda": cuda, **changed} for each in (function, *helpers)}
+    copies = {each: _copy(each, globals_) for each, globals_ in own.items()}
+    for copy in copies.values():
+        # Numba's cache knows a function by its name, and nothing of its globals.
+        copy.__qualname__ += "".join(f"_{name}_{value}" for name, value in sorted(changed.items()))
     compiled = {each.__name__: cuda.jit(device=True)(copies[each]) for each in helpers}
     for globals_ in own.values():
         globals_.update(compiled)
@@ -430,7 +454,7 @@ def open_device(device: str, slots: int) -> GpuDriver:
     if cuda is None:
         raise InvalidSettings(f"{found.what}; try: {found.fix}" if found.fix else found.what)
     simulated = found.emulated
-    name = _name(cuda.current_context(0).device)
+    name = _name(cuda.current_context().device)
     wanted = device.partition(".")[2]
     if wanted and wanted != model_of(name):
         raise InvalidSettings(f"{device} is not here: the GPU is {name}, which is called gpu.{model_of(name)}")
@@ -468,20 +492,25 @@ _PIP = "pip install 'lepton-ai[gpu]'"
 
 def _look() -> tuple[Any, Found]:
     """The module numba.cuda where a GPU is there, or simulated, and what to say of it."""
-    os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
+    # Asked first, because numba-cuda takes most of a second to import.
+    if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1" and not _has_driver():
+        return None, Found("gpu", False, "CUDA finds no GPU: no NVIDIA driver is installed", None)
     try:
         cuda = importlib.import_module("numba.cuda")
         from numba.cuda.core import config
     except ImportError as error:
         return None, Found("gpu", False, f"numba-cuda does not import: {error}", _PIP)
+    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # a small job is no mistake
     if config.ENABLE_CUDASIM:
         return cuda, Found("gpu", True, "Numba's CUDA simulator, as NUMBA_ENABLE_CUDASIM=1 asks", None, True)
     from numba.cuda.cudadrv import nvrtc, nvvm
     from numba.cuda.cudadrv.driver import driver
 
-    if not driver.is_available:
+    with suppress(ImportError):  # what numba-cuda raises where the driver has no device, or is too old
+        driver.ensure_initialized()
+    if driver.initialization_error is not None:
         reason = " ".join(str(driver.initialization_error).split())
-        return None, Found("gpu", False, f"CUDA finds no GPU: {reason:.200}", None)
+        return None, Found("gpu", False, f"CUDA finds no GPU, or CUDA_VISIBLE_DEVICES hides it: {reason:.200}", None)
     devices = list(cuda.list_devices())
     if not devices:
         return None, Found("gpu", False, "CUDA finds no GPU, or CUDA_VISIBLE_DEVICES hides it", None)
@@ -494,7 +523,30 @@ def _look() -> tuple[Any, Found]:
         return None, Found(
             "gpu", False, what, f"pip install 'numba-cuda[cu{min(13, max(12, cuda_version() // 1000))}]'"
         )
-    return cuda, Found("gpu", True, ", ".join(_name(each) for each in devices), None)
+    return cuda, _several([(_name(each), str(each.uuid)) for each in devices])
+
+
+def _has_driver() -> bool:
+    """Whether the library of NVIDIA's driver loads from where numba-cuda looks for it."""
+    for name in ("nvcuda.dll",) if sys.platform == "win32" else _DRIVERS:
+        with suppress(OSError):
+            ctypes.CDLL(name)
+            return True
+    return False
+
+
+_DRIVERS = ("libcuda.so.1", "libcuda.so", "/usr/lib64/libcuda.so.1", "/usr/lib/libcuda.so.1")
+
+
+def _several(cards: Sequence[tuple[str, str]]) -> Found:
+    """What to say of cards, by their names and UUIDs."""
+    units = tuple(Unit(f"gpu.{model_of(name)}", {"CUDA_VISIBLE_DEVICES": uuid}) for name, uuid in cards)
+    counts = Counter((name, unit.device) for (name, _), unit in zip(cards, units, strict=True))
+    what = [
+        f"{count} x {name} ({device})" if count > 1 else f"{name} ({device})"
+        for (name, device), count in counts.items()
+    ]
+    return Found("gpu", True, ", ".join(what), None, units=units)
 
 
 def _name(device: Any) -> str:

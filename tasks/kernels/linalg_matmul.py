@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,83 @@ def _cpu(device: Any) -> Run:
     def run(inputs: Inputs, context: Context) -> Outputs:
         with np.errstate(invalid="ignore", over="ignore"):
             return {"c": np.matmul(inputs["a"], inputs["b"])}
+
+    return run
+
+
+cuda: Any  # numba.cuda, on a GPU
+#: A block is _SIDE by _SIDE threads, each with _EACH by _EACH elements of c, so its tile is _TILE = _SIDE * _EACH wide.
+#: The tile of a is kept by columns; one element more for each keeps them in different banks of shared memory.
+_SIDE, _EACH, _WIDE, _PADDED = 16, 8, 128, 129
+_SMALL = {"_EACH": 4, "_WIDE": 64, "_PADDED": 65}
+_SIMULATED = {"_SIDE": 2, "_EACH": 2, "_WIDE": 4, "_PADDED": 5}
+
+
+def _multiply_gpu(a: NDArray[np.float32], b: NDArray[np.float32], c: NDArray[np.float32]) -> None:
+    """A block makes a tile of one product: from _SIDE columns of a and rows of b at a time, in shared memory.
+
+    What lies outside of the matrices counts as 0, and never meets what lies inside: NaN and infinity stay where they
+    are. Each thread's sums stay in registers (the loops over _EACH are unrolled).
+    """
+    left = cuda.shared.array((_SIDE, _PADDED), np.float32)
+    right = cuda.shared.array((_SIDE, _WIDE), np.float32)
+    sums = cuda.local.array((_EACH, _EACH), np.float32)
+    rows = cuda.local.array(_EACH, np.float32)
+    m, k, n = a.shape[1], a.shape[2], b.shape[2]
+    down, across = (m + _WIDE - 1) // _WIDE, (n + _WIDE - 1) // _WIDE
+    product = cuda.blockIdx.x // (down * across)
+    tile = cuda.blockIdx.x - product * (down * across)
+    top, start = (tile // across) * _WIDE, (tile % across) * _WIDE
+    x, y = cuda.threadIdx.x, cuda.threadIdx.y
+    zero = np.float32(0)
+    for i in range(_EACH):
+        for j in range(_EACH):
+            sums[i, j] = zero
+    for first in range(0, k, _SIDE):
+        for i in range(_EACH):
+            row = top + y + i * _SIDE
+            left[x, y + i * _SIDE] = a[product, row, first + x] if row < m and first + x < k else zero
+            column = start + x + i * _SIDE
+            right[y, x + i * _SIDE] = b[product, first + y, column] if first + y < k and column < n else zero
+        cuda.syncthreads()
+        for depth in range(_SIDE):
+            for i in range(_EACH):
+                rows[i] = left[depth, y + i * _SIDE]
+            for j in range(_EACH):
+                value = right[depth, x + j * _SIDE]
+                for i in range(_EACH):
+                    sums[i, j] += rows[i] * value
+        cuda.syncthreads()
+    for i in range(_EACH):
+        row = top + y + i * _SIDE
+        for j in range(_EACH):
+            column = start + x + j * _SIDE
+            if row < m and column < n:
+                c[product, row, column] = sums[i, j]
+
+
+@matmul.on("gpu")
+def _gpu(device: Any) -> Run:
+    """Takes one product, or a stack of them. Small ones are cut into smaller tiles, so that the whole card has work."""
+    sizes = [_SIMULATED] if device.simulated else [_SMALL, {}]
+    kinds = []
+    for constants in sizes:
+        side = constants.get("_SIDE", _SIDE)
+        multiply = device.compile(_multiply_gpu, threads=(side, side), constants=constants)
+        kinds.append((constants.get("_WIDE", _WIDE), multiply))
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        a, b = inputs["a"], inputs["b"]
+        *stack, m, k = a.shape
+        n = b.shape[-1]
+        c = device.empty((*stack, m, n), np.float32)
+        products = math.prod(stack)
+        for wide, multiply in reversed(kinds):
+            blocks = products * -(-m // wide) * -(-n // wide)
+            if blocks >= 2 * device.processors or wide == kinds[0][0]:
+                multiply(blocks, a.reshape(products, m, k), b.reshape(products, k, n), c.reshape(products, m, n))
+                break
+        return {"c": c}
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -41,6 +42,8 @@ def _reference(image: NDArray[np.float32], radius: int) -> Outputs:
     return {"filtered": np.where(np.isnan(values[..., -1]), np.float32(np.nan), middle)}
 
 
+#: Larger squares would need a network of thousands of exchanges.
+_MOST_BY_NETWORK = 3
 _LANES = 512
 _TILE = 96
 
@@ -232,13 +235,81 @@ def _cpu(device: Any) -> Run:
         images = image if image.ndim == 3 else image[None]
         filtered = np.empty(images.shape, np.float32)
         padded = np.pad(images, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
-        if radius <= 3:
+        if radius <= _MOST_BY_NETWORK:
             by_network(padded, radius, _network((2 * radius + 1) ** 2), filtered)
         else:
             by_rank(padded, radius, filtered)
         if np.isnan(images).any():
             _spread_nan(images, radius, filtered)
         return {"filtered": filtered.reshape(image.shape)}
+
+    return run
+
+
+cuda: Any  # numba.cuda, on a GPU
+#: A block is _SIDE by _SIDE threads, a pixel each, and sees _REACH = _SIDE + 2 * 16 pixels across.
+_SIDE, _REACH = 16, 48
+
+
+def _median_gpu(images: NDArray[np.uint32], radius: int, filtered: NDArray[np.uint32]) -> None:
+    """By halving: the median is the least value that more than half of the square's are not above.
+
+    Values are the bits of floats, made so that unsigned numbers are in their order; the square's own least and most
+    begin the search, so it takes 32 rounds at most, the same for every thread of a block but for the last few.
+    """
+    keys = cuda.shared.array((_REACH, _REACH), np.uint32)
+    height, width = images.shape[1], images.shape[2]
+    down, across = (height + _SIDE - 1) // _SIDE, (width + _SIDE - 1) // _SIDE
+    image = cuda.blockIdx.x // (down * across)
+    tile = cuda.blockIdx.x - image * (down * across)
+    top, left = (tile // across) * _SIDE, (tile % across) * _SIDE
+    x, y = cuda.threadIdx.x, cuda.threadIdx.y
+    reach, side = _SIDE + 2 * radius, 2 * radius + 1
+    for row in range(y, reach, _SIDE):
+        for column in range(x, reach, _SIDE):  # the image's edge is repeated outwards
+            at = min(max(top + row - radius, 0), height - 1)
+            bits = np.int64(images[image, at, min(max(left + column - radius, 0), width - 1)])
+            keys[row, column] = np.uint32(bits ^ 0xFFFFFFFF if bits >= 0x80000000 else bits ^ 0x80000000)
+    cuda.syncthreads()
+    if top + y >= height or left + x >= width:
+        return
+    low, high = np.uint32(0xFFFFFFFF), np.uint32(0)
+    for row in range(y, y + side):
+        for column in range(x, x + side):
+            low, high = min(low, keys[row, column]), max(high, keys[row, column])
+    if low < np.uint32(0x007FFFFF) or high > np.uint32(0xFF800000):  # beyond the infinities is NaN
+        filtered[image, top + y, left + x] = np.uint32(0x7FC00000)
+        return
+    half = side * side // 2
+    while low < high:
+        middle = np.uint32(low + (high - low) // np.uint32(2))
+        below = 0
+        for row in range(y, y + side):
+            for column in range(x, x + side):
+                below += 1 if keys[row, column] <= middle else 0
+        if below > half:
+            high = middle
+        else:
+            low = np.uint32(middle + np.uint32(1))
+    found = np.int64(low)
+    filtered[image, top + y, left + x] = np.uint32(found ^ 0x80000000 if found >= 0x80000000 else found ^ 0xFFFFFFFF)
+
+
+@median_filter.on("gpu")
+def _gpu(device: Any) -> Run:
+    """Takes one image, or a stack of them."""
+    side = 4 if device.simulated else _SIDE
+    median = device.compile(_median_gpu, threads=(side, side), constants={"_SIDE": side, "_REACH": side + 32})
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        image = inputs["image"]
+        *stack, height, width = image.shape
+        filtered = device.empty(image.shape, np.float32)
+        shape = (math.prod(stack), height, width)
+        blocks = shape[0] * -(-height // side) * -(-width // side)
+        bits, bits_filtered = (each.view(np.uint32).reshape(*shape) for each in (image, filtered))
+        median(blocks, bits, np.int64(inputs["radius"]), bits_filtered)
+        return {"filtered": filtered}
 
     return run
 
@@ -302,6 +373,70 @@ def _fpga(device: Any) -> Run:
         sizes = np.int32(height), np.int32(width), np.int32(radius)
         program.launch("median", groups, image, device.upload(pairs), np.int32(len(pairs)), filtered, *sizes)
         return {"filtered": filtered}
+
+    return run
+
+
+@median_filter.on("tpu")
+def _tpu(device: Any) -> Run:
+    """Takes one image, or a stack of them. The radius is compiled in.
+
+    Small squares go through the network of the cpu's variant, a whole image an exchange: minimum and maximum hand NaN
+    on to where the median stands. In large ones the median is found bit by bit from the top, each pixel counting how
+    many of its square are below what it tries: (2 radius + 1)**2 comparisons a bit, without an index that data decide.
+    """
+    import jax.numpy as jnp
+    from jax import lax
+
+    def spread(image: Any, height: Any, width: Any, radius: int) -> Any:
+        """The image with its true edges repeated outwards."""
+        *_, tall, wide = image.shape
+        rows = jnp.clip(jnp.arange(-radius, tall + radius), 0, jnp.maximum(height - 1, 0))
+        columns = jnp.clip(jnp.arange(-radius, wide + radius), 0, jnp.maximum(width - 1, 0))
+        return jnp.take(jnp.take(image, rows, axis=-2), columns, axis=-1)
+
+    def by_network(image: Any, height: Any, width: Any, radius: int) -> Any:
+        *_, tall, wide = image.shape
+        padded, side = spread(image, height, width, radius), 2 * radius + 1
+        lanes = [padded[..., y : y + tall, x : x + wide] for y in range(side) for x in range(side)]
+        for i, j in _network(side * side):
+            lanes[i], lanes[j] = jnp.minimum(lanes[i], lanes[j]), jnp.maximum(lanes[i], lanes[j])
+        return lanes[side * side // 2]
+
+    def by_bits(image: Any, height: Any, width: Any, radius: int) -> Any:
+        *_, tall, wide = image.shape
+        padded, side = spread(image, height, width, radius), 2 * radius + 1
+        bits = lax.bitcast_convert_type(padded, jnp.uint32)
+        keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
+
+        def counted(values: Any, test: Any) -> Any:
+            """How many values of each pixel's square pass."""
+
+            def row(y: Any, count: Any) -> Any:
+                strip = lax.dynamic_slice_in_dim(values, y, tall, axis=-2)
+                for x in range(side):
+                    count += test(strip[..., x : x + wide]).astype(jnp.int32)
+                return count
+
+            return lax.fori_loop(0, side, row, jnp.zeros(image.shape, jnp.int32))
+
+        def decide(step: Any, found: Any) -> Any:
+            tried = found | (jnp.uint32(0x80000000) >> step.astype(jnp.uint32))
+            return jnp.where(counted(keys, lambda key: key < tried) <= side * side // 2, tried, found)
+
+        found = lax.fori_loop(0, 32, decide, jnp.zeros(image.shape, jnp.uint32))
+        back = jnp.where(found >> 31 == 1, found ^ jnp.uint32(0x80000000), ~found)
+        hurt = counted(padded, jnp.isnan) > 0
+        return jnp.where(hurt, jnp.nan, lax.bitcast_convert_type(back, jnp.float32))
+
+    network = device.program(by_network, static=("radius",))
+    search = device.program(by_bits, static=("radius",))
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        image, radius = inputs["image"], inputs["radius"]
+        height, width = image.shape[-2:]
+        program = network if radius <= _MOST_BY_NETWORK else search
+        return program({"filtered": image.shape}, image, np.int32(height), np.int32(width), radius=radius)
 
     return run
 

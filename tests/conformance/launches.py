@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from tasks.devices.gpu import Array, GpuDriver, Launcher
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """A function that a kernel launched. Functions are given by their module and name."""
+    """A function that a kernel launched, by its module and name."""
 
     kernel: str
     function: tuple[str, str]
-    helpers: tuple[tuple[str, str], ...]
     types: tuple[tuple[str, int], ...]
     """The dtype of each argument, and its dims: 0 for a number."""
 
@@ -64,18 +63,15 @@ def pytest_configure() -> None:
         function: Callable[..., None],
         threads: Sequence[int] | None = None,
         helpers: Sequence[Callable[..., Any]] = (),
+        constants: Mapping[str, int] | None = None,
     ) -> Launcher:
-        launcher = compile_(driver, function, threads, helpers)
+        launcher = compile_(driver, function, threads, helpers, constants)
         launcher.__class__ = WatchedLauncher
-        launcher.origin = (WATCH.kernel, named(function), tuple(map(named, helpers)))  # type: ignore[attr-defined]
+        launcher.origin = (WATCH.kernel, (function.__module__, function.__name__))  # type: ignore[attr-defined]
         return launcher
 
     Kernel.build = watched_build  # type: ignore[method-assign]
     GpuDriver.compile = watched_compile  # type: ignore[method-assign]
-
-
-def named(function: Any) -> tuple[str, str]:
-    return function.__module__, function.__name__
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

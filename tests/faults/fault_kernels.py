@@ -72,6 +72,25 @@ def _large(device: Any) -> Run:
     return checked
 
 
+carry = Kernel(
+    "fault.carry",
+    inputs={"n": "int64", "ms": "int64", "how": "int64", "seen": "int64[s]"},
+    outputs={"n": "int64[k]", "seen": "int64[t]"},
+    flops="1000 + ms * 1000000",
+    bytes="8",
+    carries=("seen",),
+)
+carry.reference(lambda n, ms, how, seen: {"n": np.array([n]), "seen": np.append(seen, n)})
+carry.samples(lambda: [{"n": -1, "ms": 0, "how": BEHAVE}])
+
+
+@carry.on("cpu")
+def _carry(device: Any) -> Run:
+    """Leaves the numbers of all jobs of its state key."""
+    run = _cpu(device)
+    return lambda inputs, context: {**run(inputs, context), "seen": np.append(inputs["seen"], inputs["n"])}
+
+
 def misbehave(how: int) -> None:
     """Returns only where it was told to behave."""
     if how == SEGFAULT:

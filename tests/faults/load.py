@@ -37,7 +37,14 @@ class Load:
         self.stop()
         self._client.close()
 
-    def submit(self, costs_ms: Sequence[int], how: int = 0, at: int | None = None, **options: Any) -> list[str]:
+    def submit(
+        self,
+        costs_ms: Sequence[int],
+        how: int = 0,
+        at: int | None = None,
+        kernel: str = "fault.run",
+        **options: Any,
+    ) -> list[str]:
         """Submits one job for each cost, all in one call; returns their ids, none where that failed.
 
         All misbehave as `how` says, or the one `at` this place only. `options` are those of `Client.submit_many`.
@@ -48,7 +55,7 @@ class Load:
             for place, (number, ms) in enumerate(zip(numbers, costs_ms, strict=True))
         ]
         try:
-            handles = self._client.submit_many("fault.run", rows, **options)
+            handles = self._client.submit_many(kernel, rows, **options)
         except (Overloaded, QuotaExceeded, InvalidRequest) as error:
             self.last_error = f"{type(error).__name__}: {error}"
             self._auditor.refuse(numbers)

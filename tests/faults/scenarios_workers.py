@@ -1,18 +1,33 @@
-"""What may happen to workers: killed in a storm, killed between any two commands, frozen, ended one after another."""
+"""What may happen to workers: killed in a storm, killed between any two commands, while state
+is handed on, frozen, ended one after another."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 
+from lepton_ai import topology
+from lepton_ai.carried import decode
 from tests.faults.actors import Actor
+from tests.faults.fault_kernels import carry
 from tests.faults.fleet import Fleet, Member
 from tests.faults.load import Load
 from tests.faults.play import Play
 from tests.faults.proxy import Trap
 from tests.faults.scenario import Size
 
-__all__ = ["COSTS_MS", "POINTS", "finish", "freeze", "kill_in_turn", "relay", "rolling_end", "storm", "sync_points"]
+__all__ = [
+    "COSTS_MS",
+    "POINTS",
+    "carried_state",
+    "finish",
+    "freeze",
+    "kill_in_turn",
+    "relay",
+    "rolling_end",
+    "storm",
+    "sync_points",
+]
 
 #: Milliseconds that jobs take: most none, so that batches are large, some a while, so that kills hit kernels.
 COSTS_MS = (0, 0, 0, 25)
@@ -58,6 +73,29 @@ def kill_in_turn(
                 kill(actor)
                 actor.start()
                 kills -= 1
+
+
+def carried_state(play: Play, size: Size) -> None:
+    """Workers are killed while jobs hand on state by key: each job is in it once."""
+    fleet = play.fleet(("cpu.a", "cpu.b"), **size.settings)
+    load = play.load()
+    handed: dict[str, list[int]] = {f"key-{number}": [] for number in range(3)}
+    keys, every = list(handed), size.jobs // size.rounds
+    for number in range(size.rounds):
+        for at in range(0, every, 10):
+            key = keys[(number + at) % len(keys)]
+            jobs = load.submit(play.chance.choices((0, 0, 3), k=10), kernel="fault.carry", state_key=key)
+            handed[key] += [play.auditor.acknowledged[job] for job in jobs]
+        member = list(fleet.workers.values())[number % 2]
+        play.rest(play.chance.uniform(0.05, 0.4))
+        fleet.kill(member)
+        fleet.restart(member)
+    finish(play, fleet)
+    for key, numbers in handed.items():
+        value = play.ask("HGET", topology.carried(topology.LANE, "fault.carry", key), "value")
+        seen = decode(value, carry.signature)["seen"].tolist()
+        play.expect(sorted(seen) == sorted(numbers), f"{key} has {len(seen)} numbers, {len(numbers)} jobs were its own")
+    play.notes["stale_commits"] = sum(actor.said.count("commit_stale") for actor in play.stage.actors.values())
 
 
 def relay(play: Play, size: Size) -> None:

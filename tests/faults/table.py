@@ -168,6 +168,13 @@ SCENARIOS = (
         quick=Size(jobs=60, rounds=6, settings=_BRISK),
         tested=Size(jobs=30, rounds=3, settings=_BRISK),
     ),
+    Scenario(
+        "carried_state",
+        scenarios_workers.carried_state,
+        full=Size(jobs=4_000, rounds=24),
+        quick=Size(jobs=800, rounds=6, settings=_BRISK),
+        tested=Size(jobs=300, rounds=3, settings=_BRISK),
+    ),
     Scenario("malformed", scenarios_doors.malformed, full=Size(jobs=2_000, rounds=5), quick=Size(jobs=300, rounds=1)),
 )
 TESTED = tuple(scenario for scenario in SCENARIOS if scenario.tested is not None)

@@ -191,3 +191,39 @@ def test_hostile_shapes_are_refused_and_nothing_else_is_raised(shape: list[Any])
 def test_a_description_shows_shapes_and_never_data() -> None:
     text = describe(shapes_of({"a": np.full((2, 3), 12345.0, np.float32), "k": 7}))
     assert text == "{a=[2,3], k=7}"
+
+
+CARRYING = {
+    "inputs": {"x": "float64[n]", "rows": "float32[s,6]", "at": "float64[1]", "count": "int64[2]"},
+    "outputs": {"y": "float64[n]", "rows": "float32[o,6]", "at": "float64[1]", "count": "int64[2]"},
+    "limits": {},
+}
+
+
+def test_what_is_carried_may_be_left_out_and_begins_with_nothing() -> None:
+    signature = Signature(**CARRYING, carries=("rows", "at", "count"))
+    inputs, dims = signature.bind({"x": np.ones(3)})
+    assert inputs["rows"].shape == (0, 6)
+    assert inputs["rows"].dtype == np.float32
+    np.testing.assert_array_equal(inputs["at"], [np.nan])
+    np.testing.assert_array_equal(inputs["count"], [0, 0])
+    assert dims == signature.dims({"x": [3]}) == {"n": 3, "s": 0}
+    assert signature.bind({"x": np.ones(3), "rows": np.ones((2, 6), np.float32)})[1]["s"] == 2
+    with pytest.raises(InvalidArguments, match="'x' is missing"):
+        signature.bind({})
+
+
+@pytest.mark.parametrize(
+    ("carries", "more", "says"),
+    [
+        (("x",), {}, "must be as float64"),
+        (("z",), {}, "'z' is not"),
+        (("y",), {}, "'y' is not"),
+        (("k",), {"k": "float64"}, "'k' is not"),
+        (("rows",), {"other": "float32[s]"}, "no other input may have its"),
+    ],
+)
+def test_what_cannot_be_carried_is_refused(carries: tuple[str, ...], more: dict[str, str], says: str) -> None:
+    outputs = CARRYING["outputs"] | {"x": "float32[n]"}
+    with pytest.raises(InvalidKernel, match=says):
+        Signature(CARRYING["inputs"] | more, outputs, {}, carries)

@@ -151,13 +151,38 @@ class Shop:
         self.gates: dict[float, threading.Event] = {}
         """Gates of their own for inputs that must wait longer, or go first."""
         self.contexts: list[Context] = []
+        self.between: Callable[[], object] = lambda: None
+        """Called by `test.count` before it returns."""
         self.raising: list[BaseException] = []
         """What `test.tries` raises, one a launch, before it succeeds."""
         self.repertoire = Repertoire({}, {}, {})
         self._add("test.double", "concat", self._double)
         self._add("test.gated", None, self._gated)
         self._add("test.joined", "concat", self._gated)
+        self._add_counter()
         self.policy()
+
+    def _add_counter(self) -> None:
+        """`test.count` adds what it is given to what it carries."""
+        kernel = Kernel(
+            "test.count",
+            inputs={"x": "float64[n]", "total": "float64[1]", "seen": "float64[s]"},
+            outputs={"y": "float64[1]", "total": "float64[1]", "seen": "float64[t]"},
+            flops="n",
+            bytes="8*n + 8*s",
+            carries=("total", "seen"),
+        )
+        self.repertoire.kernels[kernel.name] = kernel
+        self.repertoire.runs[kernel.name] = self._count
+
+    def _count(self, inputs: Inputs, context: Context) -> Outputs:
+        self.launches[len(inputs["x"])] += 1
+        for value in inputs["x"]:
+            if value in RAISES:
+                raise RAISES[value]
+        self.between()
+        total = np.nan_to_num(inputs["total"]) + inputs["x"].sum()
+        return {"y": total.copy(), "total": total, "seen": np.concatenate([inputs["seen"], inputs["x"]])}
 
     def policy(self, retry: Retry | None = None) -> None:
         """How `test.tries` is retried."""
