@@ -22,7 +22,7 @@ CLAIMS = {
     "farming.zonal_stats": "addpd",
     "finance.black_scholes": "(divpd|sqrtpd)",
     "medical.gaussian_filter": "(mulps|fmadd[0-9]+ps)",
-    "medical.median_filter": "minps",
+    "medical.median_filter": "pminsd",
     "medical.otsu": "(pminub|pmaxub|pcmpgtb|psubusb|pcmpeqb)",
     "monitor.anomaly": "sqrtpd",
     "vision.ndvi": "divps",
