@@ -211,6 +211,19 @@ def _ones(x: Any) -> int:
     return int(np.int64((x * np.uint64(0x0101010101010101)) >> np.uint64(56)))
 
 
+def _padded(images: NDArray[np.float32], radius: int) -> NDArray[np.float32]:
+    """`np.pad(..., mode="edge")` of both image axes, which takes 40 us of Python more: longer than a small image."""
+    count, height, width = images.shape
+    padded = np.empty((count, height + 2 * radius, width + 2 * radius), np.float32)
+    inner = padded[:, radius : radius + height]
+    inner[:, :, radius : radius + width] = images
+    inner[:, :, :radius] = images[:, :, :1]
+    inner[:, :, radius + width :] = images[:, :, -1:]
+    padded[:, :radius] = inner[:, :1]
+    padded[:, radius + height :] = inner[:, -1:]
+    return padded
+
+
 def _spread_nan(image: NDArray[np.float32], radius: int, filtered: NDArray[np.float32]) -> None:
     """Puts NaN wherever the square holds one: minimum and maximum alone would lose it."""
     for plane, result in zip(image, filtered, strict=True):
@@ -238,7 +251,7 @@ def _cpu(device: Any) -> Run:
             return {"filtered": image.copy()}
         images = image if image.ndim == 3 else image[None]
         filtered = np.empty(images.shape, np.float32)
-        padded = np.pad(images, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
+        padded = _padded(images, radius)
         if radius <= _MOST_BY_NETWORK:
             pairs = _network((2 * radius + 1) ** 2)
             by_network(padded.view(np.int32), radius, pairs, filtered.view(np.int32))
