@@ -12,7 +12,7 @@ import msgspec
 
 from lepton_ai.errors import InvalidSettings
 from lepton_ai.settings import Settings
-from pipeline.machine import Found, WorkerPlan, check_name, checked, default_slots
+from pipeline.machine import Found, WorkerPlan, check_name, checked, default_slots, on_units
 from queues.broker import LISTS_EACH
 
 __all__ = ["FleetFile", "read_fleet"]
@@ -78,7 +78,7 @@ class FleetFile(msgspec.Struct, frozen=True):
                 plans.append(plan)
         if not plans:
             raise InvalidSettings(f"{self.path}: none of its devices is on this machine ({', '.join(self.devices)})")
-        return tuple(plans)
+        return on_units(plans, found)
 
 
 def read_fleet(path: Path) -> FleetFile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from tempfile import TemporaryFile
 
@@ -18,6 +19,7 @@ from queues.broker import LISTS_EACH
 __all__ = [
     "CPU",
     "Found",
+    "Unit",
     "WorkerPlan",
     "check_name",
     "checked",
@@ -25,11 +27,25 @@ __all__ = [
     "default_slots",
     "default_workers",
     "look_for_devices",
+    "on_units",
     "parse_workers",
     "planned",
 ]
 
 _PROBE_S = 60.0
+
+
+class Unit(msgspec.Struct, frozen=True):
+    """One of several devices of a kind, which take a worker each."""
+
+    device: str
+    """Its name with its model, as in `gpu.h100`."""
+    environ: dict[str, str]
+    """What leaves a worker this one alone."""
+
+    def serves(self, device: str) -> bool:
+        """Whether a worker for `device`, which may be a kind alone, is one for this."""
+        return device in (self.device, kind_of(self.device))
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -41,6 +57,8 @@ class Found(msgspec.Struct, frozen=True):
     """The device, or what is missing."""
     fix: str | None = None
     emulated: bool = False
+    units: tuple[Unit, ...] = ()
+    """Those that there are, where there may be several."""
 
     @property
     def missing(self) -> str:
@@ -68,9 +86,32 @@ class WorkerPlan(msgspec.Struct, frozen=True):
         return f"worker-{self.name}"
 
 
-def planned(workers: Mapping[str, int]) -> tuple[WorkerPlan, ...]:
-    """A worker for each device, which `workers` maps to its slots."""
-    return tuple(WorkerPlan(device, device, slots) for device, slots in workers.items())
+def planned(workers: Mapping[str, int], found: Sequence[Found] = ()) -> tuple[WorkerPlan, ...]:
+    """A worker for each device, which `workers` maps to its slots, or for each unit that goes by its name."""
+    plans = [
+        WorkerPlan(device if number == 0 else f"{device}-{number + 1}", device, slots)
+        for device, slots in workers.items()
+        for number in range(max(1, len(_units(device, found))))
+    ]
+    return on_units(plans, found)
+
+
+def on_units(plans: Sequence[WorkerPlan], found: Sequence[Found]) -> tuple[WorkerPlan, ...]:
+    """The workers, each left one unit alone: in turn, where several are for the same."""
+    seen: Counter[str] = Counter()
+    placed: list[WorkerPlan] = []
+    for plan in plans:
+        if units := _units(plan.device, found):
+            unit = units[seen[plan.device] % len(units)]
+            seen[plan.device] += 1
+            placed.append(msgspec.structs.replace(plan, environ=unit.environ | plan.environ))
+        else:
+            placed.append(plan)
+    return tuple(placed)
+
+
+def _units(device: str, found: Sequence[Found]) -> list[Unit]:
+    return [unit for each in found for unit in each.units if unit.serves(device)]
 
 
 def look_for_devices() -> tuple[Found, ...]:
@@ -94,9 +135,19 @@ def look_for_devices() -> tuple[Found, ...]:
 
 
 def default_workers(found: Sequence[Found]) -> dict[str, int]:
-    """A worker for each device that is there, with its slots. Each other device's needs a core beside the cpu's."""
-    others = [each.kind for each in found if each.available and each.kind != "cpu"]
+    """A worker for each device that is there, with its slots. Each other device's needs a core beside the cpu's.
+
+    Emulated ones compute on those cores too, so there are no more of them than the cpu can spare, and one in any case.
+    """
+    kinds = [each for each in found if each.available and each.kind != "cpu"]
+    others = [device for each in kinds if not each.emulated for device in _devices(each)]
+    room = max(1, cores() - 1) - len(others)
+    others += [device for each in kinds if each.emulated for device in _devices(each)][: max(0, room)]
     return {"cpu": max(1, cores() - len(others)), **dict.fromkeys(others, 1)}
+
+
+def _devices(found: Found) -> list[str]:
+    return [unit.device for unit in found.units] or [found.kind]
 
 
 def parse_workers(text: str) -> dict[str, int]:
@@ -133,6 +184,8 @@ def checked(workers: Iterable[str], found: Sequence[Found]) -> None:
         if known is None or not known.available:
             why = "no driver for it was found" if known is None else known.missing
             raise InvalidSettings(f"there is no {device} on this machine: {why}")
+        if known.units and not _units(device, [known]):
+            raise InvalidSettings(f"there is no {device} on this machine, only {known.what}")
 
 
 def cores() -> int:

@@ -99,7 +99,7 @@ def set_up(arguments: Sequence[str], held: ExitStack) -> Setup:
     if not devices or any(device.partition(".")[0] != "cpu" for device in devices):
         found = look_for_devices()
         checked(workers, found)
-    plans = fleet.planned(found or (CPU,)) if fleet is not None else planned(workers or default_workers(found))
+    plans = fleet.planned(found or (CPU,)) if fleet is not None else planned(workers or default_workers(found), found)
     broker_url, server, data = settings.redis_url, None, None
     if broker_url:
         if options.data is not None:

@@ -20,7 +20,18 @@ from lepton_ai.device import DeviceState, Peaks, kind_of
 from lepton_ai.errors import InvalidSettings
 from lepton_ai.kernel import DEVICE_KINDS, Context, Inputs, Outputs, Run
 
-__all__ = ["Driver", "Found", "best_s", "cache_folder", "cores", "instructions", "open_device", "probe", "processor"]
+__all__ = [
+    "Driver",
+    "Found",
+    "Unit",
+    "best_s",
+    "cache_folder",
+    "cores",
+    "instructions",
+    "open_device",
+    "probe",
+    "processor",
+]
 
 _REPEATS = 5
 _INFO = Path("/proc/cpuinfo")
@@ -68,6 +79,14 @@ class Driver(Protocol):
         """Gives the device back. Nothing may be called after it."""
 
 
+class Unit(msgspec.Struct, frozen=True):
+    """One of several devices of a kind, which take a worker each: its name with its model, as in `gpu.h100`."""
+
+    device: str
+    environ: dict[str, str]
+    """What leaves a worker this one alone."""
+
+
 class Found(msgspec.Struct, frozen=True):
     """Whether a kind of device would open on this machine. Each driver's module has a `probe() -> Found`."""
 
@@ -78,6 +97,8 @@ class Found(msgspec.Struct, frozen=True):
     fix: str | None
     """The one command that helps, where one does."""
     emulated: bool = False
+    units: tuple[Unit, ...] = ()
+    """Those that there are, where there may be several."""
 
 
 def open_device(device: str, slots: int) -> Driver:

@@ -10,14 +10,17 @@ takes a hundred thousand times as long. It never does so unasked.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
 import os
 import re
+import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -29,8 +32,8 @@ from lepton_ai.device import DeviceState, Peaks
 from lepton_ai.errors import DeviceLost, DeviceOutOfMemory, InvalidKernel, InvalidSettings, LeptonError
 from lepton_ai.kernel import Context, Inputs, Outputs, Run
 from tasks.cuda_memory import Lease, Memory, Staging
-from tasks.driver import Found, best_s
-from tasks.nvml import cuda_version, gpu_state
+from tasks.driver import Found, Unit, best_s
+from tasks.nvml import gpu_state
 
 __all__ = ["Array", "GpuDriver", "Launcher", "bound", "model_of", "open_device", "probe"]
 
@@ -132,14 +135,15 @@ class GpuDriver:
         self.simulated = simulated
         """Whether Numba's simulator stands in for a card: tiles may be smaller then."""
         self.emulated = simulated
-        self.processors = 1 if simulated else int(cuda.current_context(0).device.MULTIPROCESSOR_COUNT)
-        """The multiprocessors of the card: it is busy with a few blocks for each."""
         self._cuda = cuda
         self._threads = threading.local()
         self._memories: weakref.WeakSet[Memory] = weakref.WeakSet()
-        self._context = cuda.current_context(0)
-        self.model = "Numba's CUDA simulator" if simulated else f"{_name(self._context.device)}, CUDA {cuda_version()}"
+        self._context = cuda.current_context()
+        self.processors = 1 if simulated else int(self._context.device.MULTIPROCESSOR_COUNT)
+        """The multiprocessors of the card: it is busy with a few blocks for each."""
+        self.model = "Numba's CUDA simulator" if simulated else f"{_name(self._context.device)}, CUDA {_cuda_version()}"
         self._array_type, self._memset = _numba_parts()
+        self._types: dict[tuple[np.dtype[Any], int], Any] = {}
         self._read_state = None if simulated else gpu_state(str(self._context.device.uuid))
 
     # -- what kernels are built with --------------------------------------------------------------------------------
@@ -302,14 +306,20 @@ class GpuDriver:
         if self.simulated:
             return self._array_type(np.ndarray(shape, dtype, b"" if block is None else block))
         strides = tuple(math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape)))
-        return self._array_type(shape, strides, dtype, gpu_data=block)
+        array = self._array_type(shape, strides, dtype, gpu_data=block)
+        # Numba would find out each array's type anew, which takes half as long as all else of a launch.
+        kind = (dtype, len(shape))
+        if kind not in self._types:
+            self._types[kind] = array._numba_type_
+        array._numba_type_ = self._types[kind]
+        return array
 
 
 class _Thread:
     """What each thread has of its own."""
 
     def __init__(self, cuda: Any) -> None:
-        context = cuda.current_context(0)
+        context = cuda.current_context()
         self.stream = cuda.stream()
         self.memory = Memory(context.memalloc)
         self.staging = Staging(cuda, self.stream)
@@ -354,7 +364,7 @@ _SIMULATING = threading.Lock()
 def _scalar(value: Any) -> Any:
     if not isinstance(value, np.generic):
         raise InvalidKernel(f"a launch takes arrays of the GPU and NumPy scalars, not {type(value).__name__}")
-    return value
+    return bool(value) if isinstance(value, np.bool_) else value
 
 
 def bound(
@@ -451,7 +461,7 @@ def open_device(device: str, slots: int) -> GpuDriver:
     if cuda is None:
         raise InvalidSettings(f"{found.what}; try: {found.fix}" if found.fix else found.what)
     simulated = found.emulated
-    name = _name(cuda.current_context(0).device)
+    name = _name(cuda.current_context().device)
     wanted = device.partition(".")[2]
     if wanted and wanted != model_of(name):
         raise InvalidSettings(f"{device} is not here: the GPU is {name}, which is called gpu.{model_of(name)}")
@@ -489,20 +499,25 @@ _PIP = "pip install 'lepton-ai[gpu]'"
 
 def _look() -> tuple[Any, Found]:
     """The module numba.cuda where a GPU is there, or simulated, and what to say of it."""
-    os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
+    # Asked first, because numba-cuda takes most of a second to import.
+    if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1" and not _has_driver():
+        return None, Found("gpu", False, "CUDA finds no GPU: no NVIDIA driver is installed", None)
     try:
         cuda = importlib.import_module("numba.cuda")
         from numba.cuda.core import config
     except ImportError as error:
         return None, Found("gpu", False, f"numba-cuda does not import: {error}", _PIP)
+    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # a small job is no mistake
     if config.ENABLE_CUDASIM:
         return cuda, Found("gpu", True, "Numba's CUDA simulator, as NUMBA_ENABLE_CUDASIM=1 asks", None, True)
     from numba.cuda.cudadrv import nvrtc, nvvm
     from numba.cuda.cudadrv.driver import driver
 
-    if not driver.is_available:
+    with suppress(ImportError):  # what numba-cuda raises where the driver has no device, or is too old
+        driver.ensure_initialized()
+    if driver.initialization_error is not None:
         reason = " ".join(str(driver.initialization_error).split())
-        return None, Found("gpu", False, f"CUDA finds no GPU: {reason:.200}", None)
+        return None, Found("gpu", False, f"CUDA finds no GPU, or CUDA_VISIBLE_DEVICES hides it: {reason:.200}", None)
     devices = list(cuda.list_devices())
     if not devices:
         return None, Found("gpu", False, "CUDA finds no GPU, or CUDA_VISIBLE_DEVICES hides it", None)
@@ -513,14 +528,45 @@ def _look() -> tuple[Any, Found]:
         reason = " ".join(str(error).split())
         what = f"{_name(devices[0])} is here, but not the compiler of CUDA's toolkit: {reason:.200}"
         return None, Found(
-            "gpu", False, what, f"pip install 'numba-cuda[cu{min(13, max(12, cuda_version() // 1000))}]'"
+            "gpu", False, what, f"pip install 'numba-cuda[cu{min(13, max(12, driver.get_version()[0]))}]'"
         )
-    return cuda, Found("gpu", True, ", ".join(_name(each) for each in devices), None)
+    return cuda, _several([(_name(each), str(each.uuid)) for each in devices])
+
+
+def _has_driver() -> bool:
+    """Whether the library of NVIDIA's driver loads from where numba-cuda looks for it."""
+    for name in ("nvcuda.dll",) if sys.platform == "win32" else _DRIVERS:
+        with suppress(OSError):
+            ctypes.CDLL(name)
+            return True
+    return False
+
+
+_DRIVERS = ("libcuda.so.1", "libcuda.so", "/usr/lib64/libcuda.so.1", "/usr/lib/libcuda.so.1")
+
+
+def _several(cards: Sequence[tuple[str, str]]) -> Found:
+    """What to say of cards, by their names and UUIDs."""
+    units = tuple(Unit(f"gpu.{model_of(name)}", {"CUDA_VISIBLE_DEVICES": uuid}) for name, uuid in cards)
+    counts = Counter((name, unit.device) for (name, _), unit in zip(cards, units, strict=True))
+    what = [
+        f"{count} x {name} ({device})" if count > 1 else f"{name} ({device})"
+        for (name, device), count in counts.items()
+    ]
+    return Found("gpu", True, ", ".join(what), None, units=units)
 
 
 def _name(device: Any) -> str:
     name = getattr(device, "name", "simulator")
     return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _cuda_version() -> str:
+    """The newest CUDA that the installed driver can serve."""
+    from numba.cuda.cudadrv.driver import driver
+
+    major, minor = driver.get_version()
+    return f"{major}.{minor}"
 
 
 def _numba_parts() -> tuple[Any, Any]:

@@ -7,26 +7,19 @@ runs what numba-cuda could not compile, so a third process compiles whatever was
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from xml.etree import ElementTree as ET
 
 import msgspec
 import pytest
 
 from lepton_ai.settings import Settings
 from tasks.catalogue import load
+from tests import simulator
 from tests.conformance.launches import Launch
 
-ROOT = Path(__file__).parents[2]
 NAMES = [name for name, kernel in sorted(load(Settings.read().kernel_modules).kernels.items()) if "gpu" in kernel.kinds]
 #: How many failures of a kernel are shown in full.
 SHOWN = 3
-
-
-FAILURES = ("error", "failure", "skipped")
 
 
 @pytest.fixture(scope="session")
@@ -42,20 +35,15 @@ def outcomes(request: pytest.FixtureRequest, folder: Path) -> dict[str, dict[str
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.path == Path(__file__)
     }
-    report = folder / "report.xml"
-    done = python(
-        *("-m", "pytest", "tests/conformance/test_kernels.py", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"),
+    told = simulator.outcomes(
+        folder / "report.xml",
+        *("tests/conformance/test_kernels.py", "-k", " or ".join(f"{name}-gpu" for name in sorted(selected))),
         *("-p", "tests.conformance.launches", "--launches", str(folder / "launches.json")),
-        *("-k", " or ".join(f"{name}-gpu" for name in sorted(selected))),
-        NUMBA_ENABLE_CUDASIM="1",
     )
-    assert report.exists(), f"the simulator's process ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     found: dict[str, dict[str, str]] = {name: {} for name in selected}
-    for case in ET.parse(report).iter("testcase"):
-        test = case.attrib["name"]
-        told = [f"{each.tag}: {each.text or each.get('message')}" for each in case if each.tag in FAILURES]
+    for test, why in told.items():
         for name in selected.intersection(test.partition("[")[2].rstrip("]").split("-")):
-            found[name][test] = "\n".join(told)
+            found[name][test] = why
     return found
 
 
@@ -63,16 +51,10 @@ def outcomes(request: pytest.FixtureRequest, folder: Path) -> dict[str, dict[str
 def compiled(outcomes: object, folder: Path) -> list[tuple[Launch, str]]:
     """What was launched, and what the compiler said against it."""
     launches = folder / "launches.json"
-    done = python("-m", "tests.conformance.compiled", str(launches), NUMBA_ENABLE_CUDASIM="0")
+    done = simulator.python("-m", "tests.conformance.compiled", str(launches), NUMBA_ENABLE_CUDASIM="0")
     assert done.returncode == 0, done.stderr
     told = msgspec.json.decode(done.stdout, type=list[str])
     return list(zip(msgspec.json.decode(launches.read_bytes(), type=list[Launch]), told, strict=True))
-
-
-def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False
-    )
 
 
 # Either may be the first of its kernel, and so have to wait for all of them.

@@ -10,7 +10,7 @@ import pytest
 
 from lepton_ai.errors import BrokerUnavailable, InvalidSettings
 from pipeline import setup as module
-from pipeline.machine import Found
+from pipeline.machine import Found, Unit
 from pipeline.setup import FLOWER, Setup, set_up
 
 FREE = ("--workers", "cpu:1", "--http-port", "0")
@@ -44,6 +44,15 @@ def test_without_workers_they_are_what_the_machine_has(held: ExitStack, monkeypa
     found = (Found("cpu", available=True), Found("fpga", available=True, emulated=True), Found("gpu", available=False))
     monkeypatch.setattr(module, "look_for_devices", lambda: found)
     assert [each.device for each in set_up(FREE[2:], held).workers] == ["cpu", "fpga"]
+
+
+def test_each_card_has_a_worker_of_its_own(held: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = tuple(Unit("gpu.t4", {"CUDA_VISIBLE_DEVICES": uuid}) for uuid in ("A", "B"))
+    found = (Found("cpu", available=True), Found("gpu", available=True, units=units))
+    monkeypatch.setattr(module, "look_for_devices", lambda: found)
+    setup = set_up(FREE[2:], held)
+    assert names(setup)[3:] == ["worker-cpu", "worker-gpu.t4", "worker-gpu.t4-2"]
+    assert setup.programs()[-1].environ["CUDA_VISIBLE_DEVICES"] == "B"
 
 
 def test_a_device_that_is_not_there_is_refused(held: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,18 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lepton_ai.errors import Unavailable
 from lepton_ai.settings import Settings
-from pipeline.machine import planned
-from pipeline.supervisor import Fleet, free_port, programs, run_fleet, worker_arguments
+from pipeline.machine import WorkerPlan, planned
+from pipeline.supervisor import Arrival, Fleet, free_port, programs, run_fleet, worker_arguments
 
 
 def test_a_workers_command_line_names_its_device_queue_and_its_slots() -> None:
@@ -26,6 +28,19 @@ def test_a_workers_command_line_names_its_device_queue_and_its_slots() -> None:
 def test_a_lepton_is_three_services_and_a_worker_a_device() -> None:
     found = programs({}, planned({"cpu.big": 2, "fpga": 1}))
     assert [each.name for each in found] == ["router", "telemetry", "ingest", "worker-cpu.big", "worker-fpga"]
+
+
+def test_workers_have_arrived_once_each_of_a_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = socket.gethostname()
+    online: list[SimpleNamespace] = []
+    monkeypatch.setattr("pipeline.supervisor.Connection", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr("pipeline.supervisor.announcements", lambda _: online)
+    monkeypatch.setattr("pipeline.supervisor._is_ready", lambda _: True)
+    arrival = Arrival("", "", [WorkerPlan(name, "gpu.t4", 1) for name in ("gpu.t4", "gpu.t4-2")])
+    for worker, complete in ((f"gpu.t4@{here}", False), ("gpu.t4-2@elsewhere", False), (f"gpu.t4-2@{here}", True)):
+        online.append(SimpleNamespace(worker=worker, device="gpu.t4", started_at=time.time()))
+        assert arrival.complete() is complete
+    assert arrival.news() == ["gpu.t4", "gpu.t4-2"]
 
 
 def test_a_free_port_can_be_listened_on() -> None:
