@@ -13,6 +13,7 @@ from bench.mixed_fleet import mixed_fleet
 from bench.stream import LADDER
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pins its workers to cores")
 def test_placement_learns_from_what_jobs_cost_where_the_accelerator_begins() -> None:
     with mixed_fleet("test", (CPU, ACCELERATOR)) as fleet:
