@@ -18,6 +18,7 @@ from lepton_ai.handle import JobHandle, JobReader
 from lepton_ai.identity import new_id
 from lepton_ai.job import Options
 from lepton_ai.kernel import KernelSpec
+from lepton_ai.quarantine import Quarantined
 from lepton_ai.settings import Settings
 from lepton_ai.terms import Terms, check_tenant
 
@@ -49,6 +50,8 @@ class _Connection(JobReader, Protocol):
     def dead(self, limit: int, job: str | None) -> list[DeadLetter]: ...
     def replay(self, ids: Iterable[str] | None) -> Settled: ...
     def purge(self, ids: Iterable[str] | None) -> Settled: ...
+    def quarantined(self) -> list[Quarantined]: ...
+    def lift(self, kernel: str, device: str) -> bool: ...
     def accounts(self) -> Accounts: ...
     def close(self) -> None: ...
 
@@ -206,6 +209,17 @@ class Client:
         """Every kernel that a live worker announces, by name."""
         specs = {spec.name: spec for each in self._connection.announcements() for spec in each.kernels}
         return dict(sorted(specs.items()))
+
+    def quarantined(self) -> list[Quarantined]:
+        """The kernels that devices may not run, since what they computed differed: by kernel and device."""
+        return self._connection.quarantined()
+
+    def lift(self, kernel: str, device: str) -> bool:
+        """Lets a device, or a kind of device, run a kernel again, from its workers' next heartbeat on.
+
+        False where that was not quarantined; an ingest raises OptionNotSupported, as this is the broker's to say.
+        """
+        return self._connection.lift(kernel, device)
 
     def dead(self, *, limit: int = 100, job: str | None = None) -> list[DeadLetter]:
         """The newest jobs that were given up, newest first: they killed their workers, or their retries are used up.

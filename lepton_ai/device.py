@@ -111,6 +111,10 @@ class Announcement(msgspec.Struct, frozen=True):
     """The memory that its processes share with others of its host (`lepton_ai.ring.memory`)."""
     state: ResourceState | None = None
     """As of its last heartbeat, where somebody asks for it; it does not stand in the lease."""
+    quarantined: dict[str, str] = {}
+    """Kernels that it has and may not run, with the reason: they are not among `kernels` until that is lifted."""
+    refused: dict[str, str] = {}
+    """Modules and kernels that it left out when it started, with the reason."""
 
 
 _ANNOUNCEMENT = msgspec.msgpack.Decoder(Announcement)

@@ -50,6 +50,8 @@ from lepton_ai.job import Meta, Placement
 from lepton_ai.line import Line
 from lepton_ai.parcel import Blobs, Message, has_blobs
 from lepton_ai.patience import Patience, Pause
+from lepton_ai.quarantine import Quarantined, field
+from lepton_ai.quarantine import read as read_quarantine
 from lepton_ai.terms import Terms
 
 __all__ = ["Direct"]
@@ -242,6 +244,16 @@ class Direct:
 
     def purge(self, ids: Iterable[str] | None) -> Settled:
         return self._settled(purge(ids))
+
+    def quarantined(self) -> list[Quarantined]:
+        """The kernels that devices may not run."""
+        (found,) = self._all([("HGETALL", topology.QUARANTINE)], transaction=False)
+        return read_quarantine(found)
+
+    def lift(self, kernel: str, device: str) -> bool:
+        """Lets a device run a kernel again; False where that was not quarantined."""
+        (gone,) = self._all([("HDEL", topology.QUARANTINE, field(kernel, device))], transaction=False)
+        return bool(gone)
 
     def accounts(self) -> Accounts:
         """Where every accepted job is, or how it ended."""

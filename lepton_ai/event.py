@@ -1,27 +1,31 @@
 """Events: what happened, in the past tense. One entry of the stream `lepton:events` holds the Events of one step.
 
-| type             | from    | jobs | data                                                                        |
-|------------------|---------|------|-----------------------------------------------------------------------------|
-| job.accepted     | ingest  | yes  | (a client that publishes straight to the broker tells nobody)               |
-| job.placed       | router  | yes  | seconds: predicted transfer and run time of each job; messages: in how many |
-|                  |         |      | they are, where these are fewer                                             |
-| job.parked       | router  | yes  | (the reason is in each job's Placement)                                     |
-| job.rejected     | router  | yes  | dead: how many more were no messages (the error is in each job's result)    |
-| job.scheduled    | router  | yes  | due_at: seconds since the epoch, of each job                                |
-| job.progressed   | worker  | yes  | fraction: 0 to 1, as the kernel tells it                                    |
-| job.cancel_asked | anybody | yes  | (whoever holds the job ends it, unless it ends before)                      |
-| job.succeeded    | worker  | yes  | observation of the launch (see `Observation`)                               |
-| job.failed       | worker  | yes  | code, message, field: the error (see `LeptonError.to_wire`)                 |
-| job.cancelled    | who held| yes  | code, message                                                               |
-| job.expired      | who held| yes  | code, message: its deadline has passed                                      |
-| job.retried      | worker  | yes  | code, message; delay_s: after which it runs again; retries: before this one |
-| job.dead         | who held| yes  | code, message; attempts: it is among the dead letters                       |
-| device.online    | worker  |      | worker                                                                      |
-| device.heartbeat | worker  |      | state: ResourceState                                                        |
-| device.offline   | worker  |      | worker                                                                      |
-| kernel.refused   | worker  |      | reason (`kernel` is the kernel, or the module that was refused)             |
-| router.online    | router  |      |                                                                             |
-| router.offline   | router  |      |                                                                             |
+| type               | from    | jobs | data                                                                        |
+|--------------------|---------|------|-----------------------------------------------------------------------------|
+| job.accepted       | ingest  | yes  | (a client that publishes straight to the broker tells nobody)               |
+| job.placed         | router  | yes  | seconds: predicted transfer and run time of each job; messages: in how many |
+|                    |         |      | they are, where these are fewer                                             |
+| job.parked         | router  | yes  | (the reason is in each job's Placement)                                     |
+| job.rejected       | router  | yes  | dead: how many more were no messages (the error is in each job's result)    |
+| job.scheduled      | router  | yes  | due_at: seconds since the epoch, of each job                                |
+| job.progressed     | worker  | yes  | fraction: 0 to 1, as the kernel tells it                                    |
+| job.cancel_asked   | anybody | yes  | (whoever holds the job ends it, unless it ends before)                      |
+| job.succeeded      | worker  | yes  | observation of the launch (see `Observation`)                               |
+| job.failed         | worker  | yes  | code, message, field: the error (see `LeptonError.to_wire`)                 |
+| job.cancelled      | who held| yes  | code, message                                                               |
+| job.expired        | who held| yes  | code, message: its deadline has passed                                      |
+| job.retried        | worker  | yes  | code, message; delay_s: after which it runs again; retries: before this one |
+| job.released       | worker  | yes  | code, message: this device could not run it, and it goes to another         |
+| job.dead           | who held| yes  | code, message; attempts: it is among the dead letters                       |
+| device.online      | worker  |      | worker                                                                      |
+| device.heartbeat   | worker  |      | state: ResourceState                                                        |
+| device.offline     | worker  |      | worker                                                                      |
+| device.lost        | worker  |      | worker, reason: its process ends, and what it held has been given back      |
+| device.quarantined | worker  |      | reason, difference, tolerance, shapes, job: `kernel` runs on `device` no    |
+|                    |         |      | more, until somebody lifts that (see `Quarantined`)                         |
+| kernel.refused     | worker  |      | reason (`kernel` is the kernel, or the module that was refused)             |
+| router.online      | router  |      |                                                                             |
+| router.offline     | router  |      |                                                                             |
 
 The time of an event is the id of its stream entry: the server's clock, never a client's. To the outside each event of
 each job is a CloudEvent of its own (`cloud_events`), and its id is where a reader goes on after it (`Cursor`).
@@ -107,8 +111,9 @@ _TYPE: Final = "io.lepton.{}.v1"
 #: Every type in the table above.
 TYPES: Final = (
     *("job.accepted", "job.placed", "job.parked", "job.rejected", "job.scheduled", "job.progressed"),
-    *("job.cancel_asked", "job.succeeded", "job.failed", "job.cancelled", "job.expired", "job.retried", "job.dead"),
-    *("device.online", "device.heartbeat", "device.offline"),
+    *("job.cancel_asked", "job.succeeded", "job.failed", "job.cancelled", "job.expired", "job.retried", "job.released"),
+    "job.dead",
+    *("device.online", "device.heartbeat", "device.offline", "device.lost", "device.quarantined"),
     *("kernel.refused", "router.online", "router.offline"),
 )
 #: After one of these a job has no more events.

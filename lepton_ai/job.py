@@ -16,11 +16,14 @@ __all__ = [
     "LATEST_S",
     "Candidate",
     "Cost",
+    "Elsewhere",
     "Estimate",
     "Meta",
     "Options",
+    "Pin",
     "Placement",
     "Record",
+    "Setback",
     "state_of",
 ]
 
@@ -34,6 +37,38 @@ FINAL_STATES: Final = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "
 LATEST_S: Final = 30 * 86_400.0
 #: Our states that end a job. Celery's REVOKED is either of the last two.
 ENDED: Final = frozenset({*FINAL_STATES.values(), "expired"})
+
+
+class Setback(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A device that a job has been to, and which could not run it: it goes elsewhere, and has used up no attempt."""
+
+    device: str
+    code: str
+    """Of the error (`LeptonError.code`), with which the job fails where no device is left."""
+    message: str = ""
+
+
+class Elsewhere(msgspec.Struct, frozen=True):
+    """Where a job with setbacks may run; what jobs must share that are placed alike."""
+
+    wanted: str | None
+    """The only device, or kind of device."""
+    setbacks: tuple[tuple[str, str], ...]
+    """Each device that it has been to, with the code of its error there."""
+
+    def code(self, device: str) -> str | None:
+        """Why a device is avoided; None where it is not."""
+        return next((code for name, code in self.setbacks if name == device), None)
+
+    def __str__(self) -> str:
+        where = f"{self.wanted}, but " if self.wanted else ""
+        return f"{where}not on {', '.join(name for name, _ in self.setbacks)}"
+
+
+#: Where a job may run: on a device, on any of a kind, elsewhere than it has been, or on any.
+Pin = str | Elsewhere | None
+#: More devices than that no job goes to.
+_MOST_SETBACKS: Final = 64
 
 
 class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -60,6 +95,8 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     bundle: int | None = None
     #: A part of a bundle, whose jobs are noted one by one where they were placed.
     split: bool = False
+    #: The devices that gave it back since they could not run it, the last of them last: it goes to none of them again.
+    setbacks: tuple[Setback, ...] | None = None
 
     def checked(self) -> Options:
         """These options; OptionNotSupported names the first that is out of range."""
@@ -84,7 +121,17 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             raise OptionNotSupported("a job that must meet its deadline has a message of its own", "must_meet")
         if self.bundle is not None and not 2 <= self.bundle <= topology.MOST_BUNDLED:
             raise OptionNotSupported(f"bundle is 2 to {topology.MOST_BUNDLED} jobs, not {self.bundle}", "bundle")
+        if self.setbacks is not None and not (self.bundle is None and 0 < len(self.setbacks) <= _MOST_SETBACKS):
+            told = f"setbacks are 1 to {_MOST_SETBACKS}, of a job with a message of its own"
+            raise OptionNotSupported(told, "setbacks")
         return self
+
+    @property
+    def pin(self) -> Pin:
+        """Where it may run."""
+        if self.setbacks is None:
+            return self.device
+        return Elsewhere(self.device, tuple((each.device, each.code) for each in self.setbacks))
 
     @property
     def urgency(self) -> int:

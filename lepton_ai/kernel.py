@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
@@ -143,6 +145,7 @@ class Kernel:
     and equal scalars get a new leading axis), `"concat"` (along the first axis), or None (one after another).
     `tolerance` is the largest difference to the reference, relative to the larger of 1 and the reference's values.
     `limit_s` is the longest that a job may run before its worker is ended; `retry` says which failures run again when.
+    `parity` is False where two runs on equal inputs may differ, or do something outside of their outputs.
     `carries` names inputs that are outputs too: jobs with a state key get what the last one of that key left.
     """
 
@@ -160,6 +163,7 @@ class Kernel:
         summary: str = "",
         limit_s: float | None = None,
         retry: Retry | None = None,
+        parity: bool = True,
         carries: Iterable[str] = (),
     ) -> None:
         if not _NAME.fullmatch(name):
@@ -180,6 +184,8 @@ class Kernel:
             retry.checked() if retry is not None else None,
             tuple(carries),
         )
+        self.parity = parity
+        """Whether a share of its jobs may be computed twice, to compare its variants."""
         self._builders: dict[str, Builder] = {}
         self._reference: Reference | None = None
         self._samples: Samples | None = None
@@ -226,6 +232,12 @@ class Kernel:
         """The variant for `kind`, built on the opened device."""
         return self._builders[kind](device)
 
+    def source(self, kind: str) -> Path | None:
+        """The file that the variant for `kind` stands in; None where it stands in none."""
+        code = getattr(inspect.unwrap(self._builders[kind]), "__code__", None)
+        found = Path(code.co_filename) if code is not None else None
+        return found if found is not None and found.is_file() else None
+
     def refer(self, inputs: Inputs) -> Outputs:
         """What the reference makes of these inputs."""
         if self._reference is None:
@@ -234,9 +246,13 @@ class Kernel:
 
     def sample_inputs(self) -> list[dict[str, Any]]:
         """The kernel's own samples, checked against its signature."""
+        return [inputs for inputs, _ in self.sample_dims()]
+
+    def sample_dims(self) -> list[tuple[dict[str, Any], Dims]]:
+        """The same, each with the dims and numbers that it fixes."""
         if self._samples is None:
             raise InvalidKernel(f"{self.name} has no samples; decorate a function with @kernel.samples")
-        return [self.signature.bind(sample)[0] for sample in self._samples()]
+        return [self.signature.bind(sample) for sample in self._samples()]
 
     def __repr__(self) -> str:
         return f"<Kernel {self.name} on {', '.join(self.kinds) or 'nothing'}>"

@@ -15,13 +15,21 @@ from lepton_ai import idempotency, results, wire
 from lepton_ai.accounts import Accounts
 from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.device import Announcement
-from lepton_ai.errors import BrokerUnavailable, InvalidRequest, LeptonError, Unavailable, UnknownJob
+from lepton_ai.errors import (
+    BrokerUnavailable,
+    InvalidRequest,
+    LeptonError,
+    OptionNotSupported,
+    Unavailable,
+    UnknownJob,
+)
 from lepton_ai.event import CloudEvent, Cursor
 from lepton_ai.flight import Flight, part, taken
 from lepton_ai.handle import JobHandle
 from lepton_ai.identity import new_id
 from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import REFUSALS, Patience, Pause
+from lepton_ai.quarantine import Quarantined
 from lepton_ai.remote_protocol import (
     DEAD_AT_ONCE,
     MAP_REQUESTS,
@@ -227,6 +235,14 @@ class Remote:
             if len(page) < params["limit"]:
                 break
         return found
+
+    def quarantined(self) -> list[Quarantined]:
+        """Only what a broker tells."""
+        raise OptionNotSupported("the broker alone knows of quarantines: name its address, not an ingest's", "url")
+
+    def lift(self, kernel: str, device: str) -> bool:
+        """As `quarantined`."""
+        raise OptionNotSupported("the broker alone lifts quarantines: name its address, not an ingest's", "url")
 
     def replay(self, ids: Iterable[str] | None) -> Settled:
         of = {"content-type": wire.MSGPACK}

@@ -36,6 +36,7 @@ _LEAST = {
     "waiting_bytes": 0,
     "tenant_bytes": 0,
     "ring_bytes": 0,
+    "parity_bytes": 0,
 }
 
 
@@ -118,6 +119,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Entries in the event stream before the oldest go."""
     celery_events_hz: float = 1000.0
     """Jobs a second that are shown to Flower and `celery events`, which follow about so many; 0 shows none."""
+    parity_share: float = 0.001
+    """The share of succeeded jobs that a worker computes once more, by another variant, to compare them; 0 for none."""
+    parity_bytes: int = 64 * 1024 * 1024
+    """What the arrays of such a job may take at most."""
     stores: str = ""
     """Where a worker may read arrays that are on a store, as prefixes separated by commas: `s3://bucket/scans`."""
     kernels: str = ""
@@ -187,6 +192,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
         if not 0 < self.limit_band <= 1:
             raise InvalidSettings(f"{_PREFIX}LIMIT_BAND is above 0 and at most 1, not {self.limit_band}", "limit_band")
+        if not 0 <= self.parity_share <= 1:
+            raise InvalidSettings(f"{_PREFIX}PARITY_SHARE is a share, 0 to 1, not {self.parity_share}", "parity_share")
         for name, most in _MOST.items():
             if getattr(self, name) > most:
                 raise InvalidSettings(f"{_PREFIX}{name.upper()} is at most {most:g}, not {getattr(self, name)}", name)

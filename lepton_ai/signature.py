@@ -161,6 +161,30 @@ class Signature:
             self._check_limits(dims)
         return inputs, dims
 
+    def check_outputs(self, outputs: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
+        """InvalidKernel where outputs are not what the signature declares, for inputs that fix these dims.
+
+        A dim that no input fixes is as long as the data make it, and the same in all outputs.
+        """
+        if outputs.keys() != self.outputs.keys():
+            raise InvalidKernel(f"returned {sorted(outputs)}, and declares {sorted(self.outputs)}")
+        known = dict(dims)
+        for name, argument in self.outputs.items():
+            found = np.asarray(outputs[name])
+            if found.dtype != _NATIVE[argument.dtype]:
+                raise InvalidKernel(f"returned {name!r} of {found.dtype}, and declares {argument}", name)
+            declared = argument.dims or ()
+            expected = tuple(
+                known.setdefault(dim, size) if isinstance(dim, str) else dim
+                for dim, size in zip(declared, found.shape, strict=False)
+            )
+            if found.ndim != len(declared) or found.shape != expected:
+                wanted = ", ".join(
+                    f"{dim} = {known[dim]:g}" for dim in declared if isinstance(dim, str) and dim in known
+                )
+                told = f"returned {name!r} of shape {list(found.shape)}, and declares {argument}"
+                raise InvalidKernel(f"{told}{f' with {wanted}' if wanted else ''}", name)
+
     def dims(self, shapes: Mapping[str, Any]) -> Dims:
         """The dims by declared shapes alone: a list of sizes for an array, the value for a scalar."""
         self._check_names(shapes)

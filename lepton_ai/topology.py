@@ -37,6 +37,8 @@ REGRET: Final = "lepton:regret"
 #: How many more jobs wait in each lane, or the first claim behind it, than messages, by the lane.
 BUNDLED: Final = "lepton:bundled"
 CANCELLED: Final = "lepton:cancelled"
+#: Kernels that a device may not run (lepton_ai/quarantine.py), by `<kernel> <device>`.
+QUARANTINE: Final = "lepton:quarantine"
 
 DEFAULT_PRIORITY: Final = 5
 #: Jobs in one message (lepton_ai/bundle.py).

@@ -28,7 +28,7 @@ from lepton_ai.errors import (
     OptionNotSupported,
     TooLarge,
 )
-from lepton_ai.job import Options
+from lepton_ai.job import Options, Setback
 from lepton_ai.signature import describe, shapes_of
 from lepton_ai.topology import LANE
 
@@ -57,6 +57,7 @@ __all__ = [
     "read_places",
     "replayed",
     "retried",
+    "set_back",
     "to_value",
     "typed",
 ]
@@ -535,9 +536,27 @@ def retried(message: bytes) -> bytes:
     return _again(message, lambda headers: {"retries": max(0, headers.get("retries") or 0) + 1})
 
 
+def set_back(message: bytes, setback: Setback) -> bytes:
+    """The message of a job for another device than that of the setback. Raises as `retried`."""
+
+    def changes(headers: dict[str, Any]) -> dict[str, Any]:
+        options = headers.get("lepton") or {}
+        before = [each for each in options.get("setbacks") or () if each.get("device") != setback.device]
+        return {"lepton": {**options, "setbacks": [*before, msgspec.to_builtins(setback)]}}
+
+    return _again(message, changes)
+
+
 def replayed(message: bytes) -> bytes:
     """The message of a job that begins anew: no retry is used up, no deadline ends it. Raises as `retried`."""
-    return _again(message, lambda headers: {"retries": 0, "expires": None})
+    return _again(message, lambda headers: {"retries": 0, "expires": None, **_without_setbacks(headers)})
+
+
+def _without_setbacks(headers: Mapping[str, Any]) -> dict[str, Any]:
+    options = headers.get("lepton")
+    if not isinstance(options, dict) or "setbacks" not in options:
+        return {}
+    return {"lepton": {name: value for name, value in options.items() if name != "setbacks"}}
 
 
 def _again(message: bytes, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:

@@ -50,7 +50,7 @@ class Bundles:
         each_s = quickest_s(found.headers.task, found.options, self._cluster, self._model)
         if each_s is None:
             return 1
-        kernel, pin, count = found.headers.task, found.options.device, len(found.ids)
+        kernel, pin, count = found.headers.task, found.options.pin, len(found.ids)
         slots = sum(device.slots for device in self._cluster.devices if device.can_run(kernel, pin))
         parts = max(math.ceil(count * each_s / _TOGETHER_S), min(slots, int(count * each_s / _WORTH_S)))
         return max(1, count // parts)

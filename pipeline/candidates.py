@@ -74,11 +74,7 @@ class Candidates(Sequence[tuple[Candidate, ...]]):
                 transfer_s, run_s = estimate.transfer_s / device.speed, estimate.run_s / device.speed
                 estimate = Estimate(0.0, transfer_s, run_s, estimate.spread)
             return Candidate(device.name, estimate)
-        if kernel not in device.kernels:
-            return Candidate(device.name, excluded=f"announces no {kernel}")
-        if not device.matches(pin):
-            return Candidate(device.name, excluded=f"the job is pinned to {pin}")
-        return Candidate(device.name, excluded=device.reason)
+        return Candidate(device.name, excluded=device.excludes(kernel, pin))
 
 
 class _Few(Candidates):

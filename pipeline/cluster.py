@@ -10,7 +10,8 @@ from collections.abc import Collection, Hashable, Iterable
 import msgspec
 
 from lepton_ai.device import Announcement, Peaks, ResourceState
-from lepton_ai.errors import InvalidKernel
+from lepton_ai.errors import InvalidKernel, LeptonError, from_wire
+from lepton_ai.job import Elsewhere, Options, Pin
 from pipeline.sized import Offer, Sized
 
 __all__ = ["Cluster", "ServedDevice"]
@@ -39,23 +40,40 @@ class ServedDevice(msgspec.Struct, frozen=True):
     """Why that is less than all."""
     speed: float = 1.0
     """How fast it computes beside what else its hosts do, as a share of what it can alone."""
+    quarantined: dict[str, str] = {}
+    """Kernels that one of its workers has, and may not run, with the reason."""
 
     @property
     def capacity(self) -> float:
         """How many jobs it may be counted on to run at once: its slots, as far as they may be used."""
         return self.slots * self.share
 
-    def can_run(self, kernel: str, wanted: str | None) -> bool:
+    def can_run(self, kernel: str, pin: Pin) -> bool:
         """Whether a job of this kernel, perhaps pinned, may run here now."""
-        return self.share > 0 and self.serves(kernel, wanted)
+        return self.share > 0 and self.serves(kernel, pin)
 
-    def serves(self, kernel: str, wanted: str | None) -> bool:
+    def serves(self, kernel: str, pin: Pin) -> bool:
         """As `can_run`, were it within its limits."""
-        return kernel in self.kernels and self.matches(wanted)
+        return kernel in self.kernels and self.matches(pin)
 
-    def matches(self, wanted: str | None) -> bool:
-        """Whether a job pinned to `wanted` (a device, a kind, or nothing) may run here."""
-        return wanted is None or wanted in (self.name, self.kind)
+    def matches(self, pin: Pin) -> bool:
+        """Whether a job that is pinned so may run here."""
+        if isinstance(pin, Elsewhere):
+            return self.matches(pin.wanted) and pin.code(self.name) is None
+        return pin is None or pin in (self.name, self.kind)
+
+    def excludes(self, kernel: str, pin: Pin) -> str:
+        """Why it cannot run a job of this kernel now."""
+        if kernel not in self.kernels:
+            if (reason := self.quarantined.get(kernel)) is not None:
+                return f"its {kernel} is quarantined: {reason}"
+            return f"announces no {kernel}"
+        wanted = pin.wanted if isinstance(pin, Elsewhere) else pin
+        if not self.matches(wanted):
+            return f"the job is pinned to {wanted}"
+        if isinstance(pin, Elsewhere) and (code := pin.code(self.name)) is not None:
+            return f"the job has been there, and it came back: {code}"
+        return self.reason
 
 
 class _Outstanding(msgspec.Struct, frozen=True):
@@ -94,7 +112,7 @@ class Cluster:
     def refresh(self, announcements: Iterable[Announcement]) -> bool:
         """Takes over who is alive now; True where that changed what can run."""
         workers = {each.incarnation: each for each in announcements}
-        if workers.keys() == self._workers.keys() and not self.recovered:
+        if workers == self._workers and not self.recovered:
             return False
         self.recovered = False
         self._workers = workers
@@ -143,6 +161,21 @@ class Cluster:
     def offer(self, kernel: str) -> Offer | None:
         """What is known of a kernel, or None where no live worker announces it."""
         return self._offers.get(kernel)
+
+    def gives_up(self, kernel: str, options: Options) -> LeptonError | None:
+        """With what a job fails that has been to every device which could run it; None while one is left.
+
+        Where none of those is alive that it has been to, it waits as any other: they may all be about to start again.
+        """
+        if not options.setbacks or any(each.serves(kernel, options.pin) for each in self.devices):
+            return None
+        tried = {each.device for each in options.setbacks}
+        if not any(each.name in tried for each in self.devices):
+            return None
+        last = options.setbacks[-1]
+        been = ", ".join(each.device for each in options.setbacks)
+        told = f"no device is left for it (it has been to {been}): {last.message}"
+        return from_wire({"code": last.code, "message": told})
 
     def device(self, name: str) -> ServedDevice | None:
         return next((device for device in self.devices if device.name == name), None)
@@ -201,7 +234,8 @@ class Cluster:
         each_runs = [{spec.name for spec in each.kernels} for each in workers]
         kernels = frozenset(self._offers).intersection(*each_runs)
         slots = sum(each.slots for each in workers)
-        return ServedDevice(name, workers[0].kind, slots, workers[0].peaks, kernels)
+        quarantined = {kernel: reason for each in workers for kernel, reason in each.quarantined.items()}
+        return ServedDevice(name, workers[0].kind, slots, workers[0].peaks, kernels, quarantined=quarantined)
 
     def _in_its_state(self, device: ServedDevice) -> ServedDevice:
         """The device as its workers last told, each by its part of the slots; one that told nothing is well."""

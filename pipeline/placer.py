@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lepton_ai.job import Candidate, Placement
+from lepton_ai.job import Candidate, Elsewhere, Placement
 from lepton_ai.placement.problem import UNPLACED
 from pipeline.cluster import Cluster
 from pipeline.credit import Credit
@@ -127,11 +127,14 @@ class Placer:
         return Note(Placement(job.id, job.kernel, "parked", "", now, router, candidates=candidates))
 
     def _nowhere(self, job: ClaimedJob) -> str:
-        pin = job.options.device
+        pin = job.options.pin
         if beyond := [each for each in self._cluster.devices if each.serves(job.kernel, pin)]:
             told = "; ".join(f"{each.name}: {each.reason}" for each in beyond)
             return f"every device that can run it is beyond its limits, and it waits for one to come back ({told})"
-        pinned = f" on {pin}" if pin else ""
+        if barred := [each for each in self._cluster.devices if each.matches(pin) and job.kernel in each.quarantined]:
+            told = "; ".join(f"{each.name}: {each.excludes(job.kernel, pin)}" for each in barred)
+            return f"no live device may run {job.kernel}, and it waits for one ({told})"
+        pinned = f" {pin}" if isinstance(pin, Elsewhere) else f" on {pin}" if pin else ""
         return f"no live device can run {job.kernel}{pinned}; it waits for one that announces it"
 
 

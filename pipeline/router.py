@@ -20,7 +20,7 @@ import structlog
 from lepton_ai import event, topology, wire
 from lepton_ai.errors import BrokerUnavailable, Fenced, LeptonError
 from lepton_ai.event import Event
-from lepton_ai.job import Placement
+from lepton_ai.job import Pin, Placement
 from lepton_ai.placement.costs import CostModel
 from lepton_ai.placement.problem import Policy
 from lepton_ai.settings import Settings
@@ -290,6 +290,8 @@ class _Session:
             each = read
             if isinstance(read, Incoming) and read.options.must_meet and claim.kind is Kind.NEW:
                 each = judged(read, message, now, self._backlog(), self._cluster, self._model)
+            elif isinstance(read, Incoming) and (error := self._cluster.gives_up(read.headers.task, read.options)):
+                each = intake.refused(read, error)
             if not isinstance(each, Incoming):
                 refused.append((message, each))
                 continue
@@ -371,9 +373,9 @@ class _Session:
         return min(count, _jobs_in(jobs)), _jobs_in(left)
 
     def _can_run(self, job: ClaimedJob) -> bool:
-        return any(device.can_run(job.kernel, job.options.device) for device in self._cluster.devices)
+        return any(device.can_run(job.kernel, job.options.pin) for device in self._cluster.devices)
 
-    def _worth_placing(self) -> Callable[[str, str | None], bool]:
+    def _worth_placing(self) -> Callable[[str, Pin], bool]:
         """Says of a kernel and a pin whether a device that can run both has room, or none can (and they are parked).
 
         The others stay out of the step, so that many jobs for a full device do not keep an idle one from theirs.
@@ -381,7 +383,7 @@ class _Session:
         devices = self._cluster.devices
         free = [device for device in devices if self._credit.has_room(device)]
 
-        def may_go(kernel: str, pin: str | None) -> bool:
+        def may_go(kernel: str, pin: Pin) -> bool:
             able = any(device.can_run(kernel, pin) for device in devices)
             return not able or any(device.can_run(kernel, pin) for device in free)
 
@@ -398,8 +400,8 @@ class _Session:
             if each.type in ENDED:
                 self._probes.ended(each.jobs)
                 self._regret.ended(each)
-            changed |= each.type in ("device.online", "device.offline")
-            if each.type == "job.retried":
+            changed |= each.type in ("device.online", "device.offline", "device.quarantined")
+            if each.type in ("job.retried", "job.released"):
                 self._due_at = 0.0
             if each.type == "job.cancel_asked":
                 asked.update(each.jobs)

@@ -10,7 +10,7 @@ import msgspec
 
 from lepton_ai import wire
 from lepton_ai.formula import Formula
-from lepton_ai.job import Options
+from lepton_ai.job import Options, Pin
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.placement.size import Key, Size, packed
 from lepton_ai.signature import Signature, shapes_of
@@ -48,7 +48,7 @@ class Sized(msgspec.Struct, frozen=True, eq=False):
     """What jobs share that cost the same. Told apart as objects: most jobs of a size have the very same one."""
 
     kernel: str
-    pin: str | None
+    pin: Pin
     offer: Offer | None
     """By which announcement of its kernel; None where there is none."""
     size: Size
@@ -64,19 +64,20 @@ def sized(
 ) -> Sized:
     """Of a job; `known` holds those of the jobs before it by the same announcements."""
     shapes, shape = _shapes(options, message, offer)
-    name = (kernel, options.device, shape)
+    pin = options.pin
+    name = (kernel, pin, shape)
     if (found := known.get(name)) is not None:
         return found
     size, row = _read(shapes, offer)
     if size is _UNKNOWN:
         # Not kept by its shapes: those of a job that can be read may be equal to them, as 1 is to 1.0.
-        name = (kernel, options.device, None)
+        name = (kernel, pin, None)
         if (found := known.get(name)) is not None:
             return found
     if len(known) >= _MOST:
         known.clear()
-    alike = (kernel, options.device, len(size.dims))
-    found = known[name] = Sized(kernel, options.device, offer, size, alike, size.key, row)
+    alike = (kernel, pin, len(size.dims))
+    found = known[name] = Sized(kernel, pin, offer, size, alike, size.key, row)
     return found
 
 

@@ -28,7 +28,7 @@ from queues.event_stream import EventStream
 __all__ = ["ENDED", "Telemetry", "learn"]
 
 #: After one of these a job is no work of its device any more.
-ENDED = tuple(f"job.{end}" for end in ("succeeded", "failed", "cancelled", "expired", "dead", "retried"))
+ENDED = tuple(f"job.{end}" for end in ("succeeded", "failed", "cancelled", "expired", "dead", "retried", "released"))
 _REPORT_S = 10.0
 _RETRY_S = 0.5
 #: It is in no hurry: a busy fleet's events are read so far apart, many together.

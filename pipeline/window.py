@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import msgspec
 
 from lepton_ai import topology
-from lepton_ai.job import Options
+from lepton_ai.job import Options, Pin
 from pipeline.sized import Sized
 from queues.broker import CLAIM_LIMIT, WAKE, Kind
 
@@ -28,7 +28,7 @@ _LAST = 32
 
 
 #: What jobs share that are looked at in the order of their arrival: urgency, kernel, and the device they are pinned to.
-Line = tuple[int, str, str | None]
+Line = tuple[int, str, Pin]
 
 
 class ClaimedJob(msgspec.Struct, eq=False):
@@ -150,7 +150,7 @@ class Window:
     ) -> ClaimedJob:
         """A message of a claim has been read and waits for its device."""
         order = next(self._order)
-        line = (options.urgency, kernel, options.device)
+        line = (options.urgency, kernel, options.pin)
         job = ClaimedJob(ids, kernel, options, message, claim, order, line, deadline_at)
         self._lines.setdefault(line, {})[order] = job
         self._count += len(ids)
@@ -171,7 +171,7 @@ class Window:
         found = [job for line in list(self._lines.values()) for job in list(line.values())]
         return sorted(found, key=_order)
 
-    def first(self, count: int, wanted: Callable[[str, str | None], bool] = lambda *_: True) -> list[ClaimedJob]:
+    def first(self, count: int, wanted: Callable[[str, Pin], bool] = lambda *_: True) -> list[ClaimedJob]:
         """The jobs to look at next: the most urgent first, then in the order of their arrival.
 
         So many, or a few more with the last bundle. `wanted` says of a kernel and a pin (a device, a kind, or None)

@@ -58,6 +58,8 @@ _DUE_AT_ONCE: Final = 256
 #: So many messages, of so many bytes together, are dispatched in one round trip, through Lua; more of them need two.
 _FEW: Final = 8
 _FEW_BYTES: Final = 16 * 1024
+#: In a command of a step; even, and well below what Lua can hand on at once.
+_MOST_WORDS: Final = 4000
 #: The queues of so many devices are looked at with a wake-up: a lone job goes to one of them in one step.
 _LOOKED_QUEUES: Final = 8
 #: How long the Placement of a lone job waits for its worker to take it.
@@ -479,10 +481,9 @@ class Broker:
                 yield from (("LREM", claim, -1, message) for message in leaving)
                 continue
             yield ("DEL", claim)
-            if rest:
-                yield ("LPUSH", claim, *rest)
+            yield from (("LPUSH", claim, *part) for part in _parts(rest))
         for queue, messages in step.queues.items():
-            yield ("LPUSH", queue, *messages)
+            yield from (("LPUSH", queue, *part) for part in _parts(messages))
 
     def _note_commands(self, step: Dispatch) -> Iterable[Command]:
         """All that goes with the messages of a step."""
@@ -503,7 +504,7 @@ class Broker:
                 yield from blob.drop_commands(step.blobs[outcome.job])
         for minute, placements in step.placements.items():
             pairs = [part for pair in placements.items() for part in pair]
-            yield ("HSET", topology.jobs(minute), *pairs)
+            yield from (("HSET", topology.jobs(minute), *part) for part in _parts(pairs))
             yield ("EXPIRE", topology.jobs(minute), self._ttl_s)
         if (lone := step.lone) is not None:  # its worker finds it with the message, and need not ask
             yield ("SET", topology.placed(lone[0]), lone[1], "EX", _PLACED_S)
@@ -513,7 +514,7 @@ class Broker:
         for lane, count in step.bundled.items():
             yield ("HINCRBY", topology.BUNDLED, lane, -count)
         if cancelled := [outcome.job for outcome in step.rejected if outcome.status == "cancelled"]:
-            yield ("ZREM", topology.CANCELLED, *cancelled)
+            yield from (("ZREM", topology.CANCELLED, *part) for part in _parts(cancelled))
         if step.event:
             yield event_command(step.event, self._settings.events_kept)
         if step.told is not None:
@@ -731,6 +732,11 @@ def routers(connection: Connection) -> set[str]:
     holders = [name for name in _names(connection.call("SMEMBERS", topology.HOLDERS)) if name.startswith(ROUTER)]
     leases = connection.call("MGET", *map(topology.lease, holders)) if holders else []
     return {name for name, lease in zip(holders, leases, strict=True) if lease is not None}
+
+
+def _parts(words: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Words of a command in as many as `transact` can hand on at once; pairs stay together."""
+    return (words[at : at + _MOST_WORDS] for at in range(0, len(words), _MOST_WORDS))
 
 
 def _grouped(outcomes: Iterable[Outcome]) -> list[str | bytes | int]:

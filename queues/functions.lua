@@ -574,12 +574,20 @@ local INSIDE = { -- those of these functions that stand in a transaction, by the
   lepton_finish_VERSION = finish,
   lepton_bury_VERSION = bury_one,
 }
+local MOST_WORDS = 7000
 local function transact(keys, args)
   for at, key in ipairs(keys) do
     local length = redis.call('LLEN', key)
     if args[at] ~= '' and length ~= tonumber(args[at]) then return -1 end
   end
+  -- Lua hands on no more words than this at once, and it must not find out in the midst.
   local at, done = #keys + 1, 0
+  while at <= #args do
+    local words = tonumber(args[at])
+    if words > MOST_WORDS then return redis.error_reply('TOOLONG a command of ' .. words .. ' words') end
+    at = at + words + 1
+  end
+  at = #keys + 1
   while at <= #args do
     local words = tonumber(args[at])
     local own = args[at + 1] == 'FCALL' and INSIDE[args[at + 2]]

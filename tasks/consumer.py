@@ -14,6 +14,7 @@ import secrets
 import time
 from typing import Any
 
+import msgspec
 import structlog
 from celery import bootsteps
 from celery.worker import state
@@ -22,6 +23,7 @@ from celery.worker.consumer import Consumer
 from lepton_ai.device import Announcement
 from lepton_ai.errors import BrokerUnavailable, InvalidSettings, LeptonError
 from lepton_ai.event import Event, encode
+from lepton_ai.quarantine import Quarantined
 from lepton_ai.settings import Settings
 from lepton_ai.topology import device_of_queue, device_queue
 from queues.broker import LISTS_EACH, event_command
@@ -31,7 +33,10 @@ from tasks.books import Books, install_commands
 from tasks.catalogue import load
 from tasks.driver import open_device
 from tasks.heartbeat import Heartbeat
+from tasks.loss import Loss
+from tasks.parity import Parity
 from tasks.peaks import peaks_of
+from tasks.quarantine import Quarantine
 from tasks.slots import Slots
 from tasks.teller import Teller
 from tasks.warmup import warm
@@ -40,6 +45,8 @@ from tasks.watchdog import Watchdog
 __all__ = ["DeviceQueueStep", "DeviceStep", "PatientConsumer"]
 
 _RETRY_S = (0.1, 2.0)
+#: Characters of why a kernel was refused that stand in the lease, which routers read again and again.
+_LONGEST_REASON = 300
 
 log = structlog.get_logger()
 
@@ -100,6 +107,7 @@ class DeviceStep(bootsteps.StartStopStep):
         self._slots: Slots | None = None
         self._teller: Teller | None = None
         self._watchdog: Watchdog | None = None
+        self._parity: Parity | None = None
 
     def start(self, worker: Any) -> None:
         """Everything up to the first job; InvalidSettings where the command line asks for what cannot be."""
@@ -118,8 +126,11 @@ class DeviceStep(bootsteps.StartStopStep):
         self._teller = Teller(self.settings, url, incarnation, worker.hostname)
         books = Books(worker.app, worker.hostname, device, incarnation, self._teller)
         canvas = Canvas(self.settings, catalogue.kernels)
+        peaks, quarantine = peaks_of(driver, anew=self.settings.peaks == "measure"), Quarantine(device)
+        if self.settings.parity_share > 0:
+            self._parity = Parity(self.settings, device, driver.kind, peaks, self._quarantine)
         self._slots = worker.device_slots = Slots(
-            self.settings, url, incarnation, device, driver, repertoire, books, canvas
+            self.settings, url, incarnation, device, driver, repertoire, books, canvas, quarantine, self._parity
         )
         announcement = Announcement(
             incarnation,
@@ -128,19 +139,23 @@ class DeviceStep(bootsteps.StartStopStep):
             driver.kind,
             driver.slots,
             driver.emulated,
-            peaks_of(driver, anew=self.settings.peaks == "measure"),
+            peaks,
             tuple(kernel.spec for kernel in repertoire.kernels.values()),
             time.time(),
             self._slots.ring.memory,
+            refused={name: reason[:_LONGEST_REASON] for name, reason in repertoire.refused.items()},
         )
         install_commands(self.settings, url, announcement, books)
         self._heartbeat = Heartbeat(self.settings, url, announcement, self._slots)
+        self._slots.lost = Loss(self._slots, self._heartbeat)
         self._take_lease(self._heartbeat)
         self._tell_refused(url, incarnation, device, repertoire.refused)
         # What has been loaded by now stays: the collector would look through all of it again and again.
         gc.collect()
         gc.freeze()
         self._slots.start()
+        if self._parity is not None:
+            self._parity.start()
         self._watchdog = Watchdog(self.settings, self._slots)
         self._watchdog.start()
         log.info("worker_online", device=device, slots=driver.slots, kernels=sorted(repertoire.kernels))
@@ -149,7 +164,7 @@ class DeviceStep(bootsteps.StartStopStep):
         """Warm shutdown: what was taken is finished and committed, then the lease is given back."""
         if self._slots is not None and self._heartbeat is not None:
             self._slots.drain()
-            self._stop_watchdog()
+            self._stop_watchers()
             self._heartbeat.stop()
             self._slots.driver.close()
             self._close_teller()
@@ -158,12 +173,20 @@ class DeviceStep(bootsteps.StartStopStep):
     def terminate(self, worker: Any) -> None:
         """Cold shutdown: what was taken is given back unrun."""
         if self._slots is not None and self._heartbeat is not None:
-            self._stop_watchdog()
+            self._stop_watchers()
             self._slots.abandon()  # first: what a slot took after the batches were given back would be lost
             self._heartbeat.abandon()
             self._close_teller()
 
-    def _stop_watchdog(self) -> None:
+    def _quarantine(self, found: Quarantined) -> None:
+        """A variant is wrong: its device runs that kernel no more, here at once, elsewhere with the next heartbeat."""
+        if self._slots is not None and self._heartbeat is not None:
+            self._slots.quarantine.add(msgspec.structs.replace(found, worker=self._slots.incarnation))
+            self._heartbeat.wake()
+
+    def _stop_watchers(self) -> None:
+        if self._parity is not None:
+            self._parity.stop()
         if self._watchdog is not None:
             self._watchdog.stop()
 

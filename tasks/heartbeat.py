@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 
 import msgspec
 import structlog
@@ -12,6 +13,7 @@ from lepton_ai import event, ring, topology
 from lepton_ai.device import Announcement, ResourceState
 from lepton_ai.errors import LeptonError
 from lepton_ai.event import Event
+from lepton_ai.quarantine import Quarantined
 from lepton_ai.settings import Settings
 from queues.broker import Broker
 from queues.connection import CommandError, Connection
@@ -34,9 +36,11 @@ class Heartbeat:
         self._settings = settings
         self._url = url
         self._announcement = announcement
-        self._value = msgspec.msgpack.encode(announcement)
         self._slots = slots
-        self._stopping = threading.Event()
+        self._told: dict[str, str] = {}
+        """What the lease says of kernels that are quarantined."""
+        self._stopping = False
+        self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._broker: Broker | None = None
         self._announced = False
@@ -51,6 +55,10 @@ class Heartbeat:
         """
         self._beat()
         self._thread.start()
+
+    def wake(self) -> None:
+        """Beats at once: there is something that the fleet should know now."""
+        self._woken.set()
 
     def stop(self) -> None:
         """Gives the lease back; call it once the slots hold nothing any more."""
@@ -74,13 +82,33 @@ class Heartbeat:
             log.warning("lease_left", reason=error.message)
         self._disconnect()
 
+    def lose(self, reason: str, *, as_dead: bool) -> None:
+        """Gives the lease back, and all that is held, since the device is lost; `as_dead` leaves that to a sweep."""
+        self._halt()
+        try:
+            broker = self._connected()
+            if as_dead:
+                broker.resign_as_dead()
+            else:
+                log.warning("batches_given_back", messages=broker.resign())
+            self._emit(broker, "device.lost", {"worker": self._announcement.worker, "reason": reason})
+            self._emit(broker, "device.offline", {"worker": self._announcement.worker})
+        except LeptonError as error:
+            log.warning("lease_left", reason=error.message)
+        self._disconnect()
+
     def _halt(self) -> None:
-        self._stopping.set()
+        self._stopping = True
+        self._woken.set()
         if self._thread.is_alive():
             self._thread.join(self._settings.lease_s)
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._settings.heartbeat_s):
+        while True:
+            self._woken.wait(self._settings.heartbeat_s)
+            self._woken.clear()
+            if self._stopping:
+                return
             try:
                 self._sweep()
                 self._beat()
@@ -94,7 +122,12 @@ class Heartbeat:
 
     def _beat(self) -> None:
         broker = self._connected()
+        quarantined = self._look_at_quarantine(broker)
+        is_news = self._slots.quarantine.reasons != self._told
         if broker.renew():
+            if is_news:
+                self._announce(broker)
+            self._tell_of(broker, quarantined)
             state = self._resources.read(self._siblings.processors)
             self._emit(broker, "device.heartbeat", {"state": msgspec.to_builtins(state)})
             self._keep(broker, state)
@@ -103,9 +136,36 @@ class Heartbeat:
             return
         if self._announced:
             log.warning("lease_lapsed", worker=self._announcement.worker)
-        broker.announce(self._value)
+        self._announce(broker)
         self._announced = True
+        self._tell_of(broker, quarantined)
         self._emit(broker, "device.online", {"worker": self._announcement.worker})
+
+    def _look_at_quarantine(self, broker: Broker) -> list[Quarantined]:
+        """What is new in the fleet's list by us. A broker that is full, or where a foreign hand was, tells nothing."""
+        try:
+            return self._slots.quarantine.look(broker.connection)
+        except CommandError as error:
+            log.warning("quarantine_unread", reason=error.message)
+            return []
+
+    def _announce(self, broker: Broker) -> None:
+        """Writes the lease: what this worker serves, without the kernels that are quarantined."""
+        reasons, found = self._slots.quarantine.reasons, self._announcement
+        if reasons:
+            serves = tuple(spec for spec in found.kernels if spec.name not in reasons)
+            barred = {spec.name: reasons[spec.name] for spec in found.kernels if spec.name in reasons}
+            found = msgspec.structs.replace(found, kernels=serves, quarantined=barred)
+        broker.announce(msgspec.msgpack.encode(found))
+        if reasons != self._told:
+            log.warning("quarantine_changed", kernels=sorted(reasons))
+        self._told = reasons
+
+    def _tell_of(self, broker: Broker, quarantined: Iterable[Quarantined]) -> None:
+        for each in quarantined:
+            data = msgspec.to_builtins(each)
+            told = {name: data[name] for name in ("reason", "difference", "tolerance", "shapes", "job")}
+            self._emit(broker, "device.quarantined", told, each.kernel, each.device)
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -126,9 +186,11 @@ class Heartbeat:
             self._broker.connection.close()
             self._broker = None
 
-    def _emit(self, broker: Broker, kind: str, data: dict[str, object]) -> None:
+    def _emit(
+        self, broker: Broker, kind: str, data: dict[str, object], kernel: str | None = None, device: str | None = None
+    ) -> None:
         """Tells the fleet; a lease does not depend on it."""
-        told = Event(kind, self._announcement.incarnation, device=self._announcement.device, data=data)
+        told = Event(kind, self._announcement.incarnation, kernel, device or self._announcement.device, data=data)
         try:
             broker.emit(event.encode(told))
         except CommandError as error:

@@ -16,6 +16,8 @@ import structlog
 
 from lepton_ai import blob, event, results, wire
 from lepton_ai.errors import (
+    DeviceLost,
+    DeviceOutOfMemory,
     InvalidArguments,
     InvalidRequest,
     JobCancelled,
@@ -29,7 +31,7 @@ from lepton_ai.errors import (
 )
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import minute_of
-from lepton_ai.job import LATEST_S, Cost, Estimate, Placement, Record
+from lepton_ai.job import LATEST_S, Cost, Estimate, Placement, Record, Setback
 from lepton_ai.kernel import Kernel, Retry
 from lepton_ai.ring import RingReader
 from lepton_ai.settings import Settings
@@ -43,12 +45,16 @@ from tasks.carried import Carried
 from tasks.driver import Driver
 from tasks.limits import kill_after_s, own_limit_s
 from tasks.outside import fetch
+from tasks.parity import Parity
+from tasks.quarantine import Quarantine
 from tasks.warmup import Repertoire
 
 __all__ = ["Ending", "Observer", "Runner", "Running"]
 
 #: How long ago a job may have been placed whose id does not say when; a device's queue is short.
 _MINUTES_BACK = 10
+#: What a launch raises that was too large for its device; NumPy raises the second.
+_NO_MEMORY = (DeviceOutOfMemory, MemoryError)
 #: A kernel's progress is told so often at most.
 _PROGRESS_S = 0.2
 
@@ -211,9 +217,13 @@ class Runner:
         observer: Observer,
         canvas: Canvas,
         ring: RingReader,
+        quarantine: Quarantine,
+        parity: Parity | None = None,
     ) -> None:
         self.running: Running | None = None
         """The launch that is under way. May be read from any thread."""
+        self.broken: Running | None = None
+        """The launch in which the device was lost."""
         self.fetched_bytes = 0
         """Arrays that the last batch read from the broker beside its messages."""
         self._settings = settings
@@ -225,9 +235,11 @@ class Runner:
         self._observer = observer
         self._canvas = canvas
         self._ring = ring
+        self._quarantine = quarantine
+        self._parity = parity
 
     def run(self, broker: Broker, messages: Sequence[bytes]) -> tuple[Commit, list[Ending]]:
-        """Runs what the messages ask for. Raises BrokerUnavailable, and nothing for what they hold or a kernel does."""
+        """Runs what the messages ask for. Raises BrokerUnavailable and DeviceLost, and nothing for what they hold."""
         taken_at = time.time()
         self.fetched_bytes = 0
         settings = self._settings
@@ -240,6 +252,9 @@ class Runner:
             jobs = self._carrying(broker, jobs, batch)
             for group in groups(jobs, settings.batch_jobs, settings.batch_bytes, batch.predicted_s):
                 self._run_group(broker, group, batch)
+        except DeviceLost:
+            self.broken = self.running
+            raise
         finally:
             self.running = None
         told = event.encode(*self._learned(batch), *batch.events)
@@ -323,6 +338,9 @@ class Runner:
                 self._fail(job, JobCancelled("cancelled"), batch)
             elif job.deadline_at is not None and job.deadline_at <= now:
                 self._fail(job, JobExpired("its deadline passed before its turn came"), batch)
+            elif (reason := self._quarantine.reasons.get(job.kernel.name)) is not None:
+                told = f"{job.kernel.name} is quarantined on {self._device}: {reason}"
+                self._release(job, KernelFailed(told), batch)
             else:
                 jobs.append(job)
         return jobs
@@ -340,11 +358,19 @@ class Runner:
     # -- launches -----------------------------------------------------------------------------------------------
 
     def _run_group(self, broker: Broker, group: Group, batch: _Batch) -> None:
-        """Runs a group. Where a launch of several jobs raises, each runs alone, so that only the culprit fails."""
+        """Runs a group, once it has what its jobs keep outside their messages."""
         if group.outside_bytes:
             group = self._filled(broker, group, batch)
             if not group.jobs:
                 return
+        self._run_together(group, batch)
+
+    def _run_together(self, group: Group, batch: _Batch) -> None:
+        """Runs a group in one launch, where it is no series.
+
+        Where that is too large for the device, one half of it runs after the other; where it raises anything else,
+        each job runs alone, so that only the culprit fails.
+        """
         if group.is_series:
             self._run_series(group, batch)
             return
@@ -354,6 +380,14 @@ class Runner:
         try:
             outputs, launch = self._launch(group.kernel, group.inputs, context)
             parts = split(group, outputs)
+        except DeviceLost:
+            raise
+        except _NO_MEMORY as error:
+            half = len(group.jobs) // 2
+            log.info("batch_halved", kernel=group.kernel.name, jobs=len(group.jobs), reason=_described(error))
+            for jobs_of_half in (group.jobs[:half], group.jobs[half:]):
+                self._run_together(Group(group.kernel, jobs_of_half), batch)
+            return
         # What a kernel raises, even sys.exit(), is its job's failure and never the worker's.
         except (Exception, SystemExit):  # noqa: BLE001
             for job in group.jobs:
@@ -373,6 +407,8 @@ class Runner:
             try:
                 inputs = job.inputs if job.options.state_key is None else job.inputs | batch.carried.of(job)
                 outputs, launch = self._launch(kernel, inputs, context)
+            except DeviceLost:
+                raise
             except (Exception, SystemExit) as error:  # noqa: BLE001
                 self._kernel_raised(job, error, context, batch)
                 continue
@@ -450,6 +486,8 @@ class Runner:
             if job.seen and (lost := self._lost(job)) is not None:  # the answer may be a view of its arguments
                 self._fail(job, lost, batch)
                 continue
+            if self._parity is not None and self._parity.draws(job):
+                self._look_again(self._parity, job, part)
             if follow_ups is not None:
                 self._note(job.id, follow_ups, batch)
             if left is not None:
@@ -498,6 +536,12 @@ class Runner:
         except LeptonError as error:
             return error
         return None
+
+    def _look_again(self, parity: Parity, job: TakenJob, outputs: _Outputs) -> None:
+        """Has the job computed once more; what it was made of is copied now, as it may be another job's soon."""
+        check = parity.copied(job, outputs)
+        if check is not None and (not job.seen or self._lost(job) is None):
+            parity.offer(check)
 
     @staticmethod
     def _end_blobs(job: TakenJob | Refused, kept_s: int, batch: _Batch) -> None:
@@ -562,6 +606,9 @@ class Runner:
             return self._fail(job, JobCancelled("cancelled while it ran"), batch, trace)
         if context.limit_told:
             return self._fail(job, _over(job), batch, trace)
+        if isinstance(error, _NO_MEMORY):
+            told = f"{self._device} has not memory enough for it: {_described(error)}"
+            return self._release(job, DeviceOutOfMemory(told), batch, trace)
         policy = job.kernel.spec.retry or (Retry() if isinstance(error, RetryJob) else None)
         if policy is None or isinstance(error, JobCancelled):
             return self._fail(job, known, batch, trace)
@@ -595,6 +642,19 @@ class Runner:
         batch.endings.append(Ending(job.id, "retried", time.time(), error=told, trace=trace))
         data = error.to_wire() | {"delay_s": round(delay_s, 3), "retries": job.retries}
         return self._tell("job.retried", job.kernel.name, job.id, data, batch)
+
+    def _release(self, job: TakenJob, error: LeptonError, batch: _Batch, trace: str | None = None) -> None:
+        """The job is not for this device: it goes to another, and has used up neither an attempt nor a retry."""
+        try:
+            message = wire.set_back(job.own_message(), Setback(self._device, error.code, error.message))
+        except LeptonError:  # it can be read, but not written again
+            return self._fail(job, error, batch, trace)
+        batch.outcomes.append(Outcome(job.id, "retried", b""))
+        batch.retries.append((job.id, 0.0, message))
+        self._end_blobs(job, GOES_ON, batch)
+        told = f"{type(error).__name__}({error.message!r})"
+        batch.endings.append(Ending(job.id, "retried", time.time(), error=told, trace=trace))
+        return self._tell("job.released", job.kernel.name, job.id, error.to_wire(), batch)
 
     def _fail(
         self,

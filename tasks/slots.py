@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import structlog
 
-from lepton_ai.errors import BrokerUnavailable, Fenced
+from lepton_ai.errors import BrokerUnavailable, DeviceLost, Fenced
 from lepton_ai.ring import RingReader
 from lepton_ai.settings import Settings
 from lepton_ai.succession import Canvas
@@ -23,6 +23,8 @@ from queues.steps import Commit
 from tasks.chords import ChordParts
 from tasks.driver import Driver
 from tasks.gate import Gate
+from tasks.parity import Parity
+from tasks.quarantine import Quarantine
 from tasks.runner import Ending, Observer, Runner, Running
 from tasks.warmup import Repertoire
 
@@ -53,6 +55,8 @@ class Slots:
         repertoire: Repertoire,
         observer: Observer,
         canvas: Canvas,
+        quarantine: Quarantine | None = None,
+        parity: Parity | None = None,
     ) -> None:
         self.device = device
         self.driver = driver
@@ -68,6 +72,10 @@ class Slots:
         self.canvas = canvas
         self.ring = RingReader()
         """Where the arrays are that producers of this host share with us."""
+        self.quarantine = quarantine or Quarantine(device)
+        self.parity = parity
+        self.lost: Callable[[int, Running | None, DeviceLost], object] = _unheeded
+        """Told by each slot that finds the device lost, with the launch in which it was."""
         self.chord_parts = ChordParts(self.connect, canvas.finish)
         self._url = url
         self._stopping = threading.Event()
@@ -172,6 +180,8 @@ class _Slot:
             slots.observer,
             slots.canvas,
             slots.ring,
+            slots.quarantine,
+            slots.parity,
         )
         self._slots = slots
         self._pending: tuple[Commit, list[Ending]] | None = None
@@ -195,6 +205,9 @@ class _Slot:
                 log.warning("broker_unavailable", slot=self.number, reason=error.message, retry_s=pause_s)
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, _RETRY_S[1])
+            except DeviceLost as error:  # the slot has served: what it holds is given back
+                self._slots.lost(self.number, self.runner.broken, error)
+                return
             except Exception:  # a defect of ours must not silently cost the worker a slot
                 log.exception("slot_failed", slot=self.number)
                 if self._slots.stopping:  # nor hold up its end: what is held is given back
@@ -296,6 +309,10 @@ class _Slot:
         self._pending = None
         self.messages = ()
         return [] if self._slots.abandoned else held  # that is being given back
+
+
+def _unheeded(slot: int, broken: Running | None, error: DeviceLost) -> None:
+    log.error("device_lost", slot=slot, reason=error.message)
 
 
 class _AloneSlot(_Slot):

@@ -25,7 +25,7 @@ from queues.steps import Commit, Outcome
 from tasks.runner import Running
 from tasks.slots import Slots
 
-__all__ = ["EXIT_CODE", "Watchdog"]
+__all__ = ["EXIT_CODE", "Watchdog", "jobs_of"]
 
 #: How the process ends: sysexits.h calls it a temporary failure.
 EXIT_CODE: Final = 75
@@ -144,7 +144,7 @@ class Watchdog:
 
 def _flags(messages: Sequence[bytes], culprit: Running) -> str:
     """What becomes of each message of the culprit's batch: see Broker.release."""
-    jobs = list(map(_jobs_of, messages))
+    jobs = list(map(jobs_of, messages))
     if len(culprit.jobs) > 1:
         return "".join(".!"[not set(culprit.jobs).isdisjoint(each)] for each in jobs)
     # A second copy of its message would keep it from being found alone.
@@ -152,7 +152,8 @@ def _flags(messages: Sequence[bytes], culprit: Running) -> str:
     return "".join("=" if at == only else "." for at in range(len(jobs)))
 
 
-def _jobs_of(message: bytes) -> tuple[str, ...]:
+def jobs_of(message: bytes) -> tuple[str, ...]:
+    """The ids of the jobs in a message; none where it holds none."""
     try:
         headers = wire.read_envelope(message).headers
         return bundle.ids_of(message, headers, wire.read_options(headers))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
-BOUND = "memory"
+BOUND = "compute"  # half a dozen operations a pixel, and zones that end within a chunk
 _SIZES = {"small": (64, 4), "medium": (1024, 64), "large": (4096, 1_000)}
 
 Values = NDArray[np.float32]

@@ -45,6 +45,7 @@ _COMMANDS: dict[Group, tuple[Callable[..., int], ...]] = {
         fleet.devices,
         fleet.kernels,
         fleet.events,
+        fleet.quarantine,
         fleet.doctor,
     ),
 }

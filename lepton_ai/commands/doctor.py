@@ -261,6 +261,13 @@ def _alive(facts: Facts) -> Iterator[Finding]:
             f"{_counted(each.slots, 'slot')}, {_counted(len(each.kernels), 'kernel')}"
         )
         yield Finding("worker", "ok", text)
+        for name, reason in each.refused.items():
+            text = f"{each.worker} refuses {name}: {reason}"
+            yield Finding("kernel", "warning", text, "mend it, and start the worker anew")
+        for name, reason in each.quarantined.items():
+            text = f"{each.worker} may not run {name}: {reason}"
+            fix = f"once it is mended: lepton quarantine --clear {name} {each.device}"
+            yield Finding("quarantine", "warning", text, fix)
 
 
 def _counted(count: int, what: str) -> str:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
@@ -27,7 +27,7 @@ from lepton_ai import services, topology
 from lepton_ai.accounts import ASK, Accounts, accounts_of, sizes_command
 from lepton_ai.commands.address import address, http_address, masked
 from lepton_ai.device import Announcement, read_leases
-from lepton_ai.errors import InvalidSettings, LeptonError
+from lepton_ai.errors import InvalidSettings, LeptonError, Unavailable
 from lepton_ai.settings import Settings
 
 __all__ = ["Accelerator", "Facts", "Fleet", "Requirement", "Server", "gather"]
@@ -35,6 +35,8 @@ __all__ = ["Accelerator", "Facts", "Fleet", "Requirement", "Server", "gather"]
 #: All looks together, and the longest of each: a command of our own, an answer from the network.
 _ALL_S: Final = 4.5
 _COMMAND_S: Final = 4.0
+#: To compile kernels for several devices may take a while.
+_COMPILE_S: Final = 600.0
 _ANSWER_S: Final = 2.0
 _PINGS = 5
 _DISTRIBUTION = "lepton-ai"
@@ -274,13 +276,13 @@ def _settings_errors(environ: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(errors)
 
 
-def _run(*arguments: str, environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str, environ: Mapping[str, str], limit_s: float = _COMMAND_S) -> subprocess.CompletedProcess[str]:
     """Runs Python where the services are, and not where the user stands: `tasks` may be a module of theirs."""
     return subprocess.run(
         [sys.executable, "-P", *arguments],
         capture_output=True,
         text=True,
-        timeout=_COMMAND_S,
+        timeout=limit_s,
         env=services.environ(environ),
         check=False,
         stdin=subprocess.DEVNULL,
@@ -310,6 +312,31 @@ def _accelerators(environ: Mapping[str, str]) -> dict[str, Any]:
     except msgspec.MsgspecError:
         return {"accelerators_error": _last_line(ran.stderr) or "it said nothing that could be read"}
     return {"accelerators": found, "accelerators_error": None}
+
+
+class Examined(msgspec.Struct, frozen=True):
+    """What `python -m tasks.examine` says of a kernel, or a module, on a kind of device."""
+
+    kernel: str
+    kind: str
+    status: str
+    """serves, refused, no variant, or no device."""
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def examined(modules: Sequence[str], environ: Mapping[str, str]) -> tuple[Examined, ...]:
+    """What a worker here would say of the kernels of these modules. Raises Unavailable where it says nothing."""
+    # As `lepton up` has it: modules of the current folder are found, after ours.
+    path = os.pathsep.join(filter(None, [environ.get("PYTHONPATH"), str(Path.cwd())]))
+    try:
+        ran = _run("-m", "tasks.examine", *modules, environ={**environ, "PYTHONPATH": path}, limit_s=_COMPILE_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unavailable(f"the kernels could not be examined: {_reason(error)}") from error
+    try:
+        return msgspec.json.decode(_last_line(ran.stdout), type=tuple[Examined, ...])
+    except msgspec.MsgspecError:
+        raise Unavailable(f"the kernels could not be examined: {_last_line(ran.stderr)}") from None
 
 
 def _reason(error: Exception) -> str:

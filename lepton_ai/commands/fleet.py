@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ from lepton_ai.errors import UnknownKernel
 from lepton_ai.event import TYPES, CloudEvent, Cursor
 from lepton_ai.kernel import KernelSpec
 
-__all__ = ["devices", "doctor", "events", "kernels"]
+__all__ = ["devices", "doctor", "events", "kernels", "quarantine"]
 
 _HEARTBEAT = "device.heartbeat"
 #: What a reader is told where earlier events are no longer kept is an event too.
@@ -59,16 +60,27 @@ def kernels(
     name: Annotated[str | None, Parameter(help="Everything about this one.")] = None,
     /,
     *,
+    check: Annotated[
+        list[str] | None,
+        Parameter(help="Whether a worker here would serve this module's.", metavar="MODULE", negative=""),
+    ] = None,
     url: Url = None,
     json: Json = False,
 ) -> int:
     """List the kernels that live workers announce, or show one: signature, formulas, limits, devices.
 
+    With --check, for authors, no worker is asked: each variant of the module's
+    kernels is built on each device of this machine and compared with its
+    reference on its samples, as when a worker starts. 1 where one is refused.
+
     For example:
 
       lepton kernels
       lepton kernels linalg.matmul
+      lepton kernels --check mypackage.kernels
     """
+    if check:
+        return _checked(check, as_json=json)
     with connected(url) as client:
         found = _by_kernel(client.devices())
     if name is not None and name not in found:
@@ -84,6 +96,55 @@ def kernels(
         shown.console().print(shown.kernels(found.values()))
     if not found:
         shown.tell("no worker is online; `lepton up` starts one for each device of this machine")
+    return 0
+
+
+def _checked(modules: list[str], *, as_json: bool) -> int:
+    from lepton_ai.commands import facts
+
+    found = facts.examined(modules, os.environ)
+    if as_json:
+        shown.as_json(found)
+    else:
+        shown.console().print(shown.examined(found))
+    return int(not found or any(each.status == "refused" for each in found))
+
+
+def quarantine(
+    *,
+    clear: Annotated[
+        tuple[str, str] | None,
+        Parameter(help="Let DEVICE, or all devices of a kind, run KERNEL again.", metavar="KERNEL DEVICE", negative=""),
+    ] = None,
+    url: Url = None,
+    json: Json = False,
+) -> int:
+    """List the kernels that devices may not run, or lift one of these quarantines.
+
+    A worker computes a share of its jobs once more, by another variant
+    (LEPTON_PARITY_SHARE). Where the two differ by more than the kernel's
+    tolerance, its device runs that kernel no more, in the whole fleet and until
+    somebody lifts that here. The address must be the broker's.
+
+    For example:
+
+      lepton quarantine
+      lepton quarantine --clear linalg.matmul gpu.h100
+    """
+    with connected(url) as client:
+        found = client.quarantined()
+        if clear is not None and not client.lift(*clear):
+            known = ", ".join(f"{each.kernel} {each.device}" for each in found) or "nothing is"
+            raise UnknownKernel(f"{clear[0]} is not quarantined on {clear[1]}; known: {known}", "clear")
+    if clear is not None:
+        found = [each for each in found if (each.kernel, each.device) == clear]
+        shown.tell(f"{clear[1]} runs {clear[0]} again, from its workers' next heartbeat on")
+    if json:
+        shown.as_json(found)
+    elif found and clear is None:
+        shown.console().print(shown.quarantined(found))
+    if not found:
+        shown.tell("no kernel is quarantined")
     return 0
 
 

@@ -17,6 +17,7 @@ from lepton_ai.device import Announcement, ResourceState
 from lepton_ai.event import CloudEvent
 from lepton_ai.job import Record
 from lepton_ai.kernel import KernelSpec
+from lepton_ai.quarantine import Quarantined
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from lepton_ai.commands.doctor import Finding
+    from lepton_ai.commands.facts import Examined
 
 __all__ = [
     "as_json",
@@ -170,6 +172,24 @@ def _range(array: Any) -> str:
 
 
 # -- dead letters -----------------------------------------------------------------------------------------------------
+
+
+def examined(found: Sequence[Examined]) -> Table:
+    """A row a kernel and kind of device."""
+    table = _table("kernel", "on", "", "seconds", "told", numbers=slice(3, 4))
+    for each in found:
+        table.add_row(each.kernel, each.kind, each.status, f"{each.seconds:.2f}" if each.seconds else "", each.reason)
+    return table
+
+
+def quarantined(found: Sequence[Quarantined]) -> Table:
+    """A row a kernel and device."""
+    table = _table("kernel", "device", "since", "differs by", "tolerance", "job", "told", numbers=slice(3, 5))
+    for each in found:
+        apart = f"{each.difference:.3g}" if each.difference else ""
+        since = _when(each.at) if each.at else ""
+        table.add_row(each.kernel, each.device, since, apart, f"{each.tolerance:g}", each.job, each.reason)
+    return table
 
 
 def dead(found: Sequence[DeadLetter]) -> Table:

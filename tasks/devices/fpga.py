@@ -17,7 +17,6 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,6 +31,7 @@ from lepton_ai.device import DeviceState, Peaks
 from lepton_ai.errors import InvalidKernel, InvalidSettings
 from lepton_ai.kernel import Context, Inputs, Outputs, Run
 from lepton_ai.settings import Settings
+from tasks.caches import private_folder
 from tasks.driver import Found, best_s, cores
 
 __all__ = ["Array", "FpgaDriver", "Program", "open_device", "probe"]
@@ -350,22 +350,7 @@ def _opencl() -> str:
 def _prepare(slots: int) -> None:
     """Sets what PoCL and pyopencl read once, as they load; what the operator has set stays."""
     os.environ.setdefault("POCL_MAX_PTHREAD_COUNT", str(max(1, min(slots, cores()))))
-    os.environ.setdefault("POCL_CACHE_DIR", str(_cache()))
+    # Where it can write to none PoCL offers no device, and without a home it would take a folder that is open to all.
+    os.environ.setdefault("POCL_CACHE_DIR", str(private_folder("pocl", "kcache")))
     # pyopencl would keep an SQLite file of its own; PoCL's cache does, and is safe for many processes.
     os.environ.setdefault("PYOPENCL_NO_CACHE", "1")
-
-
-def _cache() -> Path:
-    """Where PoCL keeps what it compiled: its usual folder, or one that nobody else can write to.
-
-    Where it can write to none PoCL offers no device, and without a home it would take a folder that is open to all.
-    """
-    with suppress(OSError, RuntimeError):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-        folder = home / "pocl" / "kcache"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    folder = Path(tempfile.gettempdir()) / f"lepton-pocl-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder if folder.lstat().st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix="lepton-pocl-"))

@@ -198,7 +198,8 @@ def _cpu(device: Any) -> Run:
 # -- gpu -------------------------------------------------------------------------------------------------------------
 
 cuda: Any  # numba.cuda, on a GPU
-_THREADS = 64
+#: The threads of a block; fewer where each is a thread of Python.
+_THREADS, _SIMULATED_THREADS = 64, 4
 #: The paths' normals wait in memory, a column a thread, so that neighbours read neighbours.
 _SCRATCH_BYTES = 64 * 2**20
 _SIGN, _ALL, _BYTE = np.uint64(1 << 63), np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(255)
@@ -293,7 +294,7 @@ def _beyond_gpu(losses: Vector, state: NDArray[np.uint64], sums: Vector, above: 
     partial[thread], number[thread] = total, count
     cuda.syncthreads()
     if thread == 0:
-        for other in range(1, _THREADS):
+        for other in range(1, cuda.blockDim.x):
             total += partial[other]
             count += number[other]
         sums[cuda.blockIdx.x], above[cuda.blockIdx.x] = total, count
@@ -328,10 +329,11 @@ def _finish_gpu(
 def _gpu(device: Any) -> Run:
     """A thread a path; then the k-th loss, eight bits at a time. Nothing waits for the host."""
     spoil_of = device.compile(_spoil_gpu)
-    lose = device.compile(_lose_gpu, (_THREADS,), (philox_round, philox4x32, normal_pair_cuda))
-    count = device.compile(_count_gpu, (_THREADS,), (_order_gpu,))
+    threads = _SIMULATED_THREADS if device.simulated else _THREADS
+    lose = device.compile(_lose_gpu, (threads,), (philox_round, philox4x32, normal_pair_cuda))
+    count = device.compile(_count_gpu, (threads,), (_order_gpu,))
     narrow = device.compile(_narrow_gpu, (1,))
-    add_up = device.compile(_beyond_gpu, (_THREADS,), (_order_gpu,))
+    add_up = device.compile(_beyond_gpu, (threads,), (_order_gpu,))
     finish = device.compile(_finish_gpu, (1,))
 
     def run(inputs: Inputs, context: Context) -> Outputs:
@@ -340,10 +342,10 @@ def _gpu(device: Any) -> Run:
         rank, share, total = _rank(paths, confidence)
         k0, k1 = map(np.uint64, philox.key_of(inputs["seed"]))
         rows = -(-positions.size // 4) * 4
-        most = max(1, _SCRATCH_BYTES // (8 * max(rows, 1) * _THREADS))
-        blocks = min(-(-paths // _THREADS), most, 2048)
+        most = max(1, _SCRATCH_BYTES // (8 * max(rows, 1) * threads))
+        blocks = min(-(-paths // threads), most, 2048)
         spoil = device.full((1,), 0 * (horizon + confidence), np.float64)
-        z, losses = device.empty((rows, blocks * _THREADS), np.float64), device.empty((paths,), np.float64)
+        z, losses = device.empty((rows, blocks * threads), np.float64), device.empty((paths,), np.float64)
         spoil_of(positions.size, positions, mean, factor, spoil)
         lose(blocks, positions, mean, factor, np.float64(max(horizon, 0)), spoil, k0, k1, z, losses)
         state, counts = device.zeros((3,), np.uint64), device.zeros((256,), np.uint64)
@@ -531,7 +533,7 @@ def _fpga(device: Any) -> Run:
 @value_at_risk.samples
 def _samples() -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)
-    for assets, paths, confidence in ((1, 1, 0.99), (3, 100, 0.95), (8, 10_000, 0.99)):
+    for assets, paths, confidence in ((1, 1, 0.99), (3, 40, 0.95), (8, 10_000, 0.99)):
         deviation = random.uniform(0.01, 0.03, assets)
         alike = np.linalg.cholesky(np.full((assets, assets), 0.3) + 0.7 * np.eye(assets))
         yield {
@@ -544,5 +546,5 @@ def _samples() -> Iterator[dict[str, Any]]:
             "seed": -assets,
         }
     # Every path loses the same, and log returns that are held within 700.
-    yield {"positions": np.ones(2), "mean": np.ones(2), "factor": np.zeros((2, 2)), "paths": 50}
-    yield {"positions": -np.ones(2), "mean": np.array([1e6, -1e6]), "factor": np.eye(2), "paths": 50}
+    yield {"positions": np.ones(2), "mean": np.ones(2), "factor": np.zeros((2, 2)), "paths": 20}
+    yield {"positions": -np.ones(2), "mean": np.array([1e6, -1e6]), "factor": np.eye(2), "paths": 20}

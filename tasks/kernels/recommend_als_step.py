@@ -196,7 +196,8 @@ def _cpu(device: Any) -> Run:
 # -- gpu -------------------------------------------------------------------------------------------------------------
 
 cuda: Any  # numba.cuda, on a GPU
-_THREADS = 64
+#: The threads of a block; fewer where each is a thread of Python.
+_THREADS, _SIMULATED_THREADS = 64, 8
 #: The most factors, and the values of the lower half of a matrix of so many: 33 KiB of a block's 48.
 _MOST = 128
 _PACKED = _MOST * (_MOST + 1) // 2
@@ -229,7 +230,8 @@ def _solve_gpu(
     c = cuda.shared.array(_ENTRIES, np.float32)
     x = cuda.shared.array(_MOST, np.float32)
     fair = cuda.shared.array(1, np.int32)
-    thread, entries, one, zero = cuda.threadIdx.x, items.size, np.float32(1), np.float32(0)
+    thread, threads, entries = cuda.threadIdx.x, cuda.blockDim.x, items.size
+    one, zero = np.float32(1), np.float32(0)
     count, f = users.shape
     # Rows p and f - 1 - p of the lower half are f + 1 values together: what threads share is a rectangle.
     folded = (f + 1) // 2 * (f + 1)
@@ -239,7 +241,7 @@ def _solve_gpu(
         if thread == 0:
             fair[0] = 1
         cuda.syncthreads()
-        for j in range(thread, f, _THREADS):
+        for j in range(thread, f, threads):
             x[j] = zero
             for k in range(j + 1):
                 a[j * (j + 1) // 2 + k] = gram[j, k] + (regularization if j == k else 0.0)
@@ -248,7 +250,7 @@ def _solve_gpu(
                 fair[0] = 0
         cuda.syncthreads()
         for first in range(start, stop, _ENTRIES):
-            for each in range(thread, _ENTRIES * f, _THREADS):
+            for each in range(thread, _ENTRIES * f, threads):
                 entry, k = each // f, each % f
                 value = zero
                 if first + entry < stop:
@@ -256,7 +258,7 @@ def _solve_gpu(
                     if item >= 0 and item < factors.shape[0]:
                         value = factors[item, k]
                 y[entry, k] = value
-            for entry in range(thread, _ENTRIES, _THREADS):
+            for entry in range(thread, _ENTRIES, threads):
                 value = one
                 if first + entry < stop:
                     item = items[first + entry]
@@ -266,7 +268,7 @@ def _solve_gpu(
                             fair[0] = 0
                 c[entry] = value
             cuda.syncthreads()
-            for each in range(thread, folded, _THREADS):
+            for each in range(thread, folded, threads):
                 j, k = each // (f + 1), each % (f + 1)
                 if k > j:
                     j, k = f - 1 - j, k - j - 1
@@ -276,7 +278,7 @@ def _solve_gpu(
                 for entry in range(_ENTRIES):
                     total += (c[entry] - one) * y[entry, j] * y[entry, k]
                 a[j * (j + 1) // 2 + k] += total
-            for k in range(thread, f, _THREADS):
+            for k in range(thread, f, threads):
                 total = zero
                 for entry in range(_ENTRIES):
                     total += c[entry] * y[entry, k]
@@ -286,27 +288,27 @@ def _solve_gpu(
         for k in range(f):
             d = one / np.float32(math.sqrt(max(a[k * (k + 1) // 2 + k], zero)))
             cuda.syncthreads()
-            for i in range(k + thread, f, _THREADS):
+            for i in range(k + thread, f, threads):
                 a[i * (i + 1) // 2 + k] *= d
             if thread == 0:
                 x[k] *= d
             cuda.syncthreads()
             rest = f - k - 1
-            for each in range(thread, rest * rest, _THREADS):
+            for each in range(thread, rest * rest, threads):
                 i, j = k + 1 + each // rest, k + 1 + each % rest
                 if j <= i:
                     a[i * (i + 1) // 2 + j] -= a[i * (i + 1) // 2 + k] * a[j * (j + 1) // 2 + k]
-            for j in range(k + 1 + thread, f, _THREADS):
+            for j in range(k + 1 + thread, f, threads):
                 x[j] -= x[k] * a[j * (j + 1) // 2 + k]
             cuda.syncthreads()
         for k in range(f - 1, -1, -1):
             if thread == 0:
                 x[k] /= a[k * (k + 1) // 2 + k]
             cuda.syncthreads()
-            for j in range(thread, k, _THREADS):
+            for j in range(thread, k, threads):
                 x[j] -= a[k * (k + 1) // 2 + j] * x[k]
             cuda.syncthreads()
-        for k in range(thread, f, _THREADS):
+        for k in range(thread, f, threads):
             users[user, k] = x[k] if fair[0] == 1 else np.nan
         cuda.syncthreads()
 
@@ -315,7 +317,7 @@ def _solve_gpu(
 def _gpu(device: Any) -> Run:
     """A block a user, whose matrix is made and factored in shared memory."""
     gram_of = device.compile(_gram_gpu)
-    solve = device.compile(_solve_gpu, (_THREADS,))
+    solve = device.compile(_solve_gpu, (_SIMULATED_THREADS if device.simulated else _THREADS,))
 
     def run(inputs: Inputs, context: Context) -> Outputs:
         starts, factors = inputs["starts"], inputs["factors"]

@@ -23,7 +23,7 @@ from lepton_ai.errors import LeptonError
 from lepton_ai.job import FINAL_STATES
 from queues.connection import Connection
 
-__all__ = ["Audit", "Auditor", "counters", "waiting"]
+__all__ = ["Audit", "Auditor", "counters", "events_of", "waiting"]
 
 _AT_ONCE = 1000
 _ENDS = ("job.succeeded", "job.failed", "job.cancelled", "job.expired", "job.dead", "job.rejected")
@@ -185,6 +185,17 @@ def final_events(connection: Connection) -> Counter[str]:
             for each in event.decode(fields[1]):
                 if each.type in _ENDS:
                     found.update(each.jobs)
+    return found
+
+
+def events_of(connection: Connection, kind: str) -> int:
+    """How many events of a type the stream has; of jobs each counts."""
+    found, after = 0, "-"
+    while entries := connection.call("XRANGE", topology.EVENTS, after, "+", "COUNT", _AT_ONCE):
+        after = f"({entries[-1][0].decode()}"
+        found += sum(
+            max(1, len(each.jobs)) for _, fields in entries for each in event.decode(fields[1]) if each.type == kind
+        )
     return found
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from lepton_ai.errors import DeviceLost, DeviceOutOfMemory
 from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Run
 
 #: What `how` may be.
-BEHAVE, SEGFAULT, EXIT, MEMORY, HANG = range(5)
+BEHAVE, SEGFAULT, EXIT, MEMORY, HANG, LOSE, BREAK, CRAMPED = range(8)
 _MOUTHFUL_BYTES = 64 * 1024 * 1024
 
 run = Kernel(
@@ -42,7 +43,7 @@ def _cpu(device: Any) -> Run:
             os.write(descriptor, b"%d %.4f\n" % (number, time.time()))
         if inputs["ms"]:
             select.select([], [], [], inputs["ms"] / 1000)  # libfaketime breaks time.sleep
-        misbehave(int(inputs["how"]))
+        misbehave(int(inputs["how"]), number)
         return {"n": np.array([number])}
 
     return run
@@ -91,8 +92,23 @@ def _carry(device: Any) -> Run:
     return lambda inputs, context: {**run(inputs, context), "seen": np.append(inputs["seen"], inputs["n"])}
 
 
-def misbehave(how: int) -> None:
-    """Returns only where it was told to behave."""
+def is_first(number: int) -> bool:
+    """Whether a job has not been here before, in any process."""
+    try:
+        os.close(os.open(f"{os.environ['FAULT_RUNS']}.{number}", os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return False
+    return True
+
+
+def misbehave(how: int, number: int) -> None:
+    """Returns only where it was told to behave, or has misbehaved before as it should but once."""
+    if how == LOSE and is_first(number):
+        raise DeviceLost("as the play has it, once")
+    if how == BREAK:
+        raise DeviceLost("as the play has it, whenever this job runs")
+    if how == CRAMPED and os.environ.get("FAULT_CRAMPED"):
+        raise DeviceOutOfMemory("as the play has it, on this device")
     if how == SEGFAULT:
         ctypes.string_at(0)
     elif how == EXIT:

@@ -1,13 +1,17 @@
-"""What kernels may do to their workers: kill them, and never return."""
+"""What kernels may do to their workers: kill them, lose their devices, want more memory than there is, never return."""
 
 from __future__ import annotations
 
-from tests.faults.fault_kernels import EXIT, HANG, MEMORY, SEGFAULT
+import contextlib
+
+from tasks.loss import EXIT_CODE
+from tests.faults.auditor import events_of
+from tests.faults.fault_kernels import BREAK, CRAMPED, EXIT, HANG, LOSE, MEMORY, SEGFAULT
 from tests.faults.play import Play
 from tests.faults.scenario import Size
 from tests.faults.scenarios_workers import finish
 
-__all__ = ["hang", "poison"]
+__all__ = ["device_lost", "hang", "out_of_device_memory", "poison"]
 
 _ATTEMPTS = 3
 _POISONS = (SEGFAULT, EXIT, MEMORY)
@@ -46,6 +50,55 @@ def hang(play: Play, size: Size) -> None:
     finish(play, fleet)
     play.expect(bool(play.stage.exits), "no process was ended")
     play.notes["process_ends"] = play.stage.exits
+
+
+def device_lost(play: Play, size: Size) -> None:
+    """Devices are lost in the middle of batches and of bundles, and one job loses every device that it meets."""
+    fleet = play.fleet(("cpu.a", "cpu.b"), slots=2, **{"attempts": _ATTEMPTS, **size.settings})
+    load = play.load()
+    load.submit([0] * 4)  # so that the workers know how long a job takes, and take the next ones as batches
+    play.drain()
+    load.submit([30] * 4)  # and are busy while the batches gather
+    for number in range(size.rounds):
+        load.submit([0] * (size.jobs // (2 * size.rounds)))
+        load.submit([0] * 21, how=LOSE, at=10)  # a bundle
+        load.submit([0], how=LOSE)
+        load.submit([0, 5] * (size.jobs // (4 * size.rounds)))
+        if number == size.rounds // 2:
+            play.doomed.update(load.submit([0], how=BREAK))
+    play.drain(240, still_s=60)
+    finish(play, fleet)
+    _look_at_the_dead(play, play.doomed)
+    codes = {code for _, code in play.stage.exits}
+    play.expect(codes == {EXIT_CODE}, f"processes ended with {codes}, not with {EXIT_CODE} alone")
+    lost = _told(play, "device.lost")
+    play.expect(lost == len(play.stage.exits), f"{lost} devices were said to be lost, {len(play.stage.exits)} were")
+    play.notes["process_ends"] = len(play.stage.exits)
+
+
+def out_of_device_memory(play: Play, size: Size) -> None:
+    """A device has no memory for some jobs: they end on the other, those pinned to it fail, no attempt is counted."""
+    fleet = play.fleet((), **size.settings)
+    fleet.add_worker("cpu.a", 2, FAULT_CRAMPED="1")
+    fleet.add_worker("cpu.b", 2)
+    fleet.up()
+    load = play.load()
+    for _ in range(size.rounds):
+        load.submit([0, 2] * (size.jobs // (4 * size.rounds)))
+        load.submit([0] * (size.jobs // (4 * size.rounds)), how=CRAMPED)
+        load.submit([1, 2, 5] * (size.jobs // (12 * size.rounds)), how=CRAMPED)
+        play.doomed.update(load.submit([0, 1], how=CRAMPED, device="cpu.a"))
+    finish(play, fleet)
+    play.nobody_exits()
+    released = _told(play, "job.released")
+    play.expect(released >= len(play.doomed), f"only {released} jobs went elsewhere")
+    play.expect(play.ask("HLEN", "lepton:attempts") == 0, "an attempt was counted")
+    play.notes["released"] = released
+
+
+def _told(play: Play, kind: str) -> int:
+    with contextlib.closing(play.connect()) as connection:
+        return events_of(connection, kind)
 
 
 def _look_at_the_dead(play: Play, poisons: set[str]) -> None:

@@ -138,6 +138,20 @@ SCENARIOS = (
         tested=Size(jobs=100, rounds=1, settings=_BRISK),
     ),
     Scenario(
+        "device_lost",
+        scenarios_kernels.device_lost,
+        full=Size(jobs=1_000, rounds=6),
+        quick=Size(jobs=300, rounds=2, settings=_BRISK),
+        tested=Size(jobs=120, rounds=1, settings=_BRISK),
+    ),
+    Scenario(
+        "device_memory",
+        scenarios_kernels.out_of_device_memory,
+        full=Size(jobs=2_000, rounds=8),
+        quick=Size(jobs=400, rounds=2),
+        tested=Size(jobs=120, rounds=1, settings=_BRISK),
+    ),
+    Scenario(
         "hang",
         scenarios_kernels.hang,
         full=Size(jobs=400, rounds=4),

@@ -1,4 +1,4 @@
-"""Eight of the scenarios in small: what was acknowledged ends, and ends once, whatever dies meanwhile."""
+"""Some of the scenarios in small: what was acknowledged ends, and ends once, whatever dies meanwhile."""
 
 from __future__ import annotations
 

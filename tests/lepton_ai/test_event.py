@@ -49,7 +49,7 @@ def test_every_type_in_the_table_is_in_the_past_tense_or_a_state() -> None:
     assert event.__doc__ is not None
     found = re.findall(r"^\| ([a-z]+\.[a-z_]+) ", event.__doc__, re.MULTILINE)
     assert len(found) == len(set(found)) > 10
-    assert all(re.search(r"(ed|dead|online|offline|heartbeat)$", name) for name in found)
+    assert all(re.search(r"(ed|dead|lost|online|offline|heartbeat)$", name) for name in found)
     assert tuple(found) == TYPES
     assert {name.split(".", 2)[2] for name in FINAL_EVENTS} <= {f"{name}.v1" for name in TYPES}
 

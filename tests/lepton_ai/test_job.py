@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lepton_ai.errors import OptionNotSupported
-from lepton_ai.job import Candidate, Cost, Estimate, Meta, Options, Placement, Record, state_of
+from lepton_ai.job import Candidate, Cost, Elsewhere, Estimate, Meta, Options, Placement, Record, Setback, state_of
 from lepton_ai.topology import PRIORITY_SEPARATOR, lane_list, lane_lists
 
 seconds = st.floats(0, 1e6)
@@ -122,3 +122,30 @@ def test_values_do_not_change(value: Any) -> None:
 def test_a_reply_goes_to_a_reply_list_and_nowhere_else(key: str) -> None:
     with pytest.raises(OptionNotSupported, match="reply_to"):
         Options(reply_to=key).checked()
+
+
+def test_a_job_without_setbacks_is_pinned_as_it_says() -> None:
+    assert Options().pin is None
+    assert Options(device="gpu").pin == "gpu"
+
+
+def test_a_job_with_setbacks_may_run_elsewhere_and_alike_ones_are_equal() -> None:
+    options = Options(device="gpu", setbacks=(Setback("gpu.a", "device_out_of_memory", "5 GB"),))
+    pin = options.pin
+    assert isinstance(pin, Elsewhere)
+    assert (pin.wanted, pin.code("gpu.a"), pin.code("gpu.b")) == ("gpu", "device_out_of_memory", None)
+    assert str(pin) == "gpu, but not on gpu.a"
+    other = msgspec.structs.replace(options, setbacks=(Setback("gpu.a", "device_out_of_memory", "6 GB"),))
+    assert hash(other.pin) == hash(pin)
+    assert other.pin == pin
+
+
+@pytest.mark.parametrize("options", [Options(setbacks=()), Options(setbacks=(Setback("a", "b"),) * 65)])
+def test_setbacks_are_a_few_and_never_none(options: Options) -> None:
+    with pytest.raises(OptionNotSupported, match="setbacks"):
+        options.checked()
+
+
+def test_a_bundle_has_no_setbacks() -> None:
+    with pytest.raises(OptionNotSupported, match="setbacks"):
+        Options(bundle=4, setbacks=(Setback("a", "b"),)).checked()

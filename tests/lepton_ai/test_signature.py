@@ -227,3 +227,44 @@ def test_what_cannot_be_carried_is_refused(carries: tuple[str, ...], more: dict[
     outputs = CARRYING["outputs"] | {"x": "float32[n]"}
     with pytest.raises(InvalidKernel, match=says):
         Signature(CARRYING["inputs"] | more, outputs, {}, carries)
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
+
+RETURNS = Signature(
+    {"x": "float32[n]", "k": "int64"},
+    {"y": "float32[n]", "at": "int64[found]", "top": "float32[k,2]", "also": "bool[found]"},
+    {},
+)
+
+
+def returned(**changed: Any) -> dict[str, Any]:
+    good = {
+        "y": np.zeros(3, np.float32),
+        "at": np.zeros(5, np.int64),
+        "top": np.zeros((4, 2), np.float32),
+        "also": np.zeros(5, bool),
+    }
+    return good | changed
+
+
+def test_outputs_as_declared_are_taken() -> None:
+    RETURNS.check_outputs(returned(), {"n": 3, "k": 4})
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"z": np.zeros(1)}, "and declares ['also', 'at', 'top', 'y']"),
+        ({"y": np.zeros(3)}, "returned 'y' of float64, and declares float32[n]"),
+        ({"y": np.zeros(4, np.float32)}, "'y' of shape [4], and declares float32[n] with n = 3"),
+        ({"y": np.zeros((3, 1), np.float32)}, "'y' of shape [3, 1]"),
+        ({"top": np.zeros((3, 2), np.float32)}, "'top' of shape [3, 2], and declares float32[k,2] with k = 4"),
+        ({"top": np.zeros((4, 3), np.float32)}, "'top' of shape [4, 3]"),
+        ({"also": np.zeros(6, bool)}, "'also' of shape [6], and declares bool[found] with found = 5"),
+    ],
+)
+def test_outputs_that_are_not_as_declared_are_refused(changed: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidKernel) as refused:
+        RETURNS.check_outputs(returned(**changed), {"n": 3, "k": 4})
+    assert told in refused.value.message

@@ -29,7 +29,7 @@ from lepton_ai.errors import (
     OptionNotSupported,
     TooLarge,
 )
-from lepton_ai.job import Options
+from lepton_ai.job import Options, Setback
 from lepton_ai.tensor import DTYPES, TensorMap, from_wire
 from queues.app import celery_addresses
 from queues.connection import Connection
@@ -574,3 +574,38 @@ def test_batches_keep_every_part_in_order_and_stay_within_their_size(parts: list
 
 def test_a_batch_of_small_parts_is_bounded_too() -> None:
     assert max(len(batch) for batch in wire.batches([b"x"] * 5000, 10**9)) <= 512
+
+
+# -- back from a device -----------------------------------------------------------------------------------------
+
+
+def setbacks(message: bytes) -> tuple[Setback, ...]:
+    return wire.read_options(wire.read_envelope(message).headers).setbacks or ()
+
+
+def test_a_message_that_was_set_back_keeps_everything_else() -> None:
+    before = wire.envelope("id", "a.b", {"x": 1}, Options(priority=7), expires="2030-01-01T00:00:00+00:00")
+    after = wire.set_back(before, Setback("gpu.h100", "device_out_of_memory", "full"))
+    first, second = wire.read_envelope(before), wire.read_envelope(after)
+    assert setbacks(after) == (Setback("gpu.h100", "device_out_of_memory", "full"),)
+    assert (second.body, second.headers.retries, second.headers.expires) == (first.body, 0, first.headers.expires)
+    assert wire.read_options(second.headers).priority == 7
+
+
+def test_setbacks_stand_in_their_order_one_a_device() -> None:
+    message = wire.envelope("id", "a.b", {"x": 1}, Options())
+    for device, code in (("gpu", "first"), ("tpu", "second"), ("gpu", "third")):
+        message = wire.set_back(message, Setback(device, code))
+    assert [(each.device, each.code) for each in setbacks(message)] == [("tpu", "second"), ("gpu", "third")]
+
+
+def test_a_message_of_a_foreign_producer_may_be_set_back() -> None:
+    message = wire.set_back(a_message(headers={"lepton": None}), Setback("gpu", "kernel_failed"))
+    assert [each.device for each in setbacks(message)] == ["gpu"]
+
+
+def test_a_job_that_begins_anew_may_go_everywhere_again() -> None:
+    message = wire.set_back(wire.envelope("id", "a.b", {"x": 1}, Options(priority=7)), Setback("gpu", "kernel_failed"))
+    again = wire.replayed(message)
+    assert setbacks(again) == ()
+    assert wire.read_options(wire.read_envelope(again).headers).priority == 7

@@ -20,7 +20,7 @@ from lepton_ai.device import Announcement, Peaks, ResourceState
 from lepton_ai.direct_protocol import look_commands, push, read_look, writer
 from lepton_ai.event import Event, Observation
 from lepton_ai.identity import ids, minute_of, new_id, new_ids, run_of
-from lepton_ai.job import Options, Placement
+from lepton_ai.job import Options, Placement, Setback
 from lepton_ai.kernel import KernelSpec
 from lepton_ai.parcel import Blobs
 from lepton_ai.placement.costs import CostModel
@@ -88,10 +88,20 @@ class PlayedWorker:
         self._held = 0
 
     def come_online(self) -> None:
+        self._announce({}, "device.online")
+
+    def quarantine(self, reasons: dict[str, str]) -> None:
+        """May not run these kernels, for these reasons, from here on."""
+        self._announce(reasons, "device.quarantined")
+
+    def _announce(self, quarantined: dict[str, str], kind_of_event: str) -> None:
         name, kind = self.broker.incarnation, self.device.partition(".")[0]
-        value = Announcement(name, name, self.device, kind, self._slots, False, self._peaks, self._kernels, 0.0)
+        kernels = tuple(spec for spec in self._kernels if spec.name not in quarantined)
+        value = Announcement(
+            name, name, self.device, kind, self._slots, False, self._peaks, kernels, 0.0, quarantined=quarantined
+        )
         self.broker.announce(msgspec.msgpack.encode(value))
-        self.broker.emit(event.encode(Event("device.online", name, device=self.device)))
+        self.broker.emit(event.encode(Event(kind_of_event, name, device=self.device)))
 
     def go_offline(self) -> None:
         self.broker.resign()
@@ -2187,3 +2197,113 @@ def test_a_device_beyond_its_limits_does_not_cost_jobs_for_the_others_their_shor
     assert lane.wait_for("job.parked", 1) == [pinned]
     assert connection.call("KEYS", topology.claim("*", WAKE)) == []
     assert len(worker.serve(2)) == 2
+
+
+# -- back from a device -----------------------------------------------------------------------------------------
+
+
+def give_back(worker: PlayedWorker, code: str = "device_out_of_memory") -> str:
+    """The next job of a worker, which cannot run it and says so."""
+    (message,) = worker.take_messages()
+    (job,) = jobs_of(message)
+    setback = Setback(worker.device, code, "it needs 90 GB")
+    told = Event("job.released", worker.broker.incarnation, "test.spin", worker.device, (job,))
+    step = Commit(
+        0, 1, [Outcome(job, "retried", b"")], event.encode(told), retries=[(job, 0.0, wire.set_back(message, setback))]
+    )
+    worker.broker.commit(step)
+    return job
+
+
+def failed(connection: Connection, job: str) -> dict[str, Any]:
+    """The error with which a job has ended, once it has."""
+    until(lambda: connection.call("EXISTS", topology.result(job)), "it has a result")
+    record = results.read(connection.call("GET", topology.result(job))).record
+    assert record is not None
+    assert record.error is not None
+    return record.error
+
+
+def test_a_job_that_its_device_cannot_run_goes_to_another_and_says_why(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    fast, slow = add_worker("gpu.test", speed=100 * SPEED), add_worker("cpu.test")
+    start_router()
+    (job,) = lane.send(ms=50)
+    assert give_back(fast) == job
+    assert slow.take() == [job]
+    placement = lane.placement(job)
+    assert placement is not None
+    told = {each.device: each.excluded for each in placement.candidates}
+    assert told == {
+        "cpu.test": None,
+        "gpu.test": "the job has been there, and it came back: device_out_of_memory",
+    }
+    slow.commit([job])
+    assert sizes(connection)["difference"] == 0
+
+
+def test_a_job_without_a_device_left_fails_with_the_last_error(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    fast, slow = add_worker("gpu.test", speed=100 * SPEED), add_worker("cpu.test")
+    start_router()
+    (job,) = lane.send(ms=50)
+    give_back(fast)
+    give_back(slow)
+    error = failed(connection, job)
+    assert error["code"] == "device_out_of_memory"
+    assert "gpu.test, cpu.test" in error["message"]
+    assert "it needs 90 GB" in error["message"]
+    assert sizes(connection)["difference"] == 0
+
+
+def test_a_pinned_job_that_its_device_cannot_run_fails(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    fast, _ = add_worker("gpu.test", speed=100 * SPEED), add_worker("cpu.test")
+    start_router()
+    (job,) = lane.send(ms=50, device="gpu")
+    give_back(fast)
+    assert failed(connection, job)["code"] == "device_out_of_memory"
+
+
+def test_while_nobody_is_alive_where_it_has_been_it_waits_as_any_other(
+    start_router, add_worker, lane: Lane, connection: Connection
+) -> None:
+    add_worker("tpu.test", kernels=(OTHER,))
+    start_router()
+    setback = Setback("gpu.test", "device_out_of_memory", "full")
+    (job,) = lane.send(setbacks=(setback,))
+    assert lane.wait_for("job.parked", 1) == [job]
+    worker = add_worker("cpu.test")
+    assert worker.take() == [job]
+
+
+def test_a_device_whose_kernel_is_quarantined_is_passed_over_and_says_so(start_router, add_worker, lane: Lane) -> None:
+    fast, slow = add_worker("gpu.test", speed=100 * SPEED), add_worker("cpu.test")
+    start_router()
+    (before,) = lane.send(ms=50)
+    assert fast.take() == [before]
+    fast.commit([before])
+    fast.quarantine({"test.spin": "it differs by 1"})
+    until(lambda: lane.send(ms=50) and slow.depth > 0, "jobs go to the other", 10)
+    (job,) = lane.send(ms=50)
+    until(lambda: lane.placement(job) is not None, "it is placed")
+    placement = lane.placement(job)
+    assert placement is not None
+    told = {each.device: each.excluded for each in placement.candidates}
+    assert told["gpu.test"] == "its test.spin is quarantined: it differs by 1"
+
+
+def test_a_job_whose_kernel_is_quarantined_everywhere_waits_and_says_so(start_router, add_worker, lane: Lane) -> None:
+    worker = add_worker("gpu.test", online=False)
+    worker.quarantine({"test.spin": "it differs by 1"})
+    start_router()
+    (job,) = lane.send()
+    assert lane.wait_for("job.parked", 1) == [job]
+    placement = lane.placement(job)
+    assert placement is not None
+    assert "gpu.test: its test.spin is quarantined: it differs by 1" in placement.reason
+    worker.come_online()
+    assert worker.take() == [job]

@@ -313,6 +313,30 @@ class Edge(Connection):
         return first + super().receive(count - len(first), *timeout_s)
 
 
+@pytest.mark.parametrize("count", [9_000, 20_000])
+def test_a_full_broker_loses_nothing_of_a_step_with_more_messages_than_lua_can_hand_on_at_once(
+    connection: Connection, broker: Broker, fill: Callable[[], None], count: int
+) -> None:
+    claim, messages = claimed(connection, broker, count)
+    fill()
+    job = "0198a000-0000-7000-8000-000000000000"
+    notes = {f"{job}{at}": b"note" for at in range(count)}
+    broker.dispatch(
+        Dispatch({claim: count}, {claim: messages[1::2]}, queued={"cpu": messages[::2]}, placements={1: notes})
+    )
+    assert oldest_first(connection, claim) == messages[1::2]
+    assert oldest_first(connection, "lepton.cpu") == messages[::2]
+    assert connection.call("HLEN", topology.jobs(1)) == count
+
+
+def test_a_command_that_lua_cannot_hand_on_is_refused_before_anything_is_done(connection: Connection) -> None:
+    connection.call("LPUSH", "lepton:test", "kept")
+    words = ["LPUSH", "lepton:test", *map(str, range(9000))]
+    with pytest.raises(CommandError, match="TOOLONG a command of 9002 words"):
+        connection.call(*functions.call("transact", (), (2, "DEL", "lepton:test", len(words), *words)))
+    assert oldest_first(connection, "lepton:test") == [b"kept"]
+
+
 EVENT = event_command(b"event", Settings().events_kept)
 
 

@@ -10,9 +10,11 @@ import msgspec
 import pytest
 
 from lepton_ai import topology
-from lepton_ai.device import Announcement, DeviceState, Peaks, ResourceState
+from lepton_ai.device import Announcement, DeviceState, Peaks, ResourceState, read_leases
 from lepton_ai.errors import BrokerUnavailable, Fenced
 from lepton_ai.event import Event
+from lepton_ai.kernel import KernelSpec
+from lepton_ai.quarantine import Quarantined, field, read
 from lepton_ai.settings import Settings
 from queues.broker import Broker
 from queues.connection import Connection
@@ -20,6 +22,8 @@ from queues.event_stream import EventStream
 from queues.steps import Commit
 from tasks.heartbeat import Heartbeat
 from tasks.host import boot
+from tasks.quarantine import Quarantine
+from tests.tasks.workshop import until
 
 QUICK = Settings(lease_s=0.5, heartbeat_s=0.05)
 INCARNATION = "worker-of-the-test"
@@ -40,7 +44,13 @@ class Slots(SimpleNamespace):
 @pytest.fixture
 def slots() -> Slots:
     return Slots(
-        busy_s=0.0, busy=1, count=2, heed=lambda _: None, driver=SimpleNamespace(state=DeviceState), threads=[]
+        busy_s=0.0,
+        busy=1,
+        count=2,
+        heed=lambda _: None,
+        driver=SimpleNamespace(state=DeviceState),
+        threads=[],
+        quarantine=Quarantine("cpu.test"),
     )
 
 
@@ -49,8 +59,8 @@ def beat(broker_url: str, slots: Slots) -> Iterator[Callable[..., Heartbeat]]:
     """Starts heartbeats, and ends their threads."""
     beats: list[Heartbeat] = []
 
-    def start(settings: Settings = QUICK) -> Heartbeat:
-        beats.append(Heartbeat(settings, broker_url, ANNOUNCEMENT, slots))  # type: ignore[arg-type]
+    def start(settings: Settings = QUICK, announcement: Announcement = ANNOUNCEMENT) -> Heartbeat:
+        beats.append(Heartbeat(settings, broker_url, announcement, slots))  # type: ignore[arg-type]
         beats[-1].start()
         return beats[-1]
 
@@ -338,3 +348,69 @@ def test_what_other_workers_of_the_host_use_is_not_foreign(beat: Any, connection
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert connection.call("HEXISTS", key, INCARNATION) == 1
+
+
+# -- quarantine -------------------------------------------------------------------------------------------------
+
+SPECS = tuple(KernelSpec(name, {"x": "float32[n]"}, {"y": "float32[n]"}, "n", "n") for name in ("test.a", "test.b"))
+WITH_KERNELS = msgspec.structs.replace(ANNOUNCEMENT, kernels=SPECS)
+
+
+def served(connection: Connection) -> tuple[list[str], dict[str, str]]:
+    """What the lease says that the worker runs, and may not run."""
+    (found,) = read_leases([connection.call("GET", LEASE)])
+    return [spec.name for spec in found.kernels], found.quarantined
+
+
+def put(connection: Connection, *entries: Quarantined) -> None:
+    for each in entries:
+        connection.call("HSET", topology.QUARANTINE, field(each.kernel, each.device), msgspec.msgpack.encode(each))
+
+
+def test_a_worker_that_starts_leaves_out_what_the_fleet_has_quarantined(beat: Any, connection: Connection) -> None:
+    put(connection, Quarantined("test.a", "cpu.test", "by 1"), Quarantined("test.b", "cpu.other", "by 2"))
+    beat(announcement=WITH_KERNELS)
+    assert served(connection) == (["test.b"], {"test.a": "by 1"})
+
+
+def test_a_quarantine_of_a_kind_holds_for_all_its_devices(beat: Any, connection: Connection) -> None:
+    put(connection, Quarantined("test.a", "cpu", "by 1"), Quarantined("test.b", "gpu", "by 2"))
+    beat(announcement=WITH_KERNELS)
+    assert served(connection) == (["test.b"], {"test.a": "by 1"})
+
+
+def test_a_heartbeat_takes_a_quarantine_over_and_gives_it_up_where_it_is_lifted(
+    beat: Any, connection: Connection, slots: Slots
+) -> None:
+    beat(announcement=WITH_KERNELS)
+    assert served(connection) == (["test.a", "test.b"], {})
+    put(connection, Quarantined("test.b", "cpu.test", "by 1"))
+    until(lambda: served(connection) == (["test.a"], {"test.b": "by 1"}), "the lease says so")
+    assert slots.quarantine.reasons == {"test.b": "by 1"}
+    connection.call("HDEL", topology.QUARANTINE, field("test.b", "cpu.test"))
+    until(lambda: served(connection) == (["test.a", "test.b"], {}), "the lease says so")
+
+
+def test_a_difference_that_is_seen_here_is_in_the_lease_and_the_list_at_once(
+    beat: Any, connection: Connection, slots: Slots, stream: EventStream
+) -> None:
+    slow = beat(Settings(lease_s=60, heartbeat_s=30), WITH_KERNELS)
+    entry = Quarantined("test.a", "cpu.test", "by 1", 1.0, 0.1, INCARNATION, "job-1", {"x": [3]}, 5.0)
+    slots.quarantine.add(entry)
+    assert slots.quarantine.reasons == {"test.a": "by 1"}
+    slow.wake()
+    told = next_event(stream, "device.quarantined")
+    assert (told.kernel, told.device, told.data["shapes"], told.data["job"]) == (
+        "test.a", "cpu.test", {"x": [3]}, "job-1"
+    )  # fmt: skip
+    assert served(connection) == (["test.b"], {"test.a": "by 1"})
+    assert read(connection.call("HGETALL", topology.QUARANTINE)) == [entry]
+
+
+def test_what_another_hand_has_put_there_costs_no_lease(beat: Any, connection: Connection) -> None:
+    connection.call("SET", topology.QUARANTINE, "nonsense")
+    beat()
+    assert connection.call("EXISTS", LEASE) == 1
+    connection.call("DEL", topology.QUARANTINE)
+    connection.call("HSET", topology.QUARANTINE, "test.a cpu.test", "nonsense")
+    until(lambda: connection.call("PTTL", LEASE) > 0, "the lease is renewed")

@@ -16,11 +16,12 @@ import pytest
 from lepton_ai import cancellation, event, results, topology, wire
 from lepton_ai.accounts import accounts_of
 from lepton_ai.bundle import shared_note
-from lepton_ai.errors import BrokerUnavailable, InvalidArguments, Overloaded, RetryJob
+from lepton_ai.errors import BrokerUnavailable, DeviceOutOfMemory, InvalidArguments, Overloaded, RetryJob
 from lepton_ai.event import Event
 from lepton_ai.identity import minute_of, new_id, new_ids, run_of
-from lepton_ai.job import LATEST_S, Candidate, Estimate, Meta, Options, Placement
+from lepton_ai.job import LATEST_S, Candidate, Estimate, Meta, Options, Placement, Setback
 from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Retry
+from lepton_ai.quarantine import Quarantined
 from lepton_ai.succession import FollowUps
 from queues import functions
 from queues.event_stream import EventStream
@@ -787,3 +788,98 @@ def test_a_series_that_is_predicted_to_take_too_long_is_several(worker: Worker) 
     assert jobs[2] not in started(worker)
     worker.shop.gate.set()
     assert worker.double(jobs[4]) == [8.0]
+
+
+# -- not on this device -----------------------------------------------------------------------------------------
+
+
+def short_of_memory(
+    worker: Worker, most: int, error: type[BaseException] = DeviceOutOfMemory, batch: Any = "concat"
+) -> None:
+    """Gives a worker the kernel `test.large`, which raises where more than so many values are in a launch."""
+
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        worker.shop.launches[len(inputs["x"])] += 1
+        if len(inputs["x"]) > most:
+            raise error("full")
+        return {"y": 2 * inputs["x"]}
+
+    worker.shop._add("test.large", batch, run)
+
+
+def released(worker: Worker, count: int) -> dict[str, Options]:
+    """The options of jobs that were given back, by job, once there are so many."""
+    until(lambda: worker.connection.call("HLEN", topology.ETA_MESSAGES) >= count, f"{count} jobs are given back")
+    found = worker.connection.call("HGETALL", topology.ETA_MESSAGES)
+    return {job.decode(): wire.read_options(wire.read_envelope(each).headers) for job, each in found.items()}
+
+
+@pytest.mark.parametrize("error", [DeviceOutOfMemory, MemoryError])
+def test_a_batch_that_is_too_large_for_the_device_is_halved_until_it_fits(worker: Worker, error: Any) -> None:
+    short_of_memory(worker, 2, error)
+    worker.warm_up()
+    for job in worker.send(*range(1, 9), kernel="test.large"):
+        worker.double(job)
+    assert worker.shop.launches == {8: 1, 4: 2, 2: 4, 1: 1}
+    assert worker.counters() == {"succeeded": 9}
+
+
+@pytest.mark.parametrize("batch", ["concat", None])
+@pytest.mark.parametrize("error", [DeviceOutOfMemory, MemoryError])
+def test_a_job_that_is_too_large_alone_goes_elsewhere_and_the_others_succeed(
+    worker: Worker, error: Any, batch: Any
+) -> None:
+    def run(inputs: Inputs, context: Context) -> Outputs:
+        if 7.0 in inputs["x"]:
+            raise error("full")
+        return {"y": 2 * inputs["x"]}
+
+    worker.shop._add("test.large", batch, run)
+    worker.warm_up()
+    *fitting, large = worker.send(1.0, 2.0, 3.0, 7.0, kernel="test.large")
+    for job in fitting:
+        worker.double(job)
+    (setback,) = released(worker, 1)[large].setbacks or ()
+    assert (setback.device, setback.code) == (DEVICE, "device_out_of_memory")
+    assert worker.counters() == {"succeeded": 4, "retried": 1, "accepted": 1}
+    assert worker.connection.call("GET", topology.result(large)) is None
+
+
+def test_to_go_elsewhere_uses_up_neither_a_retry_nor_an_attempt_and_is_told(worker: Worker) -> None:
+    worker.shop.policy(Retry(times=0))
+    worker.shop.raising = [DeviceOutOfMemory("full")]
+    (job,) = worker.send(1.0, kernel="test.tries")
+    released(worker, 1)
+    (message,) = worker.connection.call("HVALS", topology.ETA_MESSAGES)
+    assert wire.read_envelope(message).headers.retries == 0
+    assert worker.connection.call("HGETALL", topology.ATTEMPTS) == {}
+    assert worker.connection.call("XLEN", topology.DEAD) == 0
+    told = next(each for each in events(worker) if each.type == "job.released")
+    assert (told.jobs, told.data["code"]) == ((job,), "device_out_of_memory")
+
+
+def test_a_job_of_a_bundle_goes_elsewhere_by_itself(worker: Worker) -> None:
+    short_of_memory(worker, 0)
+    jobs = worker.send_bundle(*[float(each) for each in range(2, 6)], kernel="test.large")
+    assert released(worker, 4).keys() == set(jobs)
+
+
+def test_a_job_keeps_what_it_was_told_of_other_devices(worker: Worker) -> None:
+    short_of_memory(worker, 0)
+    before = Setback("gpu.h100", "device_out_of_memory", "full")
+    (job,) = worker.send(1.0, kernel="test.large", setbacks=(before,), priority=7)
+    options = released(worker, 1)[job]
+    assert [each.device for each in options.setbacks or ()] == ["gpu.h100", DEVICE]
+    assert options.priority == 7
+
+
+def test_a_job_of_a_kernel_in_quarantine_goes_elsewhere_unrun(worker: Worker) -> None:
+    worker.slots.quarantine.add(Quarantined("test.double", DEVICE, "it differs by 1"))
+    (job,) = worker.send(1.0)
+    (setback,) = released(worker, 1)[job].setbacks or ()
+    assert (setback.code, "it differs by 1" in setback.message) == ("kernel_failed", True)
+    assert not worker.shop.launches
+
+
+def events(worker: Worker) -> list[Event]:
+    return [each for _, each in worker.stream.read(1000)]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lepton_ai.errors import DeviceLost
 from lepton_ai.kernel import Kernel
 from tasks.devices.cpu import CpuDriver
 from tasks.warmup import difference, warm
@@ -80,18 +81,64 @@ def test_a_builder_that_raises_is_refused_with_its_reason(error: BaseException) 
     [
         (lambda inputs: {"y": 2 * inputs["x"] + 0.1}, "differs from its reference by 0.1 on sample 0"),
         (lambda inputs: {"y": np.full_like(inputs["x"], np.nan)}, "by inf"),
-        (lambda inputs: {"y": inputs["x"][:1] * 2}, "by inf on sample 1"),
-        (lambda inputs: {"z": 2 * inputs["x"]}, "by inf"),
-        (lambda inputs: {"y": 2 * inputs["x"], "z": inputs["x"]}, "by inf"),
-        (lambda inputs: {}, "by inf"),
+        (
+            lambda inputs: {"y": inputs["x"][:1] * 2},
+            "on sample 1, returned 'y' of shape [1], and declares float64[n] with n = 2",
+        ),
+        (lambda inputs: {"z": 2 * inputs["x"]}, "on sample 0, returned ['z'], and declares ['y']"),
+        (lambda inputs: {"y": 2 * inputs["x"], "z": inputs["x"]}, "returned ['y', 'z'], and declares ['y']"),
+        (lambda inputs: {}, "returned [], and declares ['y']"),
+        (
+            lambda inputs: {"y": (2 * inputs["x"]).astype(np.float32)},
+            "returned 'y' of float32, and declares float64[n]",
+        ),
+        (lambda inputs: {"y": 2 * inputs["x"].reshape(1, -1)}, "returned 'y' of shape [1, 1], and declares float64[n]"),
         (lambda inputs: None, "NoneType"),
         (lambda inputs: 1 / 0, "ZeroDivisionError"),
         (lambda inputs: inputs["x"].__imul__(2), "read-only"),
     ],
-    ids=["value", "nan", "shape", "name", "extra", "nothing", "none", "raises", "writes to its input"],
+    ids=["value", "nan", "shape", "name", "extra", "nothing", "dtype", "dims", "none", "raises", "writes to its input"],
 )
 def test_a_variant_that_is_wrong_is_refused_with_its_reason(run: Callable[..., Any], reason: str) -> None:
     assert reason in refusal(kernel(run))
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        (lambda x: {"z": 2 * x}, "its reference, on sample 0, returned ['z'], and declares ['y']"),
+        (lambda x: {"y": (2 * x).astype(np.float32)}, "its reference, on sample 0, returned 'y' of float32"),
+        (lambda x: {"y": np.append(2 * x, 0)}, "its reference, on sample 0, returned 'y' of shape [2]"),
+    ],
+    ids=["name", "dtype", "shape"],
+)
+def test_a_reference_that_is_not_as_declared_is_refused_with_its_reason(
+    reference: Callable[..., Any], reason: str
+) -> None:
+    wrong = kernel(lambda inputs: {"y": 2 * inputs["x"]})
+    wrong.reference(reference)
+    assert reason in refusal(wrong)
+
+
+def test_an_output_may_be_as_long_as_the_data_make_it() -> None:
+    found = Kernel("test.found", inputs={"x": "float64[n]"}, outputs={"y": "float64[k]"}, flops="n", bytes="n")
+    found.reference(lambda x: {"y": x[x > 1]})
+    found.samples(lambda: [{"x": np.arange(5.0)}])
+    found.on("cpu")(lambda device: lambda inputs, context: {"y": inputs["x"][2:]})
+    assert "test.found" in warm([found], CpuDriver(1), {}).kernels
+
+
+def test_a_kernel_whose_samples_are_none_is_refused() -> None:
+    bare = kernel(lambda inputs: {"y": 2 * inputs["x"]}, samples=0)
+    assert "nobody can tell" in refusal(bare)
+
+
+def test_a_device_that_is_lost_while_it_warms_up_is_no_kernels_fault() -> None:
+    def lost(inputs: Any) -> Any:
+        raise DeviceLost("gone")
+
+    with pytest.raises(DeviceLost):
+        warm([kernel(lost), GOOD], CpuDriver(1), {})
 
 
 def test_a_difference_within_the_tolerance_serves() -> None:
@@ -151,3 +198,20 @@ def test_booleans_and_whole_numbers_are_compared_as_numbers() -> None:
 
 def test_empty_outputs_of_equal_shape_are_equal() -> None:
     assert difference({"y": np.zeros((0, 3))}, {"y": np.zeros((0, 3))}) == 0.0
+
+
+def test_other_dtypes_are_infinitely_different() -> None:
+    assert difference({"y": np.zeros(2, np.float32)}, {"y": np.zeros(2)}) == np.inf
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_whole_numbers_that_are_equal_as_floats_are_told_apart(dtype: type) -> None:
+    large = np.array([2**62], dtype)
+    assert difference({"y": large}, {"y": large}) == 0.0
+    assert difference({"y": large + dtype(1)}, {"y": large}) > 0.0
+    assert difference({"y": large}, {"y": large + dtype(1)}) > 0.0
+
+
+def test_the_extremes_of_whole_numbers_differ_by_twice_themselves() -> None:
+    least, most = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+    assert difference({"y": np.array([least])}, {"y": np.array([most])}) == pytest.approx(2.0)

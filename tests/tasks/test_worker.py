@@ -23,6 +23,7 @@ from queues.connection import Connection
 from queues.embedded import EmbeddedBroker
 from queues.event_stream import EventStream
 from queues.server import address
+from tasks.loss import EXIT_CODE
 
 QUEUE = "lepton.cpu.test"
 HASTY = {"LEPTON_LEASE_S": "1", "LEPTON_HEARTBEAT_S": "0.25"}
@@ -282,6 +283,65 @@ def test_a_worker_that_is_allowed_no_kernel_at_all_says_so(processes: Processes)
     process = processes.start("-Q", QUEUE, "-P", "threads", LEPTON_KERNELS_ALLOWED="linalgebra.*")
     assert process.wait(10) != 0
     assert "allows none of the kernels: 'linalgebra.*'" in processes.log(process)
+
+
+# -- what differs, and what is lost ---------------------------------------------------------------------------------
+
+#: Its variant is right for its samples alone, and loses the device where it is asked to.
+ODD = """
+import numpy as np
+from lepton_ai.errors import DeviceLost
+from lepton_ai.kernel import Kernel
+
+odd = Kernel("test.odd", inputs={"x": "float64[n]"}, outputs={"y": "float64[n]"}, flops="n", bytes="8*n")
+odd.reference(lambda x: {"y": 2 * x})
+odd.samples(lambda: [{"x": np.zeros(1)}])
+
+@odd.on("cpu")
+def build(device):
+    def run(inputs, context):
+        if inputs["x"][0] < 0:
+            raise DeviceLost("it does not answer any more")
+        return {"y": 3 * inputs["x"]}
+    return run
+"""
+
+
+def odd(processes: Processes) -> dict[str, str]:
+    (processes.place / "odd_kernels.py").write_text(ODD)
+    return {"LEPTON_KERNELS": "gated_kernels,odd_kernels"}
+
+
+@pytest.mark.usefixtures("router")
+def test_a_kernel_that_differs_from_its_reference_is_quarantined_until_that_is_lifted(
+    start_worker: Any, processes: Processes, client: Client, connection: Connection
+) -> None:
+    start_worker(**odd(processes), LEPTON_PARITY_SHARE="1", **HASTY)
+    assert client.submit("test.odd", {"x": [1.0]}).result(timeout=10)["y"] == [3.0]
+    until(client.quarantined, "the difference is seen")
+    (entry,) = client.quarantined()
+    assert (entry.kernel, entry.device, entry.difference) == ("test.odd", "cpu.test", pytest.approx(0.5))
+    until(lambda: "test.odd" not in client.kernels(), "the worker announces it no more")
+    (worker,) = client.devices()
+    assert worker.quarantined == {"test.odd": entry.reason}
+    assert "linalg.matmul" in client.kernels()
+    held_up = client.submit("test.odd", {"x": [2.0]})
+    until(lambda: "quarantined" in str(held_up.why()), "the job says what it waits for")
+    assert client.lift("test.odd", "cpu.test")
+    assert held_up.result(timeout=10)["y"] == [6.0]
+
+
+@pytest.mark.usefixtures("router")
+def test_a_worker_that_loses_its_device_gives_back_what_it_holds_and_ends_with_a_code_of_its_own(
+    start_worker: Any, processes: Processes, client: Client, connection: Connection
+) -> None:
+    process = start_worker(**odd(processes), **HASTY)
+    client.submit("test.odd", {"x": [-1.0]})
+    assert process.wait(10) == EXIT_CODE
+    until(lambda: not connection.call("KEYS", "lepton:held:*"), "nothing is held")
+    assert connection.call("KEYS", "lepton:lease:worker-*") == []
+    assert connection.call("HGETALL", topology.ATTEMPTS) == {}
+    assert "device_lost" in processes.log(process)
 
 
 # -- a broker that is not there yet -----------------------------------------------------------------------------------

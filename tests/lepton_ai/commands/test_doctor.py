@@ -483,3 +483,18 @@ def test_it_runs_without_the_services_libraries(environ: dict[str, str]) -> None
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "ok" in ran.stdout
     assert ran.stderr == ""
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_that_are_refused_or_quarantined_are_named_with_the_reason_and_what_to_do() -> None:
+    worker = msgspec.structs.replace(
+        WORKER, refused={"audio.kernels": "ImportError: no"}, quarantined={"linalg.matmul": "it differs by 1"}
+    )
+    refused, quarantined = bad(fleet=Fleet(workers=(worker,), routers=1))
+    assert (refused.check, refused.status) == ("kernel", "warning")
+    assert "audio.kernels: ImportError: no" in refused.text
+    assert "linalg.matmul: it differs by 1" in quarantined.text
+    assert quarantined.fix is not None
+    assert "lepton quarantine --clear linalg.matmul cpu" in quarantined.fix

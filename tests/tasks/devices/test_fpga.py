@@ -6,7 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -378,12 +377,3 @@ def test_a_worker_without_a_home_keeps_what_it_compiled_in_a_folder_of_its_own(
     assert folder.parent == tmp_path
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert list(folder.rglob("spin.so"))
-
-
-def test_a_folder_of_somebody_else_is_not_trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    ours = fpga._cache()
-    assert fpga._cache() == ours
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert fpga._cache() not in {ours, tmp_path / "lepton-pocl-12345"}

@@ -1,0 +1,232 @@
+"""Which jobs are computed twice, and which variant is found to be wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from lepton_ai.blob import Reference
+from lepton_ai.device import Peaks
+from lepton_ai.identity import new_id
+from lepton_ai.job import Options
+from lepton_ai.kernel import Kernel, Work
+from lepton_ai.quarantine import Quarantined
+from lepton_ai.settings import Settings
+from tasks.batching import TakenJob
+from tasks.parity import Check, Parity
+from tests.tasks.workshop import MakeWorker
+
+ALWAYS = Settings(parity_share=1.0)
+PEAKS = Peaks(1e9, 1e9, 1e9, 0.0, 0.0)
+Multiply = Callable[[np.ndarray], np.ndarray]
+
+
+def doubling(reference: Multiply = lambda x: 2 * x, cpu: Multiply | None = None, **more: Any) -> Kernel:
+    found = Kernel(
+        "test.twice", inputs={"x": "float64[n]"}, outputs={"y": "float64[n]"}, flops="n", bytes="8*n", **more
+    )
+    found.reference(lambda x: {"y": reference(x)})
+    found.samples(lambda: [{"x": np.zeros(1)}])  # on which they all agree
+    if cpu is not None:
+        found.on("cpu")(lambda device: lambda inputs, context: {"y": cpu(inputs["x"])})
+    return found
+
+
+def job_of(kernel: Kernel, x: np.ndarray, work: Work | None = None) -> TakenJob:
+    work = work or Work(float(x.size), 8.0 * x.size)
+    return TakenJob(new_id(), kernel, {"x": x}, work, Options(), True, True, b"")
+
+
+class Guard:
+    """A guard and what it has found."""
+
+    def __init__(self, device: str, kind: str, settings: Settings = ALWAYS) -> None:
+        self.found: list[Quarantined] = []
+        self.parity = Parity(settings, device, kind, PEAKS, self.found.append)
+        self.parity.start()
+        with self.parity._changed:  # an accelerator's has to measure the cpu first
+            self.parity._changed.wait_for(lambda: self.parity._peaks is not None, 0)
+
+    def compare(
+        self, kernel: Kernel, outputs: Multiply, x: np.ndarray | None = None, work: Work | None = None
+    ) -> list[str]:
+        """The devices that are found to be wrong, of a job whose device made this of it."""
+        x = np.arange(1.0, 4.0) if x is None else x
+        job = job_of(kernel, x, work)
+        check = self.parity.copied(job, {"y": outputs(x)})
+        assert check is not None
+        before = self.parity.compared
+        assert self.parity.offer(check)
+        with self.parity._changed:
+            assert self.parity._changed.wait_for(lambda: self.parity.compared > before, 10)
+        return [each.device for each in self.found]
+
+
+@pytest.fixture
+def guard() -> Iterator[Callable[..., Guard]]:
+    guards: list[Guard] = []
+
+    def make(device: str = "gpu.test", kind: str = "gpu", settings: Settings = ALWAYS) -> Guard:
+        guards.append(Guard(device, kind, settings))
+        return guards[-1]
+
+    yield make
+    for each in guards:
+        each.parity.stop()
+        each.parity._thread.join(5)
+        assert not each.parity._thread.is_alive()
+
+
+def right(x: np.ndarray) -> np.ndarray:
+    return 2 * x
+
+
+def wrong(x: np.ndarray) -> np.ndarray:
+    return 3 * x
+
+
+def test_equal_results_quarantine_nothing(guard: Any) -> None:
+    assert guard().compare(doubling(cpu=right), right) == []
+    assert guard("cpu.test", "cpu").compare(doubling(cpu=right), right) == []
+
+
+def test_a_difference_within_the_tolerance_is_none(guard: Any) -> None:
+    assert guard().compare(doubling(cpu=right, tolerance=1e-3), lambda x: 2 * x * (1 + 1e-4)) == []
+
+
+def test_an_accelerator_that_differs_from_the_cpu_and_the_reference_is_wrong(guard: Any) -> None:
+    made = guard()
+    assert made.compare(doubling(cpu=right), wrong) == ["gpu.test"]
+    (entry,) = made.found
+    assert (entry.kernel, entry.difference, entry.shapes) == ("test.twice", pytest.approx(0.5), {"x": [3]})
+    assert "from the reference" in entry.reason
+
+
+def test_where_the_accelerator_is_as_the_reference_the_cpu_is_wrong(guard: Any) -> None:
+    assert guard().compare(doubling(cpu=wrong), right) == ["cpu"]
+
+
+def test_where_both_differ_from_the_reference_both_are_wrong(guard: Any) -> None:
+    assert guard().compare(doubling(cpu=wrong), lambda x: 4 * x) == ["gpu.test", "cpu"]
+
+
+def test_where_the_reference_takes_too_long_the_accelerator_is_quarantined_as_a_precaution(guard: Any) -> None:
+    made, asked = guard(), []
+    kernel = doubling(lambda x: asked.append(x) or 2 * x, cpu=right)
+    kernel.samples(lambda: [{"x": np.zeros(0)}])
+    peaks = made.parity._cpu.peaks()
+    assert made.compare(kernel, wrong, work=Work(0.5 * peaks.flops_per_s, 0.0)) == ["gpu.test"]
+    assert "precaution" in made.found[0].reason
+    assert [x.size for x in asked] == [0]  # of the sample alone
+
+
+def test_without_a_cpu_variant_the_reference_is_asked(guard: Any) -> None:
+    assert guard().compare(doubling(), wrong) == ["gpu.test"]
+
+
+def test_a_cpu_that_differs_from_the_reference_is_wrong(guard: Any) -> None:
+    assert guard("cpu.test", "cpu").compare(doubling(cpu=right), wrong) == ["cpu.test"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3)])
+def test_a_second_opinion_that_raises_says_nothing_and_the_guard_goes_on(guard: Any, error: BaseException) -> None:
+    def raising(x: np.ndarray) -> np.ndarray:
+        if x.size > 1:
+            raise error
+        return 2 * x
+
+    made = guard("cpu.test", "cpu")
+    assert made.compare(doubling(raising), wrong) == []
+    assert made.compare(doubling(), wrong) == ["cpu.test"]
+
+
+def test_what_was_copied_does_not_change_with_its_memory(guard: Any) -> None:
+    made, x = guard(), np.ones(3)
+    check = made.parity.copied(job_of(doubling(), x), {"y": x})
+    x[:] = 7
+    assert check.inputs["x"].tolist() == check.outputs["y"].tolist() == [1, 1, 1]
+
+
+def test_arrays_above_the_limit_are_not_copied(guard: Any) -> None:
+    made = guard(settings=msgspec.structs.replace(ALWAYS, parity_bytes=100))
+    assert made.parity.copied(job_of(doubling(), np.ones(6)), {"y": np.ones(6)}) is not None
+    assert made.parity.copied(job_of(doubling(), np.ones(7)), {"y": np.ones(6)}) is None
+
+
+def test_one_job_is_in_hand_and_the_others_are_passed_over(guard: Any) -> None:
+    entered, gate = threading.Event(), threading.Event()
+
+    def slow(x: np.ndarray) -> np.ndarray:
+        entered.set()
+        assert gate.wait(10)
+        return 2 * x
+
+    made = guard("cpu.test", "cpu")
+    job = job_of(doubling(slow), np.ones(2))
+    check = Check(job.id, job.kernel, job.inputs, {"y": np.ones(2)}, job.work)
+    try:
+        assert made.parity.draws(job)
+        assert made.parity.offer(check)
+        assert entered.wait(10)
+        assert not made.parity.draws(job)
+        assert not made.parity.offer(check)
+    finally:
+        gate.set()
+
+
+@pytest.mark.parametrize(
+    ("share", "chance", "drawn"), [(0.001, 0.0009, True), (0.001, 0.001, False), (0.0, 0.0, False)]
+)
+def test_a_share_of_the_jobs_is_drawn(share: float, chance: float, drawn: bool) -> None:
+    parity = Parity(Settings(parity_share=share), "cpu", "cpu", PEAKS, print, lambda: chance)
+    assert parity.draws(job_of(doubling(), np.ones(2))) is drawn
+
+
+def test_a_kernel_may_refuse_and_long_jobs_are_not_drawn() -> None:
+    parity = Parity(ALWAYS, "cpu", "cpu", PEAKS, print, lambda: 0.0)
+    assert not parity.draws(job_of(doubling(parity=False), np.ones(2)))
+    assert parity.draws(job_of(doubling(), np.ones(2), Work(0.09e9, 0.0)))
+    assert not parity.draws(job_of(doubling(), np.ones(2), Work(0.11e9, 0.0)))
+
+
+# -- in a worker ------------------------------------------------------------------------------------------------
+
+
+def test_a_job_of_a_worker_is_compared_as_it_was_answered(make_worker: MakeWorker, guard: Any) -> None:
+    made = guard("cpu.test", "cpu")
+    worker = make_worker(start=False)
+    for slot in worker.slots._slots:
+        slot.runner._parity = made.parity
+    worker.shop.repertoire.kernels["test.double"].reference(lambda x: {"y": 2 * x + (x == 3.0)})
+    worker.slots.start()
+    worker.double(worker.send(2.0)[0])
+    with made.parity._changed:
+        assert made.parity._changed.wait_for(lambda: made.parity.compared == 1, 5)
+    assert made.found == []
+    (job,) = worker.send(3.0)
+    worker.double(job)
+    with made.parity._changed:
+        assert made.parity._changed.wait_for(lambda: made.parity.compared == 2, 5)
+    assert [(each.kernel, each.job) for each in made.found] == [("test.double", job)]
+
+
+def test_a_job_whose_memory_has_become_anothers_while_it_was_copied_is_not_compared(
+    make_worker: MakeWorker, guard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = guard("cpu.test", "cpu")
+    runner = make_worker().slots._slots[0].runner
+    job = job_of(doubling(), np.ones(2))
+    job.seen = [Reference("<f8", (2,), "lepton-ring:1")]
+    offered: list[Check] = []
+    monkeypatch.setattr(made.parity, "offer", offered.append)
+    monkeypatch.setattr(runner, "_lost", lambda job: ValueError("another job's"))
+    runner._look_again(made.parity, job, {"y": np.ones(2)})
+    assert offered == []
+    monkeypatch.setattr(runner, "_lost", lambda job: None)
+    runner._look_again(made.parity, job, {"y": np.ones(2)})
+    assert len(offered) == 1
