@@ -79,8 +79,8 @@ def _median_by_network(
 ) -> None:
     """A sorting network over whole strips of pixels: each exchange is a vector minimum and maximum in the L1 cache.
 
-    For small squares. Neither branches nor data decide the time. It goes over the bits of the floats, made so that whole
-    numbers are in their order: of a minimum of floats LLVM makes a masked store here, which takes four times as long.
+    For small squares. Neither branches nor data decide the time. It goes over the bits of the floats, made so that
+    whole numbers are in their order: of a minimum of floats LLVM makes a masked store here, four times as slow.
     """
     images, height, width = filtered.shape
     side = 2 * radius + 1
