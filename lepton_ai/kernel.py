@@ -145,8 +145,8 @@ class Kernel:
     and equal scalars get a new leading axis), `"concat"` (along the first axis), or None (one after another).
     `tolerance` is the largest difference to the reference, relative to the larger of 1 and the reference's values.
     `limit_s` is the longest that a job may run before its worker is ended; `retry` says which failures run again when.
-    `parity` is False where two runs on equal inputs may differ, or do something outside of their outputs; or it names the
-    outputs that must agree, where others hang on how a sum was rounded.
+    `parity` is False where two runs on equal inputs may differ, or do something outside of their outputs; or it names
+    the outputs that must agree, where others hang on how a sum was rounded.
     `carries` names inputs that are outputs too: jobs with a state key get what the last one of that key left.
     """
 
