@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from lepton_ai import tensor
 from lepton_ai.blob import Reference
-from lepton_ai.errors import InvalidArguments, InvalidKernel
+from lepton_ai.errors import InvalidArguments, InvalidKernel, TooLarge
 from lepton_ai.formula import Formula
 
-__all__ = ["Argument", "Signature", "describe", "shapes_of"]
+__all__ = ["MOST_OUTPUT_BYTES", "Argument", "Signature", "describe", "shapes_of"]
 
 Dims = dict[str, float]
 _PATTERN = re.compile(
@@ -37,6 +37,8 @@ _FORMS: Final = {
     name: (float, -math.inf, math.inf) if kind == "f" else (bool, False, True) if kind == "b" else (int, *_RANGES[name])
     for name, kind in _KINDS.items()
 }
+#: The most that the outputs of a job may take, as far as its arguments tell.
+MOST_OUTPUT_BYTES: Final = 2**30
 #: What stands there for an array: nothing is of that type.
 _NO_NUMBER: Final = (None, 0, 0)
 
@@ -103,6 +105,7 @@ class Signature:
             (name, each, *(_FORMS[each.dtype] if each.dims is None else _NO_NUMBER))
             for name, each in self.inputs.items()
         ]
+        self._grown = self._growing()
         known = self.names
         for name, limit in self.limits.items():
             if name not in self.inputs:
@@ -125,6 +128,19 @@ class Signature:
         array = np.full(sizes, np.nan if kind.kind == "f" else 0, kind)
         array.flags.writeable = False
         return array
+
+    def _growing(self) -> list[tuple[int, list[str]]]:
+        """Outputs that may be far larger than any input, by a number or a product: bytes of what is fixed, and dims."""
+        known = {name for name, each in self.inputs.items() if each.dims is None}
+        held = [{dim for dim in each.dims if isinstance(dim, str)} for each in self.inputs.values() if each.dims]
+        known |= set().union(*held)
+        found = []
+        for each in self.outputs.values():
+            names = [dim for dim in each.dims or () if isinstance(dim, str)]
+            if names and known.issuperset(names) and not any(dims.issuperset(names) for dims in held):
+                fixed = math.prod(dim for dim in each.dims or () if isinstance(dim, int))
+                found.append((fixed * _NATIVE[each.dtype].itemsize, names))
+        return found
 
     @property
     def names(self) -> frozenset[str]:
@@ -159,7 +175,17 @@ class Signature:
                 _bind_shape(argument, array.shape, dims)
         if self.limits:
             self._check_limits(dims)
+        if self._grown:
+            self._check_grown(dims)
         return inputs, dims
+
+    def _check_grown(self, dims: Dims) -> None:
+        """TooLarge where the outputs cannot be sent: a few bytes must not make a worker fill its memory."""
+        size = sum(fixed * math.prod([dims[name] for name in names]) for fixed, names in self._grown)
+        if size > MOST_OUTPUT_BYTES:
+            growing = sorted({name for _, names in self._grown for name in names})
+            values = ", ".join(f"{name} = {dims[name]:g}" for name in growing)
+            raise TooLarge(f"its outputs would take {size:.3g} bytes, the limit is {MOST_OUTPUT_BYTES}; here {values}")
 
     def check_outputs(self, outputs: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
         """InvalidKernel where outputs are not what the signature declares, for inputs that fix these dims.

@@ -29,7 +29,7 @@ value_at_risk = Kernel(
     bytes="16*paths + 8*a*a",
     limits={
         "positions": "a <= 1024",
-        "paths": "1 <= paths <= 1000000000",
+        "paths": "1 <= paths <= 100000000",
         "horizon": "horizon >= 0",
         "confidence": "0 < confidence < 1",
     },

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lepton_ai import tensor
-from lepton_ai.errors import InvalidArguments, InvalidKernel
+from lepton_ai.errors import InvalidArguments, InvalidKernel, TooLarge
 from lepton_ai.signature import Argument, Signature, describe, parse, shapes_of
 
 MATMUL = Signature({"a": "float32[m,k]", "b": "float32[k,n]"}, {"c": "float32[m,n]"}, {})
@@ -268,3 +268,24 @@ def test_outputs_that_are_not_as_declared_are_refused(changed: dict[str, Any], t
     with pytest.raises(InvalidKernel) as refused:
         RETURNS.check_outputs(returned(**changed), {"n": 3, "k": 4})
     assert told in refused.value.message
+
+
+GROWING = Signature(
+    {"a": "float32[m]", "b": "float32[n]", "k": "int64"},
+    {"outer": "float64[m,n]", "counts": "int64[k,2]", "same": "float32[m]", "found": "int64[v]"},
+    {},
+)
+
+
+def test_outputs_that_would_fill_a_worker_s_memory_are_refused() -> None:
+    assert GROWING.bind({"a": np.ones(1000, np.float32), "b": np.ones(1000, np.float32), "k": 1000})[1]["k"] == 1000
+    few = {"a": np.ones(20_000, np.float32), "b": np.ones(20_000, np.float32)}
+    with pytest.raises(TooLarge, match=r"would take 3.2e\+09 bytes.*k = 1, m = 20000, n = 20000"):
+        GROWING.bind({**few, "k": 1})
+    with pytest.raises(TooLarge):
+        GROWING.bind({"a": np.ones(1, np.float32), "b": np.ones(1, np.float32), "k": 2**62})
+
+
+def test_outputs_as_large_as_an_input_may_be_of_any_size() -> None:
+    same = Signature({"a": "float32[m]"}, {"b": "float32[m]"}, {})
+    assert same._grown == []
