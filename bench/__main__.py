@@ -7,12 +7,14 @@ import sys
 
 _BENCHES = {
     "closed-loop": "learned placement against fixed routings, real workers of three kinds",
+    "crossover": "small jobs to the CPU, large ones to the accelerator: whether placement finds the size between them",
     "decision": "what it takes to price and place a window of jobs",
     "durability": "what it costs that an acceptance is on the disk",
     "efficiency": "how much of the machine the kernels get",
     "faults": "kills, freezes and cuts what Lepton runs on, and counts what is lost",
     "foreign": "what others' load on a host does to predictions, with and without the correction",
     "http": "jobs a second through the ingest, beside a bare echo",
+    "kernels": "every kernel on every device, beside NumPy and SciPy and beside the roofline",
     "latency": "from submit to result in hand, one job in flight, beside its peers",
     "online": "response of every policy that places jobs as they come, over the best device's time",
     "learning": "how well, and how soon, costs are predicted",

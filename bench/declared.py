@@ -3,7 +3,7 @@
 No emulator helps where what counts is an accelerator's speed: it computes on the cores that the other devices need. So
 this one takes as long as it says, and leaves the cores alone meanwhile. What takes time is declared (`Speed`):
 a launch, each array's way over the link, and the arithmetic or the memory traffic of the kernel's own formulas. Results
-are right: jobs of the bench's stream are recognised and answered with what the CPU's variant made of them before the
+are right: jobs of the benches' streams are recognised and answered with what the CPU's variant made of them before the
 worker came online, others are computed by the reference, however long that takes.
 
 No user is offered it: `bench.declared_worker` alone puts it in the place of a driver, in its own process.
@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.stream import DECK, expected
+from bench.stream import DECK, LADDER, expected
 from lepton_ai.device import DeviceState, Peaks, kind_of
 from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Run
 from tasks.driver import Found
@@ -137,7 +137,7 @@ class Answers:
         self._kernel = kernel
         self._first = next(name for name, each in kernel.signature.inputs.items() if each.dims is not None)
         self._known: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
-        for card in set(DECK):
+        for card in {*DECK, *LADDER}:
             if card.kernel == kernel.name:
                 inputs = kernel.signature.bind(card.arguments())[0]
                 self._known[self._key(inputs, inputs[self._first])] = len(inputs[self._first]), expected(card)

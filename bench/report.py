@@ -15,6 +15,8 @@ from rich.table import Table
 
 __all__ = ["how_each_is_run", "parser", "play", "shown", "table"]
 
+_WIDTH = 160
+
 
 def parser(text: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     """The options that all have."""
@@ -39,7 +41,8 @@ def play(
     if plain:
         print(json.dumps(found))
         return 0
-    console = Console()
+    # A pipe or a file has no width of its own, and figures that are cut are none.
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     for each in tables(found):
         console.print(each)
     return 0

@@ -25,7 +25,7 @@ from tasks.kernels.medical_median_filter import median_filter
 from tasks.kernels.retrieval_top_k import top_k
 from tasks.warmup import IdleContext, difference
 
-__all__ = ["DECK", "KERNELS", "Card", "check", "expected", "stream"]
+__all__ = ["DECK", "KERNELS", "LADDER", "Card", "check", "expected", "stream"]
 
 KERNELS = {kernel.name: kernel for kernel in (top_k, median_filter, black_scholes)}
 #: Queries, sides of images and options, half an octave apart.
@@ -54,6 +54,8 @@ DECK: tuple[Card, ...] = (
     *(Card(median_filter.name, size, radius) for size in SIZES for radius in RADII),
     *(Card(black_scholes.name, size) for size in SIZES for _ in RADII),
 )
+#: The sizes of `bench crossover`: one kernel in sides a quarter of an octave apart, three decades of pixels.
+LADDER: tuple[Card, ...] = tuple(Card(median_filter.name, round(12 * 2 ** (step / 4)), 7) for step in range(21))
 
 
 def stream(seed: int, decks: int) -> list[Card]:

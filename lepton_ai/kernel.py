@@ -145,7 +145,8 @@ class Kernel:
     and equal scalars get a new leading axis), `"concat"` (along the first axis), or None (one after another).
     `tolerance` is the largest difference to the reference, relative to the larger of 1 and the reference's values.
     `limit_s` is the longest that a job may run before its worker is ended; `retry` says which failures run again when.
-    `parity` is False where two runs on equal inputs may differ, or do something outside of their outputs.
+    `parity` is False where two runs on equal inputs may differ, or do something outside of their outputs; or it names
+    the outputs that must agree, where others hang on how a sum was rounded.
     `carries` names inputs that are outputs too: jobs with a state key get what the last one of that key left.
     """
 
@@ -163,7 +164,7 @@ class Kernel:
         summary: str = "",
         limit_s: float | None = None,
         retry: Retry | None = None,
-        parity: bool = True,
+        parity: bool | Iterable[str] = True,
         carries: Iterable[str] = (),
     ) -> None:
         if not _NAME.fullmatch(name):
@@ -184,8 +185,10 @@ class Kernel:
             retry.checked() if retry is not None else None,
             tuple(carries),
         )
-        self.parity = parity
-        """Whether a share of its jobs may be computed twice, to compare its variants."""
+        self.parity = frozenset(outputs if parity is True else parity or ())
+        """The outputs by which its variants are compared, on a share of its jobs; none where they are not."""
+        if unknown := self.parity - outputs.keys():
+            raise InvalidKernel(f"{name}: parity names {sorted(unknown)}, which are no outputs", "parity")
         self._builders: dict[str, Builder] = {}
         self._reference: Reference | None = None
         self._samples: Samples | None = None

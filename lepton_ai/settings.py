@@ -130,8 +130,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kernels_allowed: str = ""
     """What a worker serves of its kernels: names or patterns (`linalg.*`), separated by commas, and with `!` in front
     those that it does not. Unset it serves all."""
-    fpga_binaries: str = ""
-    """A folder with what an FPGA board runs: `<kernel>.aocx` or `<kernel>.xclbin`. Without a board nothing reads it."""
+    fpga_binary: str = ""
+    """What an FPGA board runs: a file with all kernels, or a folder with a `<kernel>.aocx` or `<kernel>.xclbin` each.
+    Without a board nothing reads it."""
     peaks: Literal["kept", "measure"] = "kept"
     """What a device can do at best: as a worker of this machine measured within a week, or measured anew."""
 

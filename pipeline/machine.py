@@ -135,10 +135,19 @@ def look_for_devices() -> tuple[Found, ...]:
 
 
 def default_workers(found: Sequence[Found]) -> dict[str, int]:
-    """A worker for each device that is there, with its slots. Each other device's needs a core beside the cpu's."""
+    """A worker for each device that is there, with its slots. Each other device's needs a core beside the cpu's.
+
+    Emulated ones compute on those cores too, so there are no more of them than the cpu can spare, and one in any case.
+    """
     kinds = [each for each in found if each.available and each.kind != "cpu"]
-    others = [device for each in kinds for device in ([unit.device for unit in each.units] or [each.kind])]
+    others = [device for each in kinds if not each.emulated for device in _devices(each)]
+    room = max(1, cores() - 1) - len(others)
+    others += [device for each in kinds if each.emulated for device in _devices(each)][: max(0, room)]
     return {"cpu": max(1, cores() - len(others)), **dict.fromkeys(others, 1)}
+
+
+def _devices(found: Found) -> list[str]:
+    return [unit.device for unit in found.units] or [found.kind]
 
 
 def parse_workers(text: str) -> dict[str, int]:

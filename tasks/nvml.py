@@ -7,7 +7,7 @@ from typing import Any
 
 from lepton_ai.device import DeviceState
 
-__all__ = ["cuda_version", "gpu_state"]
+__all__ = ["gpu_state"]
 
 
 def gpu_state(uuid: str) -> Callable[[], DeviceState]:
@@ -23,17 +23,6 @@ def gpu_state(uuid: str) -> Callable[[], DeviceState]:
         return _read(*opened[0])
 
     return read
-
-
-def cuda_version() -> int:
-    """The newest CUDA that the installed driver can serve: 12080 for 12.8; 0 where nobody can tell."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return int(pynvml.nvmlSystemGetCudaDriverVersion())
-    except Exception:  # noqa: BLE001 - it is asked for to word an advice
-        return 0
 
 
 def _open(uuid: str) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ import numpy as np
 import structlog
 
 from lepton_ai.device import Peaks
-from lepton_ai.kernel import Kernel, Run, Work
+from lepton_ai.kernel import Kernel, Outputs, Run, Work
 from lepton_ai.quarantine import Quarantined
 from lepton_ai.settings import Settings
 from tasks.batching import TakenJob
@@ -139,18 +139,18 @@ class Parity:
         """The variants that a job shows to be wrong."""
         kernel = check.kernel
         if self._kind == "cpu" or "cpu" not in kernel.kinds:
-            apart = difference(check.outputs, kernel.refer(check.inputs))
+            apart = _apart(kernel, check.outputs, kernel.refer(check.inputs))
             return self._verdict(check, self._device, apart, "the reference")
         second = launch(self._cpu_run(kernel), check.inputs, self._cpu, IdleContext())
-        apart = difference(check.outputs, second)
+        apart = _apart(kernel, check.outputs, second)
         if apart <= kernel.spec.tolerance:
             return []
         if self._seconds(check.work) > _REFERENCE_S:
             told = "the cpu variant; the reference takes too long to say which is wrong, so this is a precaution"
             return self._verdict(check, self._device, apart, told)
         expected = kernel.refer(check.inputs)
-        ours = self._verdict(check, self._device, difference(check.outputs, expected), "the reference")
-        return [*ours, *self._verdict(check, "cpu", difference(second, expected), "the reference")]
+        ours = self._verdict(check, self._device, _apart(kernel, check.outputs, expected), "the reference")
+        return [*ours, *self._verdict(check, "cpu", _apart(kernel, second, expected), "the reference")]
 
     @staticmethod
     def _verdict(check: Check, device: str, apart: float, against: str) -> list[Quarantined]:
@@ -175,6 +175,11 @@ class Parity:
         if (run := self._runs.get(kernel.name)) is None:
             run = self._runs[kernel.name] = build(kernel, self._cpu)
         return run
+
+
+def _apart(kernel: Kernel, found: Outputs, expected: Outputs) -> float:
+    """How far two variants are apart, in the outputs that must agree."""
+    return difference(*({name: each[name] for name in kernel.parity if name in each} for each in (found, expected)))
 
 
 def _copy(value: Any) -> Any:

@@ -66,7 +66,7 @@ def broker(broker_url: str, settings: Settings) -> Iterator[Broker]:
 
 @pytest.fixture(scope="session")
 def fleet(settings: Settings) -> Iterator[Fleet]:
-    """A whole Lepton: ingest, router, telemetry and two real Celery workers, each with all six kernels."""
+    """A whole Lepton: ingest, router, telemetry and two real Celery workers, each with all kernels."""
     with run_fleet(settings, {"cpu.big": 2, "cpu.little": 1}, print) as fleet:
         yield fleet
 

@@ -1,8 +1,8 @@
 """The FPGA driver: kernels are OpenCL C, and what an OpenCL platform calls an accelerator runs them.
 
 A vendor's board takes binaries that were made beforehand, one a kernel: `<kernel>.aocx` (Intel) or `<kernel>.xclbin`
-(AMD) in the folder that LEPTON_FPGA_BINARIES names. Making one takes hours; kernels without one are refused, the
-others serve. No board was at hand when this was written: its path is tried with PoCL's binaries only.
+(AMD) in the folder that LEPTON_FPGA_BINARY names, or one file for all. Making one takes hours; kernels without one are
+refused, the others serve. No board was at hand when this was written: its path is tried with PoCL's binaries only.
 
 Without a board the processor emulates one: PoCL compiles the OpenCL C while the worker warms up and keeps what it
 compiled in its cache, so the next worker is warm in a fraction of a second. It gets as many threads as there are
@@ -101,18 +101,18 @@ class FpgaDriver:
         return found
 
     def _binary(self, name: str) -> bytes:
-        if self._binaries is None:
+        where = self._binaries
+        if where is None:
             raise InvalidSettings(
-                f"the board needs a binary for {name}: name the folder with {name}.aocx or {name}.xclbin in "
-                "LEPTON_FPGA_BINARIES",
-                "fpga_binaries",
+                f"the board needs a binary for {name}: name the folder with {name}.aocx or {name}.xclbin, or one file "
+                "with all kernels, in LEPTON_FPGA_BINARY",
+                "fpga_binary",
             )
-        for path in (self._binaries / f"{name}.aocx", self._binaries / f"{name}.xclbin"):
+        for path in (where, where / f"{name}.aocx", where / f"{name}.xclbin"):
             if path.is_file():
                 return path.read_bytes()
         raise InvalidSettings(
-            f"the board needs a binary for {name}: neither {name}.aocx nor {name}.xclbin is in {self._binaries}",
-            "fpga_binaries",
+            f"the board needs a binary for {name}: neither {name}.aocx nor {name}.xclbin is in {where}", "fpga_binary"
         )
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
@@ -283,13 +283,13 @@ def open_device(device: str, slots: int) -> FpgaDriver:
     chosen, found = _look(slots)
     if chosen is None:
         raise InvalidSettings(f"{found.what}; try: {found.fix}")
-    folder = Settings.read().fpga_binaries
+    binary = Settings.read().fpga_binary
     return FpgaDriver(
         chosen,
         slots,
         emulated=found.emulated,
         shares_memory=bool(chosen.host_unified_memory),
-        binaries=Path(folder) if folder else None,
+        binaries=Path(binary) if binary else None,
     )
 
 

@@ -33,7 +33,7 @@ from lepton_ai.errors import DeviceLost, DeviceOutOfMemory, InvalidKernel, Inval
 from lepton_ai.kernel import Context, Inputs, Outputs, Run
 from tasks.cuda_memory import Lease, Memory, Staging
 from tasks.driver import Found, Unit, best_s
-from tasks.nvml import cuda_version, gpu_state
+from tasks.nvml import gpu_state
 
 __all__ = ["Array", "GpuDriver", "Launcher", "bound", "model_of", "open_device", "probe"]
 
@@ -141,8 +141,9 @@ class GpuDriver:
         self._context = cuda.current_context()
         self.processors = 1 if simulated else int(self._context.device.MULTIPROCESSOR_COUNT)
         """The multiprocessors of the card: it is busy with a few blocks for each."""
-        self.model = "Numba's CUDA simulator" if simulated else f"{_name(self._context.device)}, CUDA {cuda_version()}"
+        self.model = "Numba's CUDA simulator" if simulated else f"{_name(self._context.device)}, CUDA {_cuda_version()}"
         self._array_type, self._memset = _numba_parts()
+        self._types: dict[tuple[np.dtype[Any], int], Any] = {}
         self._read_state = None if simulated else gpu_state(str(self._context.device.uuid))
 
     # -- what kernels are built with --------------------------------------------------------------------------------
@@ -305,7 +306,13 @@ class GpuDriver:
         if self.simulated:
             return self._array_type(np.ndarray(shape, dtype, b"" if block is None else block))
         strides = tuple(math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape)))
-        return self._array_type(shape, strides, dtype, gpu_data=block)
+        array = self._array_type(shape, strides, dtype, gpu_data=block)
+        # Numba would find out each array's type anew, which takes half as long as all else of a launch.
+        kind = (dtype, len(shape))
+        if kind not in self._types:
+            self._types[kind] = array._numba_type_
+        array._numba_type_ = self._types[kind]
+        return array
 
 
 class _Thread:
@@ -521,7 +528,7 @@ def _look() -> tuple[Any, Found]:
         reason = " ".join(str(error).split())
         what = f"{_name(devices[0])} is here, but not the compiler of CUDA's toolkit: {reason:.200}"
         return None, Found(
-            "gpu", False, what, f"pip install 'numba-cuda[cu{min(13, max(12, cuda_version() // 1000))}]'"
+            "gpu", False, what, f"pip install 'numba-cuda[cu{min(13, max(12, driver.get_version()[0]))}]'"
         )
     return cuda, _several([(_name(each), str(each.uuid)) for each in devices])
 
@@ -552,6 +559,14 @@ def _several(cards: Sequence[tuple[str, str]]) -> Found:
 def _name(device: Any) -> str:
     name = getattr(device, "name", "simulator")
     return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _cuda_version() -> str:
+    """The newest CUDA that the installed driver can serve."""
+    from numba.cuda.cudadrv.driver import driver
+
+    major, minor = driver.get_version()
+    return f"{major}.{minor}"
 
 
 def _numba_parts() -> tuple[Any, Any]:

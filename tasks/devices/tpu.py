@@ -14,13 +14,14 @@ import hashlib
 import inspect
 import math
 import os
+import re
 import tempfile
 import threading
-import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,17 @@ from numpy.typing import NDArray
 from lepton_ai.device import DeviceState, Peaks
 from lepton_ai.errors import DeviceLost, DeviceOutOfMemory, InvalidKernel, InvalidSettings
 from lepton_ai.kernel import Context, Inputs, Outputs, Run
-from tasks.driver import Found, best_s, cache_folder, cores, instructions, processor
+from tasks.driver import Found, Unit, best_s, cache_folder, cores, instructions, processor
 
-__all__ = ["Array", "Program", "TpuDriver", "bucket", "open_device", "probe"]
+__all__ = ["Array", "Program", "TpuDriver", "bucket", "model_of", "open_device", "probe"]
 
 _MATMUL_SIZE = 512
 _COPY_BYTES = 16 * 2**20
+#: Programs that a thread may have launched and not waited for.
+_AHEAD = 8
 _PIP = "pip install 'lepton-ai[tpu]'"
+#: What leaves a process one chip, beside the number of that: the bounds of a slice of one.
+_ALONE = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
 #: What XLA's errors begin with, or hold, where the chip itself has failed.
 _LOST = ("UNAVAILABLE", "DATA_LOSS", "halted unexpectedly")
 
@@ -136,8 +141,9 @@ class TpuDriver:
 
     def synchronize(self) -> None:
         """Returns when everything that this thread launched has finished. Waits without the GIL."""
-        launched, self._launched[:] = list(self._launched), []
-        self._jax.block_until_ready([values for each in launched if (values := each()) is not None])
+        launched = self._launched
+        while launched:
+            self._wait(launched.popleft())
 
     def state(self) -> DeviceState:
         """The chip's memory, where PJRT tells of it (it does not of the processor's)."""
@@ -164,8 +170,9 @@ class TpuDriver:
 
         def timed(work: Callable[[], object]) -> float:
             def finished() -> None:
-                work()
+                outputs = work()  # held: what is freed already is not waited for
                 self.synchronize()
+                del outputs
 
             return best_s(finished)
 
@@ -177,13 +184,23 @@ class TpuDriver:
             launch_s=timed(lambda: run({"a": small, "b": small}, nothing)),
         )
 
+    def _note(self, values: Any) -> None:
+        """Keeps what a program returns until it is there. A thread that runs far ahead would keep much, so it waits."""
+        launched = self._launched
+        launched.append(values)
+        while len(launched) > _AHEAD:
+            self._wait(launched.popleft())
+
+    def _wait(self, values: Any) -> None:
+        self._jax.block_until_ready([each for each in values if not each.is_deleted()])  # donated in the meantime
+
     @property
-    def _launched(self) -> list[weakref.ref[Any]]:
-        """What this thread launched since it last waited; weak, so that scratch is freed as soon as it is used."""
+    def _launched(self) -> deque[Any]:
+        """What this thread launched since it last waited."""
         try:
-            found: list[weakref.ref[Any]] = self._threads.launched
+            found: deque[Any] = self._threads.launched
         except AttributeError:
-            found = self._threads.launched = []
+            found = self._threads.launched = deque()
         return found
 
     @contextmanager
@@ -236,7 +253,7 @@ class Program:
             if each.ndim != len(shape) or any(map(int.__gt__, shape, each.shape)):
                 raise InvalidKernel(f"{name} of shape {list(shape)} is not in the {list(each.shape)} of its program")
             arrays[name] = Array(each, tuple(shape))
-        self._driver._launched.extend(map(weakref.ref, values))
+        self._driver._note(values)
         return arrays
 
     def _jitted(self, donate: tuple[str, ...]) -> Any:
@@ -277,7 +294,12 @@ def open_device(device: str, slots: int) -> TpuDriver:
 
 
 def probe() -> Found:
-    """The chip, or the processor that stands in for one, or what is missing for that."""
+    """The chip, or the processor that stands in for one, or what is missing for that.
+
+    Where only the processor can be meant JAX is not loaded to find it, which takes seconds.
+    """
+    if _chip() is None and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and find_spec("jax") and find_spec("jaxlib"):
+        return Found("tpu", True, f"JAX {metadata.version('jax')} on {processor()}, emulated", None, True)
     return _look(cores())[1]
 
 
@@ -297,11 +319,19 @@ def _look(slots: int) -> tuple[Any, Found]:
     on = processor() if device.platform == "cpu" else device.device_kind
     what = f"JAX {jax.__version__} on {on}"
     if not emulated:
-        return device, Found("tpu", True, what, None)
+        chips = len({tuple(each.coords) for each in jax.local_devices()})  # of some, each core is a device to JAX
+        name = f"tpu.{model_of(device.device_kind)}"
+        units = tuple(Unit(name, _ALONE | {"TPU_VISIBLE_CHIPS": str(chip)}) for chip in range(chips))
+        return device, Found("tpu", True, f"{what}, {chips} chip{'s' * (chips != 1)}", None, False, units)
     lacking = _chip() is not None and find_spec("libtpu") is None
     beside = [f"although there is {_chip()}, for lack of libtpu"] if lacking else []
     fix = "pip install 'jax[tpu]'" if lacking else None
     return device, Found("tpu", True, ", ".join([what, "emulated", *beside]), fix, emulated)
+
+
+def model_of(kind: str) -> str:
+    """The model in the name that JAX has for a chip: `TPU v5 lite` is `v5lite`."""
+    return re.sub(r"[^a-z0-9]", "", kind.lower().replace("tpu", "")) or "unknown"
 
 
 def _chip() -> Path | None:

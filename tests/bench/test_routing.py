@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
+
 from bench import routing
 from bench.stream import DECK, Card
 
@@ -25,7 +29,8 @@ def test_the_next_job_goes_to_the_next_device() -> None:
     assert routing.round_robin(cards, DEVICES) == ["cpu", "fpga", "cpu"]
 
 
-def test_what_a_device_has_no_variant_of_goes_to_one_that_has() -> None:
+def test_what_a_device_has_no_variant_of_goes_to_one_that_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(routing.KERNELS, "retrieval.top_k", SimpleNamespace(kinds=("cpu",)))
     cards = [Card("retrieval.top_k", 64), Card("finance.black_scholes", 64)]
     assert routing.one_device(cards, "fpga") == ["cpu", "fpga"]
     assert routing.one_device(cards, "tpu.declared") == ["tpu.declared"] * 2

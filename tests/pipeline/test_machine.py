@@ -115,12 +115,22 @@ def test_cards_are_asked_for_by_their_model_or_by_none() -> None:
         checked({"gpu.h100": 1}, [CPU, GPUS])
 
 
-@pytest.mark.parametrize(("count", "slots"), [(8, 6), (3, 1), (2, 1)])
+@pytest.mark.parametrize(("count", "slots"), [(8, 6), (3, 1)])
 def test_beside_two_other_devices_it_leaves_a_core_for_each(
     monkeypatch: pytest.MonkeyPatch, count: int, slots: int
 ) -> None:
     monkeypatch.setattr(machine, "cores", lambda: count)
     assert default_workers([CPU, FPGA, TPU]) == {"cpu": slots, "fpga": 1, "tpu": 1}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_of_emulated_devices_there_are_no_more_than_the_cpu_can_spare_cores(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: count)
+    assert default_workers([CPU, FPGA, TPU]) == {"cpu": 1, "fpga": 1}
+    real = Found("tpu", available=True, what="TPU v5e")
+    assert default_workers([CPU, FPGA, real]) == {"cpu": 1, "tpu": 1}
 
 
 def test_a_device_that_is_there_may_be_asked_for_under_any_model() -> None:

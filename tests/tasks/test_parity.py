@@ -12,6 +12,7 @@ import pytest
 
 from lepton_ai.blob import Reference
 from lepton_ai.device import Peaks
+from lepton_ai.errors import InvalidKernel
 from lepton_ai.identity import new_id
 from lepton_ai.job import Options
 from lepton_ai.kernel import Kernel, Work
@@ -65,6 +66,33 @@ class Guard:
         with self.parity._changed:
             assert self.parity._changed.wait_for(lambda: self.parity.compared > before, 10)
         return [each.device for each in self.found]
+
+
+def test_only_the_outputs_that_must_agree_are_compared(guard: Callable[..., Guard]) -> None:
+    ranked = Kernel(
+        "test.ranked",
+        inputs={"x": "float64[n]"},
+        outputs={"score": "float64[n]", "place": "int64[n]"},
+        flops="n",
+        bytes="8*n",
+        parity=("score",),
+    )
+    ranked.reference(lambda x: {"score": x, "place": np.arange(x.size)})
+    for wrong, found in (("place", []), ("score", ["cpu.test"])):
+        made = guard("cpu.test", "cpu")
+        outputs = {"score": np.ones(3), "place": np.arange(3)}
+        outputs[wrong] = outputs[wrong][::-1] + 1
+        check = made.parity.copied(job_of(ranked, np.ones(3)), outputs)
+        assert check is not None
+        assert made.parity.offer(check)
+        with made.parity._changed:
+            assert made.parity._changed.wait_for(lambda parity=made.parity: parity.compared == 1, 10)
+        assert [each.device for each in made.found] == found
+
+
+def test_parity_names_outputs_only() -> None:
+    with pytest.raises(InvalidKernel, match=r"parity names \['z'\]"):
+        doubling(parity=("z",))
 
 
 @pytest.fixture

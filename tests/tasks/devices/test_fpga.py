@@ -219,12 +219,12 @@ def save(driver: FpgaDriver, kernel: Any, path: Path) -> None:
     path.write_bytes(program._program.binaries[0])
 
 
-@pytest.mark.parametrize("suffix", ["aocx", "xclbin"])
-def test_a_board_runs_the_binary_in_the_folder_and_copies_arrays(
-    emulator: FpgaDriver, tmp_path: Path, suffix: str
+@pytest.mark.parametrize("name", ["vision.ndvi.aocx", "vision.ndvi.xclbin", "all.xclbin"])
+def test_a_board_runs_the_binary_that_is_named_or_in_the_folder_and_copies_arrays(
+    emulator: FpgaDriver, tmp_path: Path, name: str
 ) -> None:
-    save(emulator, ndvi, tmp_path / f"vision.ndvi.{suffix}")
-    real = board(emulator, tmp_path)
+    save(emulator, ndvi, tmp_path / name)
+    real = board(emulator, tmp_path / name if name.startswith("all") else tmp_path)
     run = ndvi.build("fpga", real)
     for sample in (*ndvi.sample_inputs(), {key: np.empty((0, 3), np.float32) for key in ("red", "nir")}):
         found = launch(run, sample, real, IdleContext())["ndvi"]
@@ -249,9 +249,9 @@ def test_a_kernel_without_a_binary_is_refused_by_the_files_name_and_the_others_s
 
 
 def test_a_board_without_a_folder_of_binaries_names_the_setting(emulator: FpgaDriver) -> None:
-    with pytest.raises(InvalidSettings, match="LEPTON_FPGA_BINARIES") as refused:
+    with pytest.raises(InvalidSettings, match="LEPTON_FPGA_BINARY") as refused:
         board(emulator, None).program(DOUBLE, "test.double", FACTOR=2)
-    assert refused.value.field == "fpga_binaries"
+    assert refused.value.field == "fpga_binary"
 
 
 # -- what opens, and what to do where nothing does --------------------------------------------------------------------

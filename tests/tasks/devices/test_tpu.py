@@ -5,8 +5,9 @@ import os
 import stat
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,33 +168,55 @@ def test_a_count_is_read_where_it_decides_the_shape_of_what_follows(driver: TpuD
     assert launched(driver, positive, x=np.array([-1, 3, -2, 5]))["packed"].tolist() == [3, 5]
 
 
-def test_a_thread_waits_for_the_device_without_holding_up_the_others(driver: TpuDriver) -> None:
+def spin(driver: TpuDriver, rounds: int) -> Any:
+    """What launches as much work, and leaves its output to nobody."""
     from jax import lax
 
     slow = driver.program(lambda x, rounds: lax.fori_loop(0, rounds, lambda _, y: y * 0.999 + 0.5, x))
     x = driver.upload(np.ones(8))
     slow({"x": (8,)}, x, np.int64(1))
-    started, beaten = threading.Event(), threading.Event()
-    counted: list[int] = []
+    driver.synchronize()
+    return lambda: slow({"x": (8,)}, x, np.int64(rounds))
 
-    def count() -> None:
-        started.wait()
-        while not beaten.is_set():
-            counted.append(1)
 
-    def work() -> None:
-        slow({"x": (8,)}, x, np.int64(3_000_000))
-        started.set()
-        driver.synchronize()
+def test_a_thread_runs_only_so_far_ahead(driver: TpuDriver) -> None:
+    program = driver.program(lambda x: x @ x)
+    x = driver.upload(np.zeros((256, 256)))
+    outputs = [program({"x": (256, 256)}, x)["x"].values for _ in range(3 * tpu._AHEAD)]
+    assert all(each.is_ready() for each in outputs[: -tpu._AHEAD])
+    driver.synchronize()
 
-    counter = threading.Thread(target=count)
-    counter.start()
-    worker = threading.Thread(target=work)
-    worker.start()
-    worker.join()
-    beaten.set()
-    counter.join()
-    assert len(counted) > 100
+
+def test_a_thread_waits_for_the_device_without_holding_up_the_others(driver: TpuDriver) -> None:
+    seen = []
+    for rounds in (10**6, 10**7, 10**8):  # on a machine with much else to do this thread has pauses of its own
+        launch = spin(driver, rounds)
+
+        def work(launch: Any = launch) -> float:
+            started_s = time.perf_counter()
+            launch()
+            driver.synchronize()
+            return time.perf_counter() - started_s
+
+        longest_s = 0.0
+        with ThreadPoolExecutor(1) as other:
+            done, last_s = other.submit(work), time.perf_counter()
+            while not done.done():
+                now_s = time.perf_counter()
+                longest_s, last_s = max(longest_s, now_s - last_s), now_s
+        seen.append((longest_s, done.result()))
+        if longest_s < done.result() / 2:
+            return
+    raise AssertionError(f"the longest that this thread stood still, and the other worked: {seen}")
+
+
+def test_peaks_are_of_what_was_done_not_of_what_was_begun(driver: TpuDriver) -> None:
+    peaks = driver.peaks()  # nobody holds what is launched there
+    if driver.emulated:  # no core does more
+        assert 1e8 < peaks.flops_per_s < driver.slots * 5e11
+        assert 1e8 < peaks.bytes_per_s < driver.slots * 2e11
+    assert peaks.are_possible()
+    assert 0 < peaks.launch_s < 0.1
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -348,3 +371,29 @@ def test_only_a_chip_with_its_library_makes_jax_look_beyond_the_processor(
     chips(monkeypatch, chip, libtpu=libtpu)
     tpu._prepare(1)
     assert os.environ["JAX_PLATFORMS"] == platforms
+
+
+@pytest.mark.parametrize(("kind", "cores_each"), [("TPU v5 lite", 1), ("TPU v3", 2)])
+def test_each_of_several_chips_is_for_a_worker_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, kind: str, cores_each: int
+) -> None:
+    import jax
+
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    devices = [
+        SimpleNamespace(platform="tpu", device_kind=kind, coords=[chip, 0, 0])
+        for chip in range(2)
+        for _ in range(cores_each)
+    ]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    found = tpu.probe()
+    assert (found.available, found.emulated) == (True, False)
+    assert found.what.endswith(f"on {kind}, 2 chips")
+    assert [unit.environ["TPU_VISIBLE_CHIPS"] for unit in found.units] == ["0", "1"]
+    assert {unit.device for unit in found.units} == {f"tpu.{tpu.model_of(kind)}"}
+    assert {unit.environ["TPU_PROCESS_BOUNDS"] for unit in found.units} == {"1,1,1"}
+
+
+def test_a_chip_is_named_by_its_model() -> None:
+    names = {"TPU v5 lite": "v5lite", "TPU v4": "v4", "TPU7x": "7x", "TPU": "unknown"}
+    assert {kind: tpu.model_of(kind) for kind in names} == names
