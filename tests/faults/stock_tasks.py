@@ -43,7 +43,7 @@ def _run(n: int, ms: int, how: int) -> dict[str, list[int]]:
     os.close(descriptor)
     if ms:
         select.select([], [], [], ms / 1000)
-    misbehave(how)
+    misbehave(how, n)
     return {"n": [n]}
 
 
