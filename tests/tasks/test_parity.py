@@ -68,6 +68,34 @@ class Guard:
         return [each.device for each in self.found]
 
 
+def test_what_rounding_explains_is_nobodys_fault(guard: Callable[..., Guard]) -> None:
+    """A sum that cancels: in another order it comes to something else."""
+    kernel = Kernel("test.sum", inputs={"x": "float64[n]"}, outputs={"y": "float64[1]"}, flops="n", bytes="8*n")
+    kernel.reference(lambda x: {"y": x.sum(keepdims=True)})
+    x = np.array([1e16, 1.0, -1e16, 1.0])
+    for wrong, found in ((np.array([2.0]), []), (np.array([1e9]), ["cpu.test"])):
+        made = guard("cpu.test", "cpu")
+        check = made.parity.copied(job_of(kernel, x), {"y": wrong})
+        assert check is not None
+        assert made.parity.offer(check)
+        with made.parity._changed:
+            assert made.parity._changed.wait_for(lambda parity=made.parity: parity.compared == 1, 10)
+        assert [each.device for each in made.found] == found
+
+
+def test_where_a_rounding_decides_which_comes_first_either_may(guard: Callable[..., Guard]) -> None:
+    kernel = Kernel("test.best", inputs={"x": "float64[n]"}, outputs={"y": "int64[1]"}, flops="n", bytes="8*n")
+    kernel.reference(lambda x: {"y": np.array([x.argmax()])})
+    for x, found in ((np.array([1.0, 1.0]), []), (np.array([1.0, 2.0]), ["cpu.test"])):
+        made = guard("cpu.test", "cpu")
+        check = made.parity.copied(job_of(kernel, x), {"y": np.array([1 - x.argmax()])})
+        assert check is not None
+        assert made.parity.offer(check)
+        with made.parity._changed:
+            assert made.parity._changed.wait_for(lambda parity=made.parity: parity.compared == 1, 10)
+        assert [each.device for each in made.found] == found
+
+
 def test_only_the_outputs_that_must_agree_are_compared(guard: Callable[..., Guard]) -> None:
     ranked = Kernel(
         "test.ranked",
@@ -230,7 +258,7 @@ def test_a_job_of_a_worker_is_compared_as_it_was_answered(make_worker: MakeWorke
     worker = make_worker(start=False)
     for slot in worker.slots._slots:
         slot.runner._parity = made.parity
-    worker.shop.repertoire.kernels["test.double"].reference(lambda x: {"y": 2 * x + (x == 3.0)})
+    worker.shop.repertoire.kernels["test.double"].reference(lambda x: {"y": 2 * x + (x > 2.5)})
     worker.slots.start()
     worker.double(worker.send(2.0)[0])
     with made.parity._changed:
