@@ -54,7 +54,7 @@ def _rectify(hidden: Matrix, bias: Matrix) -> None:
 
 #: What the hidden values of a block of rows may take, so that they stay in the second cache, and the fewest rows for
 #: which BLAS packs the weights anew.
-_BLOCK_BYTES, _LEAST_ROWS = 2**18, 128
+_BLOCK_BYTES, _LEAST_ROWS = 2**21, 128
 
 
 @mlp_forward.on("cpu")
