@@ -62,9 +62,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     result_serializer: Literal["json", "msgpack"] = "json"
     """The encoding of results whose job names none: what plain Celery clients expect."""
     result_ttl_s: float = 3600.0
-    state_ttl_s: float = 7 * 86_400.0
+    state_ttl_s: float = 86_400.0
     """How long the state of a state key lasts after its last job."""
-    state_bytes: int = 8 * 1024 * 1024
+    state_bytes: int = 1024 * 1024
     """The most that it may take."""
     durability: Literal["everysec", "fsync"] = "everysec"
     """What an accepted job survives: fsync also a killed broker and a full disk, at the price of a disk write each."""

@@ -37,8 +37,8 @@ _FORMS: Final = {
     name: (float, -math.inf, math.inf) if kind == "f" else (bool, False, True) if kind == "b" else (int, *_RANGES[name])
     for name, kind in _KINDS.items()
 }
-#: The most that the outputs of a job may take, as far as its arguments tell.
-MOST_OUTPUT_BYTES: Final = 2**30
+#: The most that the outputs of a job may take: a broker takes half a gigabyte at a time.
+MOST_OUTPUT_BYTES: Final = 2**28
 #: What stands there for an array: nothing is of that type.
 _NO_NUMBER: Final = (None, 0, 0)
 
@@ -130,14 +130,15 @@ class Signature:
         return array
 
     def _growing(self) -> list[tuple[int, list[str]]]:
-        """Outputs that may be far larger than any input, by a number or a product: bytes of what is fixed, and dims."""
-        known = {name for name, each in self.inputs.items() if each.dims is None}
-        held = [{dim for dim in each.dims if isinstance(dim, str)} for each in self.inputs.values() if each.dims]
-        known |= set().union(*held)
+        """The outputs whose sizes arguments tell: bytes of what is fixed, and dims. Inputs bound none of them.
+
+        A number may be a size; so may the product of two; and an array of no elements may have any size beside its 0.
+        """
+        known = self.names
         found = []
         for each in self.outputs.values():
             names = [dim for dim in each.dims or () if isinstance(dim, str)]
-            if names and known.issuperset(names) and not any(dims.issuperset(names) for dims in held):
+            if names and known.issuperset(names):
                 fixed = math.prod(dim for dim in each.dims or () if isinstance(dim, int))
                 found.append((fixed * _NATIVE[each.dtype].itemsize, names))
         return found

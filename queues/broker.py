@@ -642,7 +642,8 @@ class Broker:
         try:
             duplicates = self._fenced("commit", held, arguments)
         except CommandError as error:
-            if error.message.startswith("STALE"):
+            # Of another type: it has become so since it was read, and what is run anew finds that out.
+            if error.message.startswith(("STALE", f"WRONGTYPE {topology.carried('', '', '')[:-2]}")):
                 raise Stale(error.message) from None
             raise
         if cancelled:  # afterwards, and not with it: a mark that stays behind does no harm
@@ -666,7 +667,7 @@ class Broker:
         unreadable = (b"unreadable", b"")
         ended = {job for job, ignored in zip(jobs, found[len(keys) :], strict=True) if ignored}
         rows = (unreadable if isinstance(each, CommandError) else each for each in found[: len(keys)])
-        states = [((version or b"").decode(), value) for version, value in rows]
+        states = [((version or b"").decode(errors="replace"), value) for version, value in rows]
         return states, ended | self.ended(jobs)
 
     def count_fenced(self) -> None:

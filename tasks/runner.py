@@ -27,6 +27,7 @@ from lepton_ai.errors import (
     Overloaded,
     RetryJob,
     TimeLimitExceeded,
+    TooLarge,
     Unavailable,
 )
 from lepton_ai.event import Event, Observation
@@ -35,6 +36,7 @@ from lepton_ai.job import LATEST_S, Cost, Estimate, Placement, Record, Setback
 from lepton_ai.kernel import Kernel, Retry
 from lepton_ai.ring import RingReader
 from lepton_ai.settings import Settings
+from lepton_ai.signature import MOST_OUTPUT_BYTES
 from lepton_ai.succession import PUT_OFF_S, Canvas, FollowUps
 from lepton_ai.tensor import SENDABLE
 from queues.broker import Broker
@@ -55,6 +57,13 @@ __all__ = ["Ending", "Observer", "Runner", "Running"]
 _MINUTES_BACK = 10
 #: What a launch raises that was too large for its device; NumPy raises the second.
 _NO_MEMORY = (DeviceOutOfMemory, MemoryError)
+#: The most that outputs may take as nested lists: they hold up every other thread while they are made and written.
+_MOST_LISTED_BYTES = 2**24
+#: The most that the results of one commit may take; a broker ends connections that send twice as much.
+_MOST_COMMIT_BYTES = 2**29
+#: How often a batch is run again because states that its jobs carry have changed meanwhile, and for how long those jobs
+#: are put off then.
+_STALE_RUNS, _STALE_S = 2, (0.05, 0.5)
 #: A kernel's progress is told so often at most.
 _PROGRESS_S = 0.2
 
@@ -194,6 +203,8 @@ class _Batch(msgspec.Struct):
     chord_parts: list[tuple[str, bytes]] = []
     dead: list[DeadLetter] = []
     blobs: list[tuple[str, int, str]] = []
+    record_bytes: int = 0
+    """What its results take so far."""
     carried: Carried = msgspec.field(default_factory=Carried)
 
     def predicted_s(self, job: TakenJob) -> float:
@@ -224,6 +235,8 @@ class Runner:
         """The launch that is under way. May be read from any thread."""
         self.broken: Running | None = None
         """The launch in which the device was lost."""
+        self.stale = 0
+        """How often the batch in hand was run in vain, because states that its jobs carry had changed meanwhile."""
         self.fetched_bytes = 0
         """Arrays that the last batch read from the broker beside its messages."""
         self._settings = settings
@@ -345,14 +358,21 @@ class Runner:
                 jobs.append(job)
         return jobs
 
-    @staticmethod
-    def _carrying(broker: Broker, jobs: list[TakenJob], batch: _Batch) -> list[TakenJob]:
-        """The jobs to run, once the states are there that some of them go on with."""
+    def _carrying(self, broker: Broker, jobs: list[TakenJob], batch: _Batch) -> list[TakenJob]:
+        """The jobs to run, once the states are there that some of them go on with.
+
+        Where others have carried those on while the batch ran, time and again, they are put off: it has other jobs.
+        """
         carrying = [job for job in jobs if job.options.state_key is not None]
         if not carrying:
             return jobs
+        if self.stale > _STALE_RUNS:
+            for job in carrying:
+                self._put_off(job, batch, random.uniform(*_STALE_S))
+            return [job for job in jobs if job.options.state_key is None]
         ended = batch.carried.load(broker, carrying)
         batch.outcomes += [Outcome(job.id, "duplicate", b"") for job in carrying if job.id in ended]
+        self._observer.lost([job.id for job in carrying if job.id in ended])
         return [job for job in jobs if job.id not in ended]
 
     # -- launches -----------------------------------------------------------------------------------------------
@@ -360,7 +380,10 @@ class Runner:
     def _run_group(self, broker: Broker, group: Group, batch: _Batch) -> None:
         """Runs a group, once it has what its jobs keep outside their messages."""
         if group.outside_bytes:
+            kill_after_s, *_ = self._limits(group, batch)  # a store may take for ever, too
+            self.running = Running(self._slot, names(group.jobs), time.monotonic(), kill_after_s, by_own_limit=False)
             group = self._filled(broker, group, batch)
+            self.running = None
             if not group.jobs:
                 return
         self._run_together(group, batch)
@@ -393,6 +416,7 @@ class Runner:
             for job in group.jobs:
                 self._run_series(Group(group.kernel, [job]), batch)
             return
+        self.running = None
         ran = [(job, part) for job, part in zip(group.jobs, parts, strict=True) if self._counts(job, context, batch)]
         self._succeed(group, launch, ran, batch)
 
@@ -415,6 +439,7 @@ class Runner:
             if self._counts(job, context, batch):
                 ran.append((job, outputs))
                 taken.add(launch)
+        self.running = None
         if ran:
             self._succeed(Group(kernel, [job for job, _ in ran]), taken, ran, batch)
 
@@ -459,6 +484,10 @@ class Runner:
                 except LeptonError as error:
                     self._fail(job, error, batch)
                     continue
+            if (size := sum([value.nbytes for value in part.values()])) > (most := _most_bytes(job)):
+                hint = "" if job.tensors else "; as msgpack, by a client of Lepton's, it may be larger"
+                self._fail(job, TooLarge(f"its outputs take {size} bytes, the limit is {most}{hint}"), batch)
+                continue
             note = batch.notes.get(job.id)
             if kept is None or note is not of:  # which the jobs of a bundle share
                 wait_s = max(0.0, batch.taken_at - note.placed_at) if note is not None else 0.0
@@ -483,6 +512,9 @@ class Runner:
                     continue
                 meta = msgspec.structs.replace(meta, children=list(follow_ups.children))
             record = results.encode(meta, job.options.result or encoding) if job.keep else b""
+            if batch.record_bytes and batch.record_bytes + len(record) > _MOST_COMMIT_BYTES:
+                self._put_off(job, batch, _STALE_S[0])
+                continue
             if job.seen and (lost := self._lost(job)) is not None:  # the answer may be a view of its arguments
                 self._fail(job, lost, batch)
                 continue
@@ -493,6 +525,7 @@ class Runner:
             if left is not None:
                 batch.carried.keep(job, left)
             self._end_blobs(job, 0, batch)
+            batch.record_bytes += len(record)
             batch.outcomes.append(Outcome(job.id, "succeeded", record, job.options.reply_to or ""))
             shapes = _shapes(part) if note is not None and note.shown else ""
             batch.endings.append(Ending(job.id, "succeeded", time.time(), each_run_s, shapes))
@@ -686,12 +719,17 @@ class Runner:
         kernel = job.kernel if isinstance(job, Refused) else job.kernel.name
         return self._tell(f"job.{status}", kernel, job.id, error.to_wire() | data, batch)
 
-    def _put_off(self, job: TakenJob, batch: _Batch) -> None:
-        """The broker has no memory for what follows a job, which therefore cannot end yet: it comes again later."""
+    def _put_off(self, job: TakenJob, batch: _Batch, delay_s: float = PUT_OFF_S) -> None:
+        """A job that cannot end yet comes again later: the broker has no memory for what follows it, or too much else.
+
+        Nothing is used up by it.
+        """
         batch.dead = [letter for letter in batch.dead if letter.job != job.id]
         batch.outcomes.append(Outcome(job.id, "retried", b""))
-        batch.retries.append((job.id, PUT_OFF_S, job.own_message()))
-        log.warning("job_put_off", job=job.id, kernel=job.kernel.name, delay_s=PUT_OFF_S)
+        batch.retries.append((job.id, delay_s, job.own_message()))
+        self._end_blobs(job, GOES_ON, batch)
+        batch.endings.append(Ending(job.id, "retried", time.time(), error="put off"))
+        log.warning("job_put_off", job=job.id, kernel=job.kernel.name, delay_s=round(delay_s, 3))
 
     def _note(self, job: str, follow_ups: FollowUps, batch: _Batch) -> None:
         batch.pushes += [(job, queue, message) for queue, message in follow_ups.pushes]
@@ -704,6 +742,10 @@ class Runner:
 
     def _encoding(self, job: TakenJob | Refused) -> str:
         return job.options.result or self._settings.result_serializer
+
+
+def _most_bytes(job: TakenJob) -> int:
+    return MOST_OUTPUT_BYTES if job.tensors else _MOST_LISTED_BYTES
 
 
 _STATUSES: Mapping[type[LeptonError], str] = {JobCancelled: "cancelled", JobExpired: "expired"}

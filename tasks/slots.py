@@ -241,6 +241,7 @@ class _Slot:
 
     def _work(self, broker: Broker, messages: Sequence[bytes]) -> None:
         """Runs and commits what the slot holds."""
+        self.runner.stale = 0
         while messages:
             self.messages = messages
             self._pending = self._run(broker, messages)
@@ -289,6 +290,7 @@ class _Slot:
                 held: list[bytes] = []
                 break
             except Stale as error:  # nothing is written: what was run is run anew, with what is there now
+                self.runner.stale += 1
                 log.info("commit_stale", slot=self.number, reason=str(error))
                 self._slots.observer.lost([ending.job for ending in endings])
                 held = list(self.messages)

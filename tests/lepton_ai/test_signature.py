@@ -286,6 +286,8 @@ def test_outputs_that_would_fill_a_worker_s_memory_are_refused() -> None:
         GROWING.bind({"a": np.ones(1, np.float32), "b": np.ones(1, np.float32), "k": 2**62})
 
 
-def test_outputs_as_large_as_an_input_may_be_of_any_size() -> None:
-    same = Signature({"a": "float32[m]"}, {"b": "float32[m]"}, {})
-    assert same._grown == []
+def test_an_array_of_no_elements_makes_no_large_output() -> None:
+    rows = Signature({"a": "float32[m,n]"}, {"b": "float32[m]"}, {})
+    assert rows.bind({"a": np.empty((1000, 0), np.float32)})[1] == {"m": 1000, "n": 0}
+    with pytest.raises(TooLarge, match="m = 1e"):
+        rows.bind({"a": np.empty((10**8, 0), np.float32)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from lepton_ai.job import Options
 from queues.connection import Connection
 from tests.tasks.workshop import SETTINGS, MakeWorker, Worker
 
+BEFORE = {"total": np.array([3.0]), "seen": np.ones(1)}
 KEY = topology.carried(topology.LANE, "test.count", "k")
 
 
@@ -97,6 +99,30 @@ def test_where_another_has_carried_it_on_meanwhile_the_job_runs_again(worker: Wo
     assert state(worker) == {"total": [4.0], "seen": [1.0, 1.0]}
     assert worker.counters()["succeeded"] == 1
     assert worker.held() == {}
+    another.close()
+
+
+def test_on_a_key_that_never_rests_a_job_is_put_off_and_holds_up_no_other(worker: Worker, broker_url: str) -> None:
+    another = Connection(broker_url, "another")
+    busy = [True]
+
+    def intrude() -> None:
+        if busy:
+            another.call("HSET", KEY, "version", secrets.token_hex(4), "value", carried.encode(BEFORE, 999))
+
+    worker.shop.between = intrude
+    worker.warm_up()
+    gate = worker.send(0.0, kernel="test.gated")
+    worker.enters()
+    (job,), (beside,) = count(worker, 1.0), worker.send(21.0)
+    worker.shop.gate.set()
+    worker.meta(gate[0])
+    assert worker.double(beside) == [42.0]
+    assert worker.connection.call("ZCARD", "lepton:eta") == 1
+    assert worker.connection.call("GET", topology.result(job)) is None
+    busy.clear()
+    worker.push(worker.connection.call("HGET", "lepton:eta.messages", job))  # as a router does once it is due
+    assert worker.double(job) == [4.0]
     another.close()
 
 

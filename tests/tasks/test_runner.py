@@ -883,3 +883,37 @@ def test_a_job_of_a_kernel_in_quarantine_goes_elsewhere_unrun(worker: Worker) ->
 
 def events(worker: Worker) -> list[Event]:
     return [each for _, each in worker.stream.read(1000)]
+
+
+def test_outputs_that_no_broker_takes_fail_their_job_and_not_the_slot(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.runner.MOST_OUTPUT_BYTES", 100)
+    monkeypatch.setattr("tasks.runner._MOST_LISTED_BYTES", 50)
+    jobs = new_ids(4)
+    for job, size, form in zip(jobs, (6, 7, 12, 13), (list, list, np.array, np.array), strict=True):
+        values = form([float(at) for at in range(size)])
+        worker.push(wire.envelope(job, "test.double", {"x": values}, Options(result="msgpack")))
+    assert worker.failure(jobs[1])[:2] == worker.failure(jobs[3])[:2] == ("FAILURE", "TooLarge")
+    assert "as msgpack" in worker.failure(jobs[1])[2]
+    assert len(worker.double(jobs[0])) == 6
+    assert len(worker.double(jobs[2])) == 12
+
+
+def test_results_that_are_too_much_together_are_committed_one_after_the_other(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.runner._MOST_COMMIT_BYTES", 500)
+    worker.warm_up()
+    gate = worker.send(0.0, kernel="test.gated")
+    worker.enters()
+    jobs = worker.send(1.0, 2.0, 3.0)
+    worker.shop.gate.set()
+    worker.meta(gate[0])
+    assert worker.double(jobs[0]) == [2.0]
+    until(lambda: worker.connection.call("ZCARD", "lepton:eta") > 0, "the others are put off")
+    assert worker.held() == {}
+    for job in jobs[1:]:
+        if (message := worker.connection.call("HGET", "lepton:eta.messages", job)) is not None:
+            worker.push(message)  # as a router does once it is due
+            worker.double(job)
