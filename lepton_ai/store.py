@@ -14,7 +14,10 @@ store's (`FSSPEC_S3_ENDPOINT_URL`, `AWS_PROFILE`, ...).
 from __future__ import annotations
 
 import io
+import stat
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -28,15 +31,13 @@ __all__ = ["find", "put", "read"]
 
 #: Bytes in which the header of any .npy file ends that we accept; NumPy's own are 128 long.
 _HEADER_BYTES: Final = 4096
-#: What fsspec and the libraries under it raise is theirs to choose; NumPy's header parser adds its own.
-_UNREADABLE: Final = (OSError, ValueError, RuntimeError, ImportError)
 
 
 def put(array: NDArray[Any], url: str) -> Reference:
     """Writes an array to `url`, over whatever is there, and returns what stands for it among a job's arguments.
 
-    Raises InvalidArguments where its dtype cannot be sent, it has no elements, or the URL is none of a store; OSError
-    and its kin as the store does.
+    Raises InvalidArguments where its dtype cannot be sent, it has no elements, or the URL is none of a store; BlobLost
+    where the store cannot be opened; OSError and its kin as the store does.
     """
     wire = tensor.to_wire(array)
     reference = _checked(Reference(wire.dtype, tuple(wire.shape), url))
@@ -107,8 +108,8 @@ def _header(data: bytes, url: str) -> tuple[np.dtype[Any], tuple[int, ...], int]
         version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = reader(file)
-    except (ValueError, EOFError) as error:
-        raise InvalidArguments(f"{url} is no .npy file: {error}") from None
+    except Exception as error:  # noqa: BLE001 - of a hostile header NumPy's parser raises TypeError, TokenError and more
+        raise InvalidArguments(f"{url} is no .npy file: {_told(error)}") from None
     if dtype.str not in {each.str for each in tensor.DTYPES.values()} or (fortran and len(shape) > 1):
         order = "Fortran" if fortran else "C"
         raise InvalidArguments(f"{url} holds {dtype.str} in {order} order: numbers, little-endian, in C order are read")
@@ -124,7 +125,7 @@ def _checked(reference: Reference) -> Reference:
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path there; fsspec keeps one for all calls."""
+    """The file system of a URL, and the path there; fsspec keeps one for all calls. BlobLost where none opens."""
     try:
         import fsspec
     except ModuleNotFoundError:
@@ -133,7 +134,23 @@ def _opened(url: str) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:  # of the package for this kind of store
         raise MissingPackage(f"{url}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - what the constructor of a file system raises is its own to choose
+        raise _lost(url, error) from None
     return system, path
+
+
+def _require_regular(system: Any, path: str, url: str) -> None:
+    """BlobLost where a local path is no regular file: a FIFO or a device could hold its reader for ever."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    if not isinstance(system, LocalFileSystem):
+        return
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError) as error:
+        raise _lost(url, error) from None
+    if not stat.S_ISREG(mode):
+        raise BlobLost(f"{url} is no regular file; of local files only those are read")
 
 
 def _read(asked: Sequence[tuple[str, int]]) -> list[bytes | LeptonError]:
@@ -143,18 +160,17 @@ def _read(asked: Sequence[tuple[str, int]]) -> list[bytes | LeptonError]:
     for at, (url, most) in enumerate(asked):
         try:
             system, path = _opened(url)
+            _require_regular(system, path, url)
             systems.setdefault(id(system), (system, []))[1].append((at, path, most))
         except LeptonError as error:
             found[at] = error
-        except _UNREADABLE as error:
-            found[at] = BlobLost(f"{url} cannot be read: {error}")
     for system, parts in systems.values():
         paths, ends = [path for _, path, _ in parts], [most for _, _, most in parts]
         try:
-            answers = system.cat_ranges(paths, [0] * len(paths), ends, on_error="return")
-        except _UNREADABLE as error:
-            answers = [error] * len(paths)
-        for (at, _, _), answer in zip(parts, answers, strict=True):
+            answers = list(zip(parts, system.cat_ranges(paths, [0] * len(paths), ends, on_error="return"), strict=True))
+        except Exception as error:  # noqa: BLE001 - what fsspec and the libraries under it raise is theirs to choose
+            answers = [(part, error) for part in parts]
+        for (at, _, _), answer in answers:
             found[at] = bytes(answer) if isinstance(answer, bytes | bytearray) else _lost(asked[at][0], answer)
     return found
 
@@ -162,4 +178,9 @@ def _read(asked: Sequence[tuple[str, int]]) -> list[bytes | LeptonError]:
 def _lost(url: str, error: BaseException) -> BlobLost:
     if isinstance(error, FileNotFoundError):
         return BlobLost(f"nothing is at {url}")
-    return BlobLost(f"{url} cannot be read: {type(error).__name__}: {error}")
+    return BlobLost(f"{url} cannot be read: {_told(error)}")
+
+
+def _told(error: BaseException) -> str:
+    """An error's type and text; others' exceptions may raise while they are printed, which this stands."""
+    return "".join(traceback.format_exception_only(error)).strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from queues.broker import LISTS_EACH
 
 __all__ = ["FleetFile", "read_fleet"]
 
+#: Of a variable of the environment, as every shell takes it.
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: What a file may say of the environment that is not for it to say: `lepton up` does.
 _OURS = ("LEPTON_REDIS_URL", "LEPTON_KERNELS_ALLOWED", "LEPTON_LOG", "LEPTON_HTTP_PORT")
 
@@ -89,13 +92,14 @@ def read_fleet(path: Path) -> FleetFile:
         raise InvalidSettings(f"{path} cannot be read: {error}", "--fleet") from None
     try:
         file = msgspec.convert(tomllib.loads(text), _File)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:  # the latter of deeply nested brackets
         raise InvalidSettings(f"{path} is no TOML: {error}", "--fleet") from None
     except msgspec.ValidationError as error:
         raise InvalidSettings(f"{path} is no fleet file: {error}", "--fleet") from None
     if not file.worker:
         raise InvalidSettings(f"{path} names no [[worker]]", "--fleet")
     seen: Counter[str] = Counter()
+    named: dict[str, str] = {}
     plans: list[tuple[WorkerPlan, bool]] = []
     for number, each in enumerate(file.worker, 1):
         try:
@@ -107,6 +111,9 @@ def read_fleet(path: Path) -> FleetFile:
             seen[each.device] += 1
             nth = seen[each.device]
             name = each.device if nth == 1 else f"{each.device}-{nth}"
+            this = f"worker {number} ({each.device})"
+            if (other := named.setdefault(name, this)) != this:
+                raise InvalidSettings(f"{path}: {other} and {this} come out with one name, {name}", "device")
             plans.append((WorkerPlan(name, each.device, slots, environ), each.optional))
     return FleetFile(path, tuple(plans))
 
@@ -125,6 +132,9 @@ def _environ(file: _File, worker: _Worker) -> dict[str, str]:
     """What the worker has beside the environment of all; refused here rather than by a worker that does not start."""
     own: Mapping[str, Any] = file.environment | worker.environment
     for name in own:
+        if not _NAME.fullmatch(name):
+            told = f"a variable's name is letters, digits and '_', and begins with no digit, not {name!r}"
+            raise InvalidSettings(told, "environment")
         if name in _OURS:
             raise InvalidSettings(f"{name} is not for a fleet file to set", "environment")
     environ = {**own, **file.limits.environ(), **worker.limits.environ()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from lepton_ai import blob
 from lepton_ai.blob import InRedis, InStore, Reference
-from lepton_ai.errors import InvalidArguments, LeptonError
+from lepton_ai.errors import BlobLost, InvalidArguments, LeptonError
 from lepton_ai.ring import RingReader
 from queues.connection import Connection
 from tasks.batching import TakenJob
@@ -87,9 +88,13 @@ def _read_stored(
 ) -> Sequence[NDArray[Any] | LeptonError]:
     if not stored:
         return ()
-    from lepton_ai import store  # fsspec is loaded by those who need it
+    try:
+        from lepton_ai import store  # fsspec is loaded by those who need it
 
-    return store.read([reference for *_, reference in stored], limit_bytes)
+        return store.read([reference for *_, reference in stored], limit_bytes)
+    except Exception as error:  # noqa: BLE001 - a store's library may raise anything, and must not end the slot
+        told = "".join(traceback.format_exception_only(error)).strip()
+        return [BlobLost(f"{reference.blob} cannot be read: {told}") for *_, reference in stored]
 
 
 def _references(jobs: Sequence[TakenJob]) -> list[tuple[int, str, Reference]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lepton_ai.errors import InvalidArguments
 from lepton_ai.kernel import Context, Inputs, Kernel, Outputs, Run
 
 als_step = Kernel(
@@ -38,6 +39,13 @@ Starts = NDArray[np.int64]
 Items = NDArray[np.int32]
 
 
+def _require_order(starts: Starts, entries: int) -> None:
+    """InvalidArguments where users together would take more entries than there are: quadratic work of a few bytes."""
+    taken = int(np.maximum(np.diff(np.clip(starts, 0, entries)), 0).sum())
+    if taken > entries:
+        raise InvalidArguments(f"starts must not decrease: users would take {taken} entries of {entries}", "starts")
+
+
 @als_step.reference
 def _reference(starts: Starts, items: Items, confidence: Matrix, factors: Matrix, regularization: float) -> Outputs:
     """x_u = (Y'Y + Y'(C_u - I)Y + regularization I)**-1 Y'C_u p(u), for each user u.
@@ -48,10 +56,12 @@ def _reference(starts: Starts, items: Items, confidence: Matrix, factors: Matrix
     exchanged. Solved in float64 here and in float32 on devices: hence the tolerance, for systems whose condition is
     that of ratings (10**3).
 
-    Starts are clamped to the entries there are, and a user whose entries would end before they start has none. An entry
+    Starts are clamped to the entries there are, and a user whose entries would end before they start has none. Starts
+    must not decrease: InvalidArguments where all users together would so take more entries than there are. An entry
     whose item is not among the factors is passed over. A confidence below 1, infinite or NaN, makes its user NaN; a
     factor or a regularization that is NaN or infinite, all users.
     """
+    _require_order(starts, items.size)
     wide = factors.astype(np.float64)
     with np.errstate(all="ignore"):
         gram = wide.T @ wide + regularization * np.eye(wide.shape[1])
@@ -175,6 +185,7 @@ def _cpu(device: Any) -> Run:
 
     def run(inputs: Inputs, context: Context) -> Outputs:
         starts, factors = inputs["starts"], inputs["factors"]
+        _require_order(starts, inputs["items"].size)
         count, f = factors.shape
         width = -(-f // 8) * 8
         filled = np.zeros((count, width), np.float32)
@@ -321,6 +332,7 @@ def _gpu(device: Any) -> Run:
 
     def run(inputs: Inputs, context: Context) -> Outputs:
         starts, factors = inputs["starts"], inputs["factors"]
+        _require_order(device.read(starts), inputs["items"].size)
         rows, f = factors.shape
         count = starts.size - 1
         gram, users = device.zeros((f, f), np.float64), device.empty((count, f), np.float32)
@@ -393,6 +405,7 @@ def _tpu(device: Any) -> Run:
 
     def run(inputs: Inputs, context: Context) -> Outputs:
         starts, items, confidence, factors = (inputs[name] for name in ("starts", "items", "confidence", "factors"))
+        _require_order(device.read(starts), items.size)
         known, f = factors.shape
         count = starts.size - 1
         sizes = np.int64(count), np.int64(items.size), np.int64(known), np.int64(f)
@@ -484,6 +497,7 @@ def _fpga(device: Any) -> Run:
 
     def run(inputs: Inputs, context: Context) -> Outputs:
         starts, items, factors = inputs["starts"], inputs["items"], inputs["factors"]
+        _require_order(device.download(starts), items.size)
         known, f = factors.shape
         count = starts.size - 1
         gram = device.empty((f * (f + 1) // 2,), np.float32)
@@ -513,8 +527,8 @@ def _samples() -> Iterator[dict[str, Any]]:
         }
     # Starts that go back and beyond, items that are not there, and no confidence.
     yield {
-        "starts": np.array([-5, 2, 1, 4, 99, 7, 7]),
-        "items": np.array([0, 9, -1, 2, 1, 1, 2], np.int32),
-        "confidence": np.array([2, np.nan, 3, 1, np.nan, 2, 0.5], np.float32),
+        "starts": np.array([99, -5, 2, 1, 4, 6, 7]),
+        "items": np.array([0, 9, -1, 2, 1, 1, 2, 0], np.int32),
+        "confidence": np.array([2, np.nan, 3, 1, np.nan, 2, 0.5, 4], np.float32),
         "factors": random.normal(0, 0.3, (3, 4)).astype(np.float32),
     }

@@ -14,7 +14,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,16 @@ VALUES: dict[str, dict[str, Callable[[np.random.Generator, tuple[int, ...]], Any
         "state": _windows,
         "watermark": lambda random, shape: random.uniform(-20, 0, shape),
     },
+}
+
+#: Inputs that keep the signature and its limits, and that a kernel refuses all the same: the argument at fault, changes
+#: to the first of its samples.
+REFUSED: dict[str, list[tuple[str, Inputs]]] = {
+    # Of one entry, 50 users would take it, or two.
+    "recommend.als_step": [
+        ("starts", {"starts": np.array([0, 9] * 50)}),
+        ("starts", {"starts": np.array([-9, 9, 0, 9])}),
+    ],
 }
 
 
@@ -310,6 +320,18 @@ def test_it_treats_values_that_are_not_finite_as_the_reference_does(name: str, k
             array.flat[random.integers(0, array.size, 3)] = odd
             inputs[key] = array
         assert_refers(kernel, launch(name, kind, inputs), inputs, f"{name} on {kind}, {odd} in {key}")
+
+
+@pytest.mark.parametrize(("name", "kind"), [each for each in VARIANTS if each.values[0] in REFUSED])
+def test_it_refuses_what_the_reference_refuses(name: str, kind: str) -> None:
+    kernel = KERNELS[name]
+    for field, changes in REFUSED[name]:
+        inputs = kernel.signature.bind(kernel.sample_inputs()[0] | changes)[0]
+        for run in (partial(kernel.refer, inputs), partial(launch, name, kind, inputs)):
+            with pytest.raises(InvalidArguments) as refused:
+                run()
+            assert refused.value.field == field
+            assert field in refused.value.message
 
 
 def refuses(kernel: Kernel, inputs: Inputs) -> bool:

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from lepton_ai import blob, store, tensor
 from lepton_ai.blob import InStore, Reference
 from lepton_ai.errors import BlobLost, InvalidArguments, TooLarge
 
-pytest.importorskip("fsspec", reason="needs the extra `store`")
+fsspec = pytest.importorskip("fsspec", reason="needs the extra `store`")
+AbstractFileSystem: Any = fsspec.AbstractFileSystem
 MOST = 2**20
 
 
@@ -30,7 +31,6 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def bucket() -> Iterator[str]:
     """A bucket on a server of the test's own, which fsspec is told of as its users are: by the environment."""
     moto = pytest.importorskip("moto.server", reason="needs moto")
-    fsspec = pytest.importorskip("fsspec")
     pytest.importorskip("s3fs", reason="needs s3fs")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -109,6 +109,23 @@ def test_what_is_not_what_the_reference_says_is_refused(
         assert f"{root}/{name}" in found.message
 
 
+def npy(header: str) -> bytes:
+    """A .npy file with this for a header."""
+    text = header.encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize("header", ["{[]: 1}", "-" * 3000 + "1", "(" * 900, "{", "1j", "\0"])
+def test_a_header_that_numpy_stumbles_over_is_refused(tmp_path: Path, header: str) -> None:
+    (tmp_path / "a.npy").write_bytes(npy(header))
+    url = f"file://{tmp_path}/a.npy"
+    found = one(Reference("<f8", (2, 3), url))
+    assert isinstance(found, InvalidArguments)
+    assert f"{url} is no .npy file" in found.message
+    with pytest.raises(InvalidArguments):
+        store.find(url)
+
+
 @pytest.mark.parametrize(
     "made",
     [
@@ -145,6 +162,75 @@ def test_nothing_above_the_limit_is_read(tmp_path: Path) -> None:
 
 def test_a_store_that_cannot_be_reached_is_told_and_not_raised() -> None:
     assert isinstance(one(Reference("<f8", (2,), "nosuch://bucket/a.npy")), Exception)
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise KeyError
+
+
+class Broken(AbstractFileSystem):  # type: ignore[misc]
+    """A file system whose library raises what it likes, and answers as it likes."""
+
+    protocol = "broken"
+    cachable = False
+    raises_when_opened: BaseException | None = None
+    answers: ClassVar[list[Any] | None] = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        if self.raises_when_opened is not None:
+            raise self.raises_when_opened
+
+    def cat_ranges(self, paths: Any, starts: Any, ends: Any, *_: Any, **__: Any) -> Any:
+        if self.answers is None:
+            raise Unprintable
+        return self.answers
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> type[Broken]:
+    fsspec.register_implementation("broken", Broken, clobber=True)
+    monkeypatch.setattr(Broken, "raises_when_opened", None)
+    monkeypatch.setattr(Broken, "answers", None)
+    return Broken
+
+
+@pytest.mark.parametrize("error", [KeyError("region"), TypeError("no key"), Unprintable(), RecursionError()])
+def test_whatever_a_store_raises_when_it_is_opened_its_arrays_are_lost(broken: type[Broken], error: Exception) -> None:
+    broken.raises_when_opened = error
+    found = one(Reference("<f8", (2,), "broken://bucket/a.npy"))
+    assert isinstance(found, BlobLost)
+    assert "broken://bucket/a.npy" in found.message
+    assert type(error).__name__ in found.message
+    with pytest.raises(BlobLost):
+        store.find("broken://bucket/a.npy")
+
+
+@pytest.mark.parametrize("answers", [None, [], [b"", b""]], ids=["raises", "none", "too-many"])
+def test_whatever_a_store_does_when_it_is_read_its_arrays_are_lost(broken: type[Broken], answers: Any) -> None:
+    broken.answers = answers
+    found = one(Reference("<f8", (2,), "broken://bucket/a"))
+    assert isinstance(found, BlobLost)
+    assert "broken://bucket/a" in found.message
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["a.npy", "a.bin"])
+def test_of_local_files_only_regular_ones_are_read(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    for url in (f"file://{tmp_path}/{name}", f"local://{tmp_path}/{name}", f"file://{tmp_path}/link"):
+        found = one(Reference("<f8", (2,), url))
+        assert isinstance(found, BlobLost)
+        assert f"{url} is no regular file" in found.message
+
+
+def test_one_file_that_is_not_regular_costs_the_others_nothing(tmp_path: Path) -> None:
+    reference = store.put(np.ones(3), f"file://{tmp_path}/a.npy")
+    device, array = store.read([Reference("<f8", (3,), "file:///dev/zero"), reference], MOST)
+    assert isinstance(device, BlobLost)
+    np.testing.assert_array_equal(array, np.ones(3))
 
 
 @pytest.mark.skipif(os.geteuid() == 0 or not sys.platform.startswith("linux"), reason="root may read everything")

@@ -70,6 +70,19 @@ def test_a_worker_overrides_what_is_said_for_all(tmp_path: Path) -> None:
         ('[[worker]]\ndevice = "cpu"\nlimits = { heat = 1 }', "unknown field `heat`"),
         ('[[worker]]\ndevice = "cpu"\nenvironment = { LEPTON_MEMRY_LIMIT = "1" }', "did you mean LEPTON_MEMORY_LIMIT"),
         ('[[worker]]\ndevice = "cpu"\nenvironment = { LEPTON_REDIS_URL = "redis://x" }', "not for a fleet file"),
+        ('[[worker]]\ndevice = "cpu"\nenvironment = { "A=B" = "1" }', "worker 1: a variable's name .* not 'A=B'"),
+        ('[[worker]]\ndevice = "cpu"\nenvironment = { "1A" = "1" }', "not '1A'"),
+        ('[[worker]]\ndevice = "cpu"\nenvironment = { "" = "1" }', "not ''"),
+        ('[environment]\n"A\\n" = "1"\n[[worker]]\ndevice = "cpu"', "a variable's name"),
+        ("worker = " + "[" * 9000, "no TOML"),
+        (
+            '[[worker]]\ndevice = "cpu.x"\ncount = 2\n[[worker]]\ndevice = "cpu.x-2"',
+            r"worker 1 \(cpu.x\) and worker 2 \(cpu.x-2\) come out with one name, cpu.x-2",
+        ),
+        (
+            '[[worker]]\ndevice = "cpu.x-2"\n[[worker]]\ndevice = "cpu.x"\ncount = 2',
+            r"worker 1 \(cpu.x-2\) and worker 2 \(cpu.x\) come out with one name, cpu.x-2",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_file_and_place(tmp_path: Path, text: str, says: str) -> None:

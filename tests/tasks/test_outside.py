@@ -113,6 +113,20 @@ def test_a_worker_that_was_told_of_no_store_reads_from_none(worker: Worker, tmp_
     assert worker.failure(job)[:2] == ("FAILURE", "InvalidArguments")
 
 
+def test_whatever_reading_a_store_raises_its_jobs_fail_and_the_slot_goes_on(
+    make_worker: MakeWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(settings=type(SETTINGS)(lease_s=60, heartbeat_s=30, stores=f"file://{tmp_path}"))
+    job, message = stored(store.put(numbers(5), f"file://{tmp_path}/a.npy"))
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "read", lambda *_: {}["a store's library"])
+        send(worker, message)
+        assert worker.failure(job)[:2] == ("FAILURE", "BlobLost")
+    again, message = stored(store.find(f"file://{tmp_path}/a.npy"))
+    send(worker, message)
+    assert np.array_equal(worker.double(again), 2 * numbers(5))
+
+
 def test_a_reference_to_another_jobs_blob_is_not_sent() -> None:
     with pytest.raises(InvalidArguments, match="not on a store"):
         stored(Reference("<f8", (5,), "redis:0123456789abcdef:1"))
