@@ -15,7 +15,7 @@
 | job.cancelled      | who held| yes  | code, message                                                               |
 | job.expired        | who held| yes  | code, message: its deadline has passed                                      |
 | job.retried        | worker  | yes  | code, message; delay_s: after which it runs again; retries: before this one |
-| job.released       | worker  | yes  | code, message: this device could not run it, and it goes to another         |
+| job.released       | worker  | yes  | code, message, delay_s: this device may not or cannot run it; it goes on    |
 | job.dead           | who held| yes  | code, message; attempts: it is among the dead letters                       |
 | device.online      | worker  |      | worker                                                                      |
 | device.heartbeat   | worker  |      | state: ResourceState                                                        |

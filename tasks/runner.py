@@ -352,8 +352,7 @@ class Runner:
             elif job.deadline_at is not None and job.deadline_at <= now:
                 self._fail(job, JobExpired("its deadline passed before its turn came"), batch)
             elif (reason := self._quarantine.reasons.get(job.kernel.name)) is not None:
-                told = f"{job.kernel.name} is quarantined on {self._device}: {reason}"
-                self._release(job, KernelFailed(told), batch)
+                self._send_away(job, f"{job.kernel.name} is quarantined on {self._device}: {reason}", batch)
             else:
                 jobs.append(job)
         return jobs
@@ -688,6 +687,19 @@ class Runner:
         told = f"{type(error).__name__}({error.message!r})"
         batch.endings.append(Ending(job.id, "retried", time.time(), error=told, trace=trace))
         return self._tell("job.released", job.kernel.name, job.id, error.to_wire(), batch)
+
+    def _send_away(self, job: TakenJob, reason: str, batch: _Batch) -> None:
+        """The job of a quarantined kernel is placed anew, after the heartbeat by which routers know that.
+
+        It is no setback: where no other device has the kernel, it waits as a new job would, until that is lifted.
+        """
+        delay_s, error = self._settings.heartbeat_s, KernelFailed(reason)
+        batch.outcomes.append(Outcome(job.id, "retried", b""))
+        batch.retries.append((job.id, delay_s, job.own_message()))
+        self._end_blobs(job, GOES_ON, batch)
+        told = f"{type(error).__name__}({error.message!r})"
+        batch.endings.append(Ending(job.id, "retried", time.time(), error=told))
+        self._tell("job.released", job.kernel.name, job.id, error.to_wire() | {"delay_s": delay_s}, batch)
 
     def _fail(
         self,

@@ -2307,3 +2307,26 @@ def test_a_job_whose_kernel_is_quarantined_everywhere_waits_and_says_so(start_ro
     assert "gpu.test: its test.spin is quarantined: it differs by 1" in placement.reason
     worker.come_online()
     assert worker.take() == [job]
+
+
+@pytest.mark.parametrize("pin", [None, "gpu"])
+def test_a_job_that_was_queued_where_its_kernel_is_quarantined_waits_until_that_is_lifted(
+    start_router, add_worker, lane: Lane, connection: Connection, pin: str | None
+) -> None:
+    worker = add_worker("gpu.test")
+    start_router()
+    (job,) = lane.send(device=pin)
+    (message,) = worker.take_messages()
+    worker.retry(job, message, 0.0)  # before the router knows
+    (message,) = worker.take_messages()
+    worker.quarantine({"test.spin": "it differs by 1"})
+    worker.retry(job, message, 0.1)
+    assert lane.wait_for("job.parked", 1) == [job]
+    placement = lane.placement(job)
+    assert placement is not None
+    assert "gpu.test: its test.spin is quarantined: it differs by 1" in placement.reason
+    assert connection.call("EXISTS", topology.result(job)) == 0
+    worker.come_online()
+    assert worker.take() == [job]
+    worker.commit([job])
+    assert sizes(connection)["difference"] == 0
