@@ -276,13 +276,13 @@ def _settings_errors(environ: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(errors)
 
 
-def _run(*arguments: str, environ: Mapping[str, str], limit_s: float = _COMMAND_S) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str, environ: Mapping[str, str], limit_s: float | None = None) -> subprocess.CompletedProcess[str]:
     """Runs Python where the services are, and not where the user stands: `tasks` may be a module of theirs."""
     return subprocess.run(
         [sys.executable, "-P", *arguments],
         capture_output=True,
         text=True,
-        timeout=limit_s,
+        timeout=_COMMAND_S if limit_s is None else limit_s,
         env=services.environ(environ),
         check=False,
         stdin=subprocess.DEVNULL,

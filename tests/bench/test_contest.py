@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench import cpu, kernels
+from bench import cpu, synthetic
 from bench.contest import Arena, Contender, Missing, Turn, rotated
 from bench.load import NOOP, Load
 from bench.peer import Place
@@ -25,7 +25,7 @@ def test_each_comes_once_a_round_and_another_begins_each() -> None:
 
 
 def test_a_result_that_is_not_its_jobs_is_found() -> None:
-    totals = [kernels.noop(**row) for row in NOOP.rows(3)]
+    totals = [synthetic.noop(**row) for row in NOOP.rows(3)]
     NOOP.check(totals)
     with pytest.raises(ValueError, match="job 1 of noop"):
         NOOP.check([totals[0], totals[2], totals[1]])
@@ -33,14 +33,14 @@ def test_a_result_that_is_not_its_jobs_is_found() -> None:
 
 def test_a_kernel_that_computes_gives_what_its_steps_give() -> None:
     load = Load("some", "bench.spin", 1000)
-    totals = [kernels.spin(**row) for row in load.rows(3)]
+    totals = [synthetic.spin(**row) for row in load.rows(3)]
     load.check(totals)
-    assert kernels.loop(1000) != kernels.loop(1001)
+    assert synthetic.loop(1000) != synthetic.loop(1001)
 
 
 def test_a_kernel_takes_about_as_long_as_it_is_to() -> None:
-    loops = kernels.loops_of(0.002)
-    assert 0.0005 < min(kernels.cpu_s(loops) for _ in range(5)) < 0.008
+    loops = synthetic.loops_of(0.002)
+    assert 0.0005 < min(synthetic.cpu_s(loops) for _ in range(5)) < 0.008
 
 
 def test_a_contender_whose_library_is_not_there_is_missing(tmp_path: Path) -> None:
