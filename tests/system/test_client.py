@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lepton_ai import Client, CloudEvent, topology
+from lepton_ai import Client, CloudEvent, JobHandle, topology
 from lepton_ai.errors import InvalidArguments, JobCancelled, UnknownJob, UnknownKernel
 from lepton_ai.event import FINAL_EVENTS
 from lepton_ai.identity import minute_of
@@ -99,9 +99,21 @@ def test_thousands_of_quick_jobs_travel_in_bundles_and_each_has_its_own_result_a
             assert (found.job, found.state) == (job.id, "placed")
     with closing(Connection(fleet.broker_url, "look")) as connection:
         assert {int(count) for count in connection.call("HVALS", topology.BUNDLED)} <= {0}
+    # Whole once routers know by enough launches how quick it is; others' jobs on this fleet may say otherwise at first.
+    for _ in range(10):
+        if _noted_together(fleet, jobs):
+            return
+        jobs = client.submit_many("linalg.matmul", rows(4000))
+        assert [float(job.result(timeout=30)["c"][0, 0]) for job in jobs] == [float(n) for n in range(4000)]
+    pytest.fail("none has stayed whole")
+
+
+def _noted_together(fleet: Fleet, jobs: list[JobHandle]) -> bool:
+    """Whether some bundles of these jobs were placed whole: then one note tells of all of a bundle's."""
+    with closing(Connection(fleet.broker_url, "look")) as connection:
         minutes = {minute_of(job.id) or 0 for job in jobs}
         notes = {name for minute in minutes for name in connection.call("HKEYS", topology.jobs(minute))}
-    assert {job.id[:-3].encode() for job in jobs} & notes, "some have stayed whole"
+    return bool({job.id[:-3].encode() for job in jobs} & notes)
 
 
 def test_a_job_is_found_again_by_its_id(lepton: Client, client: Client) -> None:
