@@ -99,7 +99,7 @@ def test_thousands_of_quick_jobs_travel_in_bundles_and_each_has_its_own_result_a
             assert (found.job, found.state) == (job.id, "placed")
     with closing(Connection(fleet.broker_url, "look")) as connection:
         assert {int(count) for count in connection.call("HVALS", topology.BUNDLED)} <= {0}
-    # Whole once routers know by enough launches how quick it is; others' jobs on this fleet may say otherwise at first.
+    # Not always at the first try on a fleet that has run other products before, and why is not known.
     for _ in range(10):
         if _noted_together(fleet, jobs):
             return
