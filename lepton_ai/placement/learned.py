@@ -55,6 +55,12 @@ _FORGETTING: Final = 0.995
 #: A launch takes at least a hundredth of what the peaks allow: they are measured, not theory.
 _LEAST: Final = (0.0, 0.001, 0.001)
 _LEAST_TRANSFER: Final = (0.0, 0.01)
+#: What is between message and device is done by the host, which now and then is busy for milliseconds: a transfer that
+#: misses by more standard deviations is an outlier. One of a small job was taken for what a byte costs, and large jobs
+#: never went there again (docs/decisions/0028-transfers.md).
+_OUTLIER: Final = 4.0
+#: Coefficients of the transfer below this drift as if they were as large: one that an outlier had sent to nought stayed.
+_UNIT_TRANSFER: Final = 1.0
 #: `Learned.shrink` before enough is known, and the least that it becomes.
 _SHRINK: Final = 0.15
 _LEAST_SHRINK: Final = 0.01
@@ -210,8 +216,9 @@ class Learned(msgspec.Struct):
         if not (_is_time(measured_s) and _is_time(SHORTEST_S + moved[1])):
             return
         expected_s = self.transfer_s(size_bytes, peaks)
-        self.transfer.wander(_WANDER)
-        self.transfer.learn([each / expected_s for each in moved], min(_MOST, measured_s / expected_s) - 1, _NOISE)
+        self.transfer.wander(_WANDER, _UNIT_TRANSFER)
+        miss = min(_MOST, measured_s / expected_s) - 1
+        self.transfer.learn([each / expected_s for each in moved], miss, _NOISE, _OUTLIER)
         self.transfer.keep_above(_LEAST_TRANSFER)
 
     def doubt(self) -> None:

@@ -36,10 +36,13 @@ class Regression(msgspec.Struct):
         """What is expected of these features."""
         return float(sum(map(mul, self.coefficients, features)))
 
-    def learn(self, features: Sequence[float], miss: float, noise: float) -> None:
-        """Folds in one measurement, `miss` above the value; a miss of the variance `noise` says nothing."""
+    def learn(self, features: Sequence[float], miss: float, noise: float, outlier: float = math.inf) -> None:
+        """Folds in one measurement, `miss` above the value; a miss of the variance `noise` says nothing.
+
+        One of more than `outlier` standard deviations is taken to have had as much more noise as makes it just so many.
+        """
         along = [sum(map(mul, row, features)) for row in self.covariance]
-        scale = 1 / (noise + sum(map(mul, along, features)))
+        scale = 1 / max(noise + sum(map(mul, along, features)), (miss / outlier) ** 2)
         gains = [scale * each for each in along]
         self.coefficients = [have + gain * miss for have, gain in zip(self.coefficients, gains, strict=True)]
         self.covariance = [
@@ -49,11 +52,14 @@ class Regression(msgspec.Struct):
         for at, row in enumerate(self.covariance):
             row[at] = max(_CERTAIN, row[at])
 
-    def wander(self, share: float) -> None:
-        """Each coefficient may have drifted by this variance, relative to its square; never beyond the prior."""
+    def wander(self, share: float, least: float = 0.0) -> None:
+        """Each coefficient may have drifted by this variance, relative to its square; never beyond the prior.
+
+        One that is nearer to nought than `least` drifts as that would: else one that has come to nought stays there.
+        """
         for at, each in enumerate(self.coefficients):
             row = self.covariance[at]
-            row[at] = min(self.prior, row[at] + share * each * each)
+            row[at] = min(self.prior, row[at] + share * max(each * each, least * least))
 
     def forget(self, factor: float) -> None:
         """Old measurements weigh `factor` of what they did, as long as no variance goes beyond the prior.

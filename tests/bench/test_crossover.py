@@ -17,13 +17,13 @@ from bench.stream import LADDER
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pins its workers to cores")
 def test_placement_learns_from_what_jobs_cost_where_the_accelerator_begins() -> None:
     with mixed_fleet("test", (CPU, ACCELERATOR)) as fleet:
-        found = measure(fleet, LADDER[::2], 4, 6, 5)
+        found = measure(fleet, LADDER[::2], 10, 6, 5)
     smallest, largest = found["sizes"][0], found["sizes"][-1]
     assert smallest["cpu_ms"] < smallest["accelerator_ms"]
     assert largest["cpu_ms"] > largest["accelerator_ms"]
     assert smallest["accelerator_share"] < 0.5 < largest["accelerator_share"]
     assert 144 < found["found_pixels"] < 147_456
-    assert found["right_share"] >= 0.8  # of few jobs; the bench has many and holds 0.95
+    assert found["right_share"] >= 0.9  # of few jobs; the bench has many and holds 0.95
     with Path("/dev/null").open("w") as nowhere:
         for table in _tables(found):
             Console(file=nowhere).print(table)

@@ -128,6 +128,27 @@ def test_each_kernel_on_each_device_is_learned_apart() -> None:
     assert predicted(model, device="other").run_s == fresh
 
 
+def test_a_small_job_that_waited_for_a_busy_host_does_not_tell_what_a_byte_costs() -> None:
+    model = CostModel()
+    sizes = [4e3, 2e4, 4e3, 1e4, 2e4, 4e3]
+    for at, size in enumerate(sizes * 10):
+        busy_s = {1: 2e-3, 3: 5e-3}.get(at, 0.0)
+        model.learn(launch(1.0, transfer_s=4e-4 + busy_s, transfer_bytes=size), PEAKS)
+    assert 4e-4 / 1.5 < predicted(model, Size(0, 0, 1e4)).transfer_s < 4e-4 * 1.5
+    assert predicted(model, Size(0, 0, 1e6)).transfer_s < 5e-3
+
+
+@pytest.mark.parametrize("factor", [0.3, 3.0, 10.0])
+def test_a_link_that_has_changed_for_good_is_believed(factor: float) -> None:
+    model = CostModel()
+    for at in range(400):
+        size = 1e4 * 10 ** (at % 3)
+        slower = factor if at >= 200 else 1.0
+        model.learn(launch(1.0, transfer_s=slower * (4e-4 + 5e-10 * size), transfer_bytes=size), PEAKS)
+    for size in (1e4, 1e5, 1e6):
+        assert predicted(model, Size(0, 0, size)).transfer_s == pytest.approx(factor * (4e-4 + 5e-10 * size), rel=0.3)
+
+
 def test_before_anything_was_measured_a_transfer_costs_its_latency_and_its_bytes() -> None:
     assert predicted(CostModel(), Size(0, 0, 1e8)).transfer_s == pytest.approx(1e-4 + 1.0 + 0.1)
 

@@ -44,6 +44,28 @@ def test_what_no_measurement_tells_of_never_becomes_more_uncertain_than_the_prio
     assert found.is_possible()
 
 
+def test_an_outlier_moves_no_more_than_the_largest_miss_that_is_none() -> None:
+    far, farther, believed = taught([1.0]), taught([1.0]), taught([1.0])
+    most = 4 * math.sqrt(0.01 + far.covariance[0][0])
+    far.learn([1.0], most, 0.01, outlier=4)
+    farther.learn([1.0], 100 * most, 0.01, outlier=4)
+    believed.learn([1.0], 100 * most, 0.01)
+    moved = far.coefficients[0] - 1.0
+    assert farther.coefficients[0] - 1.0 <= moved
+    assert believed.coefficients[0] - 1.0 > 50 * moved
+
+
+def test_a_coefficient_that_came_to_nought_comes_back() -> None:
+    stuck, free = Regression.at([0.0], 4.0), Regression.at([0.0], 4.0)
+    for each, least in ((stuck, 0.0), (free, 1.0)):
+        each.covariance = [[1e-9]]
+        for _ in range(100):
+            each.wander(0.001, least)
+            each.learn([1.0], 1.0 - each.value([1.0]), 0.1)
+    assert stuck.coefficients[0] < 0.01
+    assert free.coefficients[0] == pytest.approx(1.0, abs=0.1)
+
+
 def test_doubt_makes_the_next_measurement_count() -> None:
     sure, doubtful = taught([1.0]), taught([1.0])
     doubtful.doubt(0.5)
