@@ -59,7 +59,7 @@ _LEAST_TRANSFER: Final = (0.0, 0.01)
 #: misses by more standard deviations is an outlier. One of a small job was taken for what a byte costs, and large jobs
 #: never went there again (docs/decisions/0028-transfers.md).
 _OUTLIER: Final = 4.0
-#: Coefficients of the transfer below this drift as if they were as large: one that an outlier had sent to nought stayed.
+#: Coefficients of the transfer below this drift as if they were as large: one that an outlier sent to nought stayed.
 _UNIT_TRANSFER: Final = 1.0
 #: `Learned.shrink` before enough is known, and the least that it becomes.
 _SHRINK: Final = 0.15

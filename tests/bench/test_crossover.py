@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import random
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from bench.crossover import ACCELERATOR, CPU, Run, _tables, crossing, measure, right_share
-from bench.mixed_fleet import mixed_fleet
+from bench.crossover import ACCELERATOR, CPU, Run, _run, _tables, crossing, measure, right_share
+from bench.mixed_fleet import MixedFleet, mixed_fleet
 from bench.stream import LADDER
 
 
@@ -17,16 +19,32 @@ from bench.stream import LADDER
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pins its workers to cores")
 def test_placement_learns_from_what_jobs_cost_where_the_accelerator_begins() -> None:
     with mixed_fleet("test", (CPU, ACCELERATOR)) as fleet:
-        found = measure(fleet, LADDER[::2], 10, 6, 5)
+        assert _jobs_until_it_knows(fleet) <= 660
+        found = measure(fleet, LADDER[::2], 0, 6, 5)
     smallest, largest = found["sizes"][0], found["sizes"][-1]
     assert smallest["cpu_ms"] < smallest["accelerator_ms"]
     assert largest["cpu_ms"] > largest["accelerator_ms"]
     assert smallest["accelerator_share"] < 0.5 < largest["accelerator_share"]
     assert 144 < found["found_pixels"] < 147_456
-    assert found["right_share"] >= 0.9  # of few jobs; the bench has many and holds 0.95
+    assert found["right_share"] >= 0.8  # of few jobs; the bench has many and holds 0.95
     with Path("/dev/null").open("w") as nowhere:
         for table in _tables(found):
             Console(file=nowhere).print(table)
+
+
+def _jobs_until_it_knows(fleet: MixedFleet) -> float:
+    """How many jobs it takes until two decks in a row go right, but for sizes near the crossover.
+
+    Twenty-two do as a rule; where the first launches met a busy host, a probe finds it out after a hundred or two.
+    """
+    chance, in_a_row = random.Random(1), 0
+    for deck in range(1, 61):
+        runs = [_run(fleet.client, card) for card in chance.sample(LADDER[::2], len(LADDER[::2]))]
+        clear = [run for run in runs if not 2500 < run.pixels < 30_000]
+        in_a_row = in_a_row + 1 if all((run.device == ACCELERATOR) == (run.pixels >= 30_000) for run in clear) else 0
+        if in_a_row == 2:
+            return deck * len(runs)
+    return math.inf
 
 
 def test_the_crossing_is_where_the_excess_changes_its_sign() -> None:
