@@ -18,6 +18,7 @@ from lepton_ai.errors import InvalidArguments
 from lepton_ai.event import Cursor
 from lepton_ai.identity import new_id
 from lepton_ai.kernel import KernelSpec
+from lepton_ai.quarantine import Quarantined
 from lepton_ai.terms import Terms, check_tenant
 
 __all__ = ["AsyncClient"]
@@ -39,6 +40,8 @@ class _Connection(AsyncJobReader, Protocol):
     async def dead(self, limit: int, job: str | None) -> list[DeadLetter]: ...
     async def replay(self, ids: Iterable[str] | None) -> Settled: ...
     async def purge(self, ids: Iterable[str] | None) -> Settled: ...
+    async def quarantined(self) -> list[Quarantined]: ...
+    async def lift(self, kernel: str, device: str) -> bool: ...
     async def accounts(self) -> Accounts: ...
     async def close(self) -> None: ...
 
@@ -160,6 +163,14 @@ class AsyncClient:
     async def purge(self, ids: Iterable[str] = (), *, all: bool = False) -> Settled:  # noqa: A002
         """See `Client.purge`."""
         return await self._connection.purge(those(ids, all))
+
+    async def quarantined(self) -> list[Quarantined]:
+        """The kernels that devices may not run, by kernel and device: see `Client.quarantined`."""
+        return await self._connection.quarantined()
+
+    async def lift(self, kernel: str, device: str) -> bool:
+        """Lets a device run a kernel again; False where that was not quarantined: see `Client.lift`."""
+        return await self._connection.lift(kernel, device)
 
     async def accounts(self) -> Accounts:
         """Where every accepted job is, or how it ended: see `Client.accounts`."""

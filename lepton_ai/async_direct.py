@@ -52,6 +52,8 @@ from lepton_ai.identity import ids
 from lepton_ai.job import Meta, Placement
 from lepton_ai.parcel import Blobs, Message, has_blobs
 from lepton_ai.patience import Patience
+from lepton_ai.quarantine import Quarantined, field
+from lepton_ai.quarantine import read as read_quarantine
 from lepton_ai.terms import Terms
 
 __all__ = ["AsyncDirect", "settled"]
@@ -227,6 +229,16 @@ class AsyncDirect:
     async def purge(self, ids: Iterable[str] | None) -> Settled:
         with self._asking():
             return await settled(self._redis, purge(ids))
+
+    async def quarantined(self) -> list[Quarantined]:
+        """The kernels that devices may not run."""
+        (found,) = await self._all([("HGETALL", topology.QUARANTINE)], transaction=False)
+        return read_quarantine(found)
+
+    async def lift(self, kernel: str, device: str) -> bool:
+        """Lets a device run a kernel again; False where that was not quarantined."""
+        (gone,) = await self._all([("HDEL", topology.QUARANTINE, field(kernel, device))], transaction=False)
+        return bool(gone)
 
     async def accounts(self) -> Accounts:
         """Where every accepted job is, or how it ended."""

@@ -22,6 +22,7 @@ from lepton_ai.flight import part
 from lepton_ai.identity import new_id
 from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import REFUSALS, Patience
+from lepton_ai.quarantine import Quarantined, of_the_broker
 from lepton_ai.remote_protocol import (
     DEAD_AT_ONCE,
     MAP_REQUESTS,
@@ -233,6 +234,14 @@ class AsyncRemote:
             except UnknownJob as error:
                 left[each] = error.message
         return Settled(count, left)
+
+    async def quarantined(self) -> list[Quarantined]:
+        """Only what a broker tells."""
+        raise of_the_broker()
+
+    async def lift(self, kernel: str, device: str) -> bool:
+        """As `quarantined`."""
+        raise of_the_broker()
 
     async def accounts(self) -> Accounts:
         return read_accounts(await self._call("GET", "/v1/accounts"))

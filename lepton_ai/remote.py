@@ -19,7 +19,6 @@ from lepton_ai.errors import (
     BrokerUnavailable,
     InvalidRequest,
     LeptonError,
-    OptionNotSupported,
     Unavailable,
     UnknownJob,
 )
@@ -29,7 +28,7 @@ from lepton_ai.handle import JobHandle
 from lepton_ai.identity import new_id
 from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import REFUSALS, Patience, Pause
-from lepton_ai.quarantine import Quarantined
+from lepton_ai.quarantine import Quarantined, of_the_broker
 from lepton_ai.remote_protocol import (
     DEAD_AT_ONCE,
     MAP_REQUESTS,
@@ -238,11 +237,11 @@ class Remote:
 
     def quarantined(self) -> list[Quarantined]:
         """Only what a broker tells."""
-        raise OptionNotSupported("the broker alone knows of quarantines: name its address, not an ingest's", "url")
+        raise of_the_broker()
 
     def lift(self, kernel: str, device: str) -> bool:
         """As `quarantined`."""
-        raise OptionNotSupported("the broker alone lifts quarantines: name its address, not an ingest's", "url")
+        raise of_the_broker()
 
     def replay(self, ids: Iterable[str] | None) -> Settled:
         of = {"content-type": wire.MSGPACK}

@@ -99,21 +99,16 @@ def test_thousands_of_quick_jobs_travel_in_bundles_and_each_has_its_own_result_a
             assert (found.job, found.state) == (job.id, "placed")
     with closing(Connection(fleet.broker_url, "look")) as connection:
         assert {int(count) for count in connection.call("HVALS", topology.BUNDLED)} <= {0}
-    # Not always at the first try on a fleet that has run other products before, and why is not known.
-    for _ in range(10):
-        if _noted_together(fleet, jobs):
-            return
-        jobs = client.submit_many("linalg.matmul", rows(4000))
-        assert [float(job.result(timeout=30)["c"][0, 0]) for job in jobs] == [float(n) for n in range(4000)]
-    pytest.fail("none has stayed whole")
+    assert _notes(fleet, jobs) < len(jobs) / 8  # whole or in parts, as quick as the machine is: one note tells of many
 
 
-def _noted_together(fleet: Fleet, jobs: list[JobHandle]) -> bool:
-    """Whether some bundles of these jobs were placed whole: then one note tells of all of a bundle's."""
+def _notes(fleet: Fleet, jobs: list[JobHandle]) -> int:
+    """How many notes tell where these jobs were placed."""
     with closing(Connection(fleet.broker_url, "look")) as connection:
         minutes = {minute_of(job.id) or 0 for job in jobs}
         notes = {name for minute in minutes for name in connection.call("HKEYS", topology.jobs(minute))}
-    return bool({job.id[:-3].encode() for job in jobs} & notes)
+    names = {name.encode() for job in jobs for name in (job.id, job.id[:-3])}
+    return len(names & notes)
 
 
 def test_a_job_is_found_again_by_its_id(lepton: Client, client: Client) -> None:

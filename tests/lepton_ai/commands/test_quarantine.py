@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 import pytest
 
-from lepton_ai import Client, cli, topology
+from lepton_ai import AsyncClient, Client, cli, topology
 from lepton_ai.errors import OptionNotSupported
 from lepton_ai.quarantine import Quarantined, field
 from queues.connection import Connection
@@ -73,6 +74,26 @@ def test_to_clear_what_is_not_quarantined_fails_and_names_what_is(run: Run, entr
 def test_what_another_hand_has_put_there_is_left_out(run: Run, entry: Quarantined, connection: Connection) -> None:
     connection.call("HSET", topology.QUARANTINE, "nonsense", "nonsense")
     assert len(json.loads(run("--json")[1])) == 1
+
+
+def test_on_an_event_loop_it_is_the_same(broker_url: str, entry: Quarantined) -> None:
+    async def ask() -> tuple[list[Quarantined], bool, bool, list[Quarantined]]:
+        async with AsyncClient(broker_url) as client:
+            before, other = await client.quarantined(), await client.lift("test.b", "gpu.h100")
+            return before, other, await client.lift(entry.kernel, entry.device), await client.quarantined()
+
+    assert asyncio.run(ask()) == ([entry], False, True, [])
+
+
+def test_an_ingest_is_told_so_on_an_event_loop_too() -> None:
+    async def ask(verb: Callable[[AsyncClient], Awaitable[object]]) -> None:
+        async with AsyncClient("http://127.0.0.1:1") as client:
+            await verb(client)
+
+    with pytest.raises(OptionNotSupported, match="broker"):
+        asyncio.run(ask(lambda client: client.quarantined()))
+    with pytest.raises(OptionNotSupported, match="broker"):
+        asyncio.run(ask(lambda client: client.lift("test.a", "cpu")))
 
 
 def test_an_ingest_is_told_that_it_is_the_brokers_to_say() -> None:
