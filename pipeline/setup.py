@@ -103,7 +103,9 @@ def set_up(arguments: Sequence[str], held: ExitStack) -> Setup:
     broker_url, server, data = settings.redis_url, None, None
     if broker_url:
         if options.data is not None:
-            raise InvalidSettings("--data is for the broker that comes along; the one that is named keeps its own")
+            raise InvalidSettings(
+                "--data is for the broker that comes along; LEPTON_REDIS_URL names one that keeps its own"
+            )
         _check_broker(broker_url)
     else:
         server = find_server(settings)

@@ -35,7 +35,8 @@ def check_address(url: str | None) -> None:
     """InvalidSettings where what was named is no address of a broker or an ingest."""
     if not url or url.partition("://")[0] in _SCHEMES:
         return
-    near = f"; did you mean http://{url}?" if "://" not in url and "@" not in url else ""
+    scheme = "redis" if url.partition("/")[0].endswith(":6379") else "http"
+    near = f"; did you mean {scheme}://{url}?" if "://" not in url and "@" not in url else ""
     raise InvalidSettings(f"an address begins with one of {', '.join(_SCHEMES)}://, not {masked(url)!r}{near}", "url")
 
 

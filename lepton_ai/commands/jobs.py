@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 import threading
@@ -128,7 +129,8 @@ def submit(
         raise Misuse(error.message) from None
     arguments = read_arguments(arg or [])
     with connected(url, tenant) as client:
-        spec = client.kernels().get(kernel)
+        kernels = client.kernels()
+        spec = kernels.get(kernel)
         job = client.submit(
             kernel,
             fit(arguments, spec),
@@ -142,7 +144,9 @@ def submit(
             state_key=state_key,
         )
         if spec is None:
-            shown.tell(f"no live worker announces {kernel!r}: the job is parked until one does")
+            near = difflib.get_close_matches(kernel, kernels, 1)
+            hint = f"; did you mean {near[0]}? Then: lepton cancel {job.id}" if near else ""
+            shown.tell(f"no live worker announces {kernel!r}: the job is parked until one does{hint}")
         if wait_s is not None:
             return _finish(job, wait_s, out, json)
         if json:

@@ -104,6 +104,18 @@ def test_a_terminal_is_told_meanwhile_how_far_it_has_come(run: Run, monkeypatch:
     assert "\x1b[?25l" in ran.err  # the cursor is hidden while it turns
 
 
+def test_a_kernel_that_is_misspelt_is_told_of_the_one_that_is_near(run: Run, url: str) -> None:
+    ran = run("submit", "linalg.matmull", "--arg", "a=[[2]]", "--arg", "b=[[4]]")
+    if url.startswith("http"):  # the ingest knows the kernels, and refuses what none runs
+        assert (ran.code, ran.out) == (1, "")
+        assert "known: city.shortest_paths" in ran.err
+        return
+    job = ran.out.strip()
+    assert (ran.code, ran.out) == (0, f"{job}\n")
+    assert f"is parked until one does; did you mean linalg.matmul? Then: lepton cancel {job}\n" in ran.err
+    assert run("cancel", job).code == 0
+
+
 def test_an_id_of_one_command_is_what_the_others_take(run: Run, folder: Path) -> None:
     submitted = run(*MATMUL, "--priority", "7", "--device", "cpu.big")
     assert submitted.code == 0

@@ -126,6 +126,7 @@ def test_a_completion_script_is_written_and_nothing_else(
         (["events", "--types", "job.fialed"], "did you mean job.failed"),
         (["events", "--types", "job,nonsense"], "no event is of the type 'nonsense'; they are job.accepted"),
         (["devices", "--url", "localhost:8780"], "did you mean http://localhost:8780?"),
+        (["devices", "--url", "localhost:6379/1"], "did you mean redis://localhost:6379/1?"),
         (["doctor", "--url", "ftp://x"], "an address begins with one of"),
         (["submit", "a.b", "--priority", "10"], "priority"),
         (["submit", "a.b", "--arg", "x"], "--arg takes name=VALUE"),
