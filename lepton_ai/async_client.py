@@ -11,6 +11,7 @@ from lepton_ai.accounts import Accounts
 from lepton_ai.async_events import AsyncEvents
 from lepton_ai.async_flight import Rows
 from lepton_ai.async_handle import AsyncJobHandle, AsyncJobReader
+from lepton_ai.carried import State
 from lepton_ai.client import asked, connect, ring_bytes
 from lepton_ai.dead import DeadLetter, Settled, those
 from lepton_ai.device import Announcement
@@ -42,6 +43,8 @@ class _Connection(AsyncJobReader, Protocol):
     async def purge(self, ids: Iterable[str] | None) -> Settled: ...
     async def quarantined(self) -> list[Quarantined]: ...
     async def lift(self, kernel: str, device: str) -> bool: ...
+    async def state(self, kernel: str, state_key: str) -> State | None: ...
+    async def forget(self, kernel: str, state_key: str) -> bool: ...
     async def accounts(self) -> Accounts: ...
     async def close(self) -> None: ...
 
@@ -171,6 +174,14 @@ class AsyncClient:
     async def lift(self, kernel: str, device: str) -> bool:
         """Lets a device run a kernel again; False where that was not quarantined: see `Client.lift`."""
         return await self._connection.lift(kernel, device)
+
+    async def state(self, kernel: str, state_key: str) -> State | None:
+        """What the last job of a state key has left, None where there is nothing: see `Client.state`."""
+        return await self._connection.state(kernel, state_key)
+
+    async def forget(self, kernel: str, state_key: str) -> bool:
+        """Drops that, so that the next job begins anew; False where there is nothing: see `Client.forget`."""
+        return await self._connection.forget(kernel, state_key)
 
     async def accounts(self) -> Accounts:
         """Where every accepted job is, or how it ended: see `Client.accounts`."""

@@ -15,7 +15,7 @@ import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from lepton_ai import blob, cancellation, topology, wire
+from lepton_ai import blob, cancellation, carried, topology, wire
 from lepton_ai.accounts import ASK, Accounts, accounts_of, sizes_command
 from lepton_ai.async_events import AsyncEvents, EventWays
 from lepton_ai.async_flight import AsyncFlight, Part, Rows, cancelled
@@ -238,6 +238,18 @@ class AsyncDirect:
     async def lift(self, kernel: str, device: str) -> bool:
         """Lets a device run a kernel again; False where that was not quarantined."""
         (gone,) = await self._all([("HDEL", topology.QUARANTINE, field(kernel, device))], transaction=False)
+        return bool(gone)
+
+    async def state(self, kernel: str, state_key: str) -> carried.State | None:
+        """What the last job of a state key left."""
+        key = topology.carried(topology.lane(self._tenant), kernel, state_key)
+        (value,) = await self._all([("HGET", key, "value")], transaction=False)
+        return carried.read(value)
+
+    async def forget(self, kernel: str, state_key: str) -> bool:
+        """Drops that; False where there is none."""
+        key = topology.carried(topology.lane(self._tenant), kernel, state_key)
+        (gone,) = await self._all([("DEL", key)], transaction=False)
         return bool(gone)
 
     async def accounts(self) -> Accounts:

@@ -14,6 +14,7 @@ from lepton_ai.accounts import Accounts
 from lepton_ai.async_events import AsyncEvents, EventWays
 from lepton_ai.async_flight import AsyncFlight, Part, Rows
 from lepton_ai.async_handle import AsyncJobHandle
+from lepton_ai.carried import State
 from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.device import Announcement
 from lepton_ai.errors import BrokerUnavailable, InvalidRequest, Unavailable, UnknownJob
@@ -22,7 +23,7 @@ from lepton_ai.flight import part
 from lepton_ai.identity import new_id
 from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import REFUSALS, Patience
-from lepton_ai.quarantine import Quarantined, of_the_broker
+from lepton_ai.quarantine import Quarantined
 from lepton_ai.remote_protocol import (
     DEAD_AT_ONCE,
     MAP_REQUESTS,
@@ -44,6 +45,7 @@ from lepton_ai.remote_protocol import (
     follow,
     halves,
     headers,
+    of_the_broker,
     path_of,
     place_of,
     read_accounts,
@@ -237,11 +239,19 @@ class AsyncRemote:
 
     async def quarantined(self) -> list[Quarantined]:
         """Only what a broker tells."""
-        raise of_the_broker()
+        raise of_the_broker("quarantines")
 
     async def lift(self, kernel: str, device: str) -> bool:
         """As `quarantined`."""
-        raise of_the_broker()
+        raise of_the_broker("quarantines")
+
+    async def state(self, kernel: str, state_key: str) -> State | None:
+        """As `quarantined`."""
+        raise of_the_broker("states")
+
+    async def forget(self, kernel: str, state_key: str) -> bool:
+        """As `quarantined`."""
+        raise of_the_broker("states")
 
     async def accounts(self) -> Accounts:
         return read_accounts(await self._call("GET", "/v1/accounts"))

@@ -20,8 +20,10 @@ from lepton_ai.errors import InvalidArguments, LeptonError, OptionNotSupported, 
 from lepton_ai.signature import Signature
 from lepton_ai.tensor import TensorMap
 
-__all__ = ["NONE_YET", "check_state", "decode", "encode"]
+__all__ = ["NONE_YET", "State", "check_state", "decode", "encode", "read"]
 
+#: What a kernel carries, by name.
+State = dict[str, NDArray[Any]]
 #: The version of a state that is not there.
 NONE_YET = ""
 _DECODER = msgspec.msgpack.Decoder(dict[str, TensorMap])
@@ -46,7 +48,17 @@ def encode(outputs: Mapping[str, NDArray[Any]], limit_bytes: int) -> bytes:
     return encoded
 
 
-def decode(value: bytes | None, signature: Signature) -> dict[str, NDArray[Any]]:
+def read(value: bytes | None) -> State | None:
+    """What a state holds, by name, None where there is none; InvalidArguments where no release of ours has left it."""
+    if value is None:
+        return None
+    try:
+        return {name: tensor.from_wire(each) for name, each in _DECODER.decode(value).items()}
+    except (LeptonError, msgspec.DecodeError) as error:
+        raise InvalidArguments(f"what stands there is no state: {error}", "state_key") from None
+
+
+def decode(value: bytes | None, signature: Signature) -> State:
     """What the last job left, or what the first begins with.
 
     InvalidArguments where it is not what the kernel carries: it was left by another release of it.

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from lepton_ai.accounts import Accounts
+from lepton_ai.carried import State
 from lepton_ai.dead import DeadLetter, Settled, those
 from lepton_ai.device import Announcement
 from lepton_ai.errors import InvalidArguments, InvalidSettings, NoBroker
@@ -52,6 +53,8 @@ class _Connection(JobReader, Protocol):
     def purge(self, ids: Iterable[str] | None) -> Settled: ...
     def quarantined(self) -> list[Quarantined]: ...
     def lift(self, kernel: str, device: str) -> bool: ...
+    def state(self, kernel: str, state_key: str) -> State | None: ...
+    def forget(self, kernel: str, state_key: str) -> bool: ...
     def accounts(self) -> Accounts: ...
     def close(self) -> None: ...
 
@@ -220,6 +223,20 @@ class Client:
         False where that was not quarantined; an ingest raises OptionNotSupported, as this is the broker's to say.
         """
         return self._connection.lift(kernel, device)
+
+    def state(self, kernel: str, state_key: str) -> State | None:
+        """What the last job of a state key has left, by name, for this client's tenant; None where there is nothing.
+
+        An ingest raises OptionNotSupported, as this is the broker's to say.
+        """
+        return self._connection.state(kernel, state_key)
+
+    def forget(self, kernel: str, state_key: str) -> bool:
+        """Drops what the last job of a state key has left, so that the next one begins anew; False where it is nothing.
+
+        A job that is under way meanwhile runs once more, from nothing.
+        """
+        return self._connection.forget(kernel, state_key)
 
     def dead(self, *, limit: int = 100, job: str | None = None) -> list[DeadLetter]:
         """The newest jobs that were given up, newest first: they killed their workers, or their retries are used up.

@@ -13,7 +13,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from lepton_ai import blob, cancellation, topology, wire
+from lepton_ai import blob, cancellation, carried, topology, wire
 from lepton_ai.accounts import ASK, Accounts, accounts_of, sizes_command
 from lepton_ai.dead import DeadLetter, Settled, Steps, listed, purge, replay
 from lepton_ai.device import Announcement, read_workers, worker_keys
@@ -253,6 +253,18 @@ class Direct:
     def lift(self, kernel: str, device: str) -> bool:
         """Lets a device run a kernel again; False where that was not quarantined."""
         (gone,) = self._all([("HDEL", topology.QUARANTINE, field(kernel, device))], transaction=False)
+        return bool(gone)
+
+    def state(self, kernel: str, state_key: str) -> carried.State | None:
+        """What the last job of a state key left."""
+        key = topology.carried(topology.lane(self._tenant), kernel, state_key)
+        (value,) = self._all([("HGET", key, "value")], transaction=False)
+        return carried.read(value)
+
+    def forget(self, kernel: str, state_key: str) -> bool:
+        """Drops that; False where there is none."""
+        key = topology.carried(topology.lane(self._tenant), kernel, state_key)
+        (gone,) = self._all([("DEL", key)], transaction=False)
         return bool(gone)
 
     def accounts(self) -> Accounts:

@@ -12,9 +12,9 @@ from contextlib import suppress
 import msgspec
 
 from lepton_ai.device import kind_of
-from lepton_ai.errors import InvalidSettings, OptionNotSupported
+from lepton_ai.errors import InvalidSettings
 
-__all__ = ["Quarantined", "field", "of_the_broker", "read"]
+__all__ = ["Quarantined", "field", "read"]
 
 
 class Quarantined(msgspec.Struct, frozen=True):
@@ -48,11 +48,6 @@ class Quarantined(msgspec.Struct, frozen=True):
 def field(kernel: str, device: str) -> str:
     """Where it stands in the hash `topology.QUARANTINE`."""
     return f"{kernel} {device}"
-
-
-def of_the_broker() -> OptionNotSupported:
-    """What an ingest is asked in vain."""
-    return OptionNotSupported("the broker alone knows and lifts quarantines: name its address, not an ingest's", "url")
 
 
 def read(found: Mapping[bytes, bytes] | Iterable[bytes]) -> list[Quarantined]:

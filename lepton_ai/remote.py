@@ -13,6 +13,7 @@ import httpx
 
 from lepton_ai import idempotency, results, wire
 from lepton_ai.accounts import Accounts
+from lepton_ai.carried import State
 from lepton_ai.dead import DeadLetter, Settled
 from lepton_ai.device import Announcement
 from lepton_ai.errors import (
@@ -28,7 +29,7 @@ from lepton_ai.handle import JobHandle
 from lepton_ai.identity import new_id
 from lepton_ai.job import Meta, Placement
 from lepton_ai.patience import REFUSALS, Patience, Pause
-from lepton_ai.quarantine import Quarantined, of_the_broker
+from lepton_ai.quarantine import Quarantined
 from lepton_ai.remote_protocol import (
     DEAD_AT_ONCE,
     MAP_REQUESTS,
@@ -51,6 +52,7 @@ from lepton_ai.remote_protocol import (
     follow,
     halves,
     headers,
+    of_the_broker,
     path_of,
     place_of,
     read_accounts,
@@ -237,11 +239,19 @@ class Remote:
 
     def quarantined(self) -> list[Quarantined]:
         """Only what a broker tells."""
-        raise of_the_broker()
+        raise of_the_broker("quarantines")
 
     def lift(self, kernel: str, device: str) -> bool:
         """As `quarantined`."""
-        raise of_the_broker()
+        raise of_the_broker("quarantines")
+
+    def state(self, kernel: str, state_key: str) -> State | None:
+        """As `quarantined`."""
+        raise of_the_broker("states")
+
+    def forget(self, kernel: str, state_key: str) -> bool:
+        """As `quarantined`."""
+        raise of_the_broker("states")
 
     def replay(self, ids: Iterable[str] | None) -> Settled:
         of = {"content-type": wire.MSGPACK}

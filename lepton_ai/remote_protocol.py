@@ -57,6 +57,7 @@ __all__ = [
     "follow",
     "halves",
     "headers",
+    "of_the_broker",
     "path_of",
     "place_of",
     "read_accounts",
@@ -235,6 +236,11 @@ def chunk_of(window: int) -> int:
 def concerns_every_row(error: LeptonError) -> bool:
     """Whether a request is refused for what it says of all its rows: then the others would be refused as well."""
     return isinstance(error, UnknownKernel | OptionNotSupported)
+
+
+def of_the_broker(what: str) -> OptionNotSupported:
+    """What an ingest is asked for in vain."""
+    return OptionNotSupported(f"{what} are the broker's to tell: name its address, not an ingest's", "url")
 
 
 def halves(batch: list[P]) -> list[list[P]]:

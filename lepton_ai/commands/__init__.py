@@ -40,6 +40,7 @@ _COMMANDS: dict[Group, tuple[Callable[..., int], ...]] = {
         jobs.result,
         jobs.why,
         jobs.cancel,
+        jobs.state,
     ),
     Group.create_ordered("Fleet"): (
         fleet.devices,

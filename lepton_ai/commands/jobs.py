@@ -198,6 +198,58 @@ def result(
         return _finish(client.job(id), wait_s or 0.0, out, json)
 
 
+def state(
+    kernel: Annotated[str, Parameter(help="A kernel that carries state from job to job, such as stream.window.")],
+    state_key: Annotated[str, Parameter(help="The state key of its jobs.")],
+    /,
+    *,
+    forget: Annotated[
+        bool, Parameter(help="Drop it: the next job begins anew.", negative="", show_default=False)
+    ] = False,
+    tenant: Annotated[str | None, Parameter(help="Whose it is.")] = None,
+    out: Out = None,
+    url: Url = None,
+    json: Json = False,
+) -> int:
+    """Print what the last job of a state key has left, or drop it.
+
+    The address must be the broker's. Exits with 1 where nothing is there: no
+    job of that key has succeeded, it was forgotten, or nobody has used it for
+    LEPTON_STATE_TTL_S. A job that is under way while its state is dropped runs
+    once more, from nothing.
+
+    For example:
+
+      lepton state stream.window sensor-7 --url redis://127.0.0.1:6379
+      lepton state stream.window sensor-7 --forget
+    """
+    check_out(out)
+    try:
+        check_tenant(tenant)
+    except InvalidArguments as error:
+        raise Misuse(error.message) from None
+    with connected(url, tenant) as client:
+        found = client.state(kernel, state_key) if out is not None or not forget else None
+        gone = client.forget(kernel, state_key) if forget else found is not None
+    if found is not None and out is not None:
+        save(found, out)
+    if json:
+        shown.as_json(
+            {"kernel": kernel, "state_key": state_key}
+            | ({"forgotten": gone} if forget else {})
+            | ({"saved": str(out)} if found is not None and out is not None else {})
+            | ({"state": None if found is None else plain(found)} if not forget and out is None else {})
+        )
+    elif found is not None:
+        lines = shown.outputs(found) if out is None else [str(out)]
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+    if not gone:
+        shown.tell(f"{kernel} has no state of the key {state_key!r}")
+    elif forget:
+        shown.tell(f"{kernel} has forgotten {state_key!r}")
+    return 0 if gone else 1
+
+
 def why(
     id: Annotated[str, Parameter(help="The id of a job, whoever submitted it.")],
     /,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
 
-from lepton_ai import Client, services
+import numpy as np
+import pytest
+
+from lepton_ai import AsyncClient, Client, cli, services
 from pipeline.supervisor import Fleet
 from tests.system.test_examples import run
 
@@ -44,3 +50,58 @@ def test_another_tenant_s_key_is_another_state(fleet: Fleet, client: Client) -> 
     with Client(fleet.broker_url, tenant="other") as other:
         other.submit("stream.window", row, state_key="tenants").result(30)
     assert len(client.submit("stream.window", end, state_key="tenants").result(30)["closed"]) == 0
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_state_can_be_looked_at_and_forgotten(fleet: Fleet, is_async: bool) -> None:
+    key, row = f"forgotten-{is_async}", {"times": [1.0], "keys": [1], "values": [2.0], "width": 10.0}
+    end = {"times": [100.0], "keys": [1], "values": [3.0], "width": 10.0}
+    with Client(fleet.broker_url, tenant="curious") as client:
+
+        def state() -> dict[str, Any] | None:
+            return asyncio.run(_state(fleet, key)) if is_async else client.state("stream.window", key)
+
+        assert state() is None
+        client.submit("stream.window", row, state_key=key).result(30)
+        found = state()
+        assert found is not None
+        assert found.keys() == {"state", "watermark"}
+        np.testing.assert_array_equal(found["state"], [[1, 0, 1, 2, 2, 2]])
+        assert (asyncio.run(_forget(fleet, key)) if is_async else client.forget("stream.window", key)) is True
+        assert state() is None
+        assert not client.forget("stream.window", key)
+        assert len(client.submit("stream.window", end, state_key=key).result(30)["closed"]) == 0
+    with Client(fleet.broker_url) as other:
+        assert other.state("stream.window", key) is None
+
+
+async def _state(fleet: Fleet, key: str) -> dict[str, Any] | None:
+    async with AsyncClient(fleet.broker_url, tenant="curious") as client:
+        return await client.state("stream.window", key)
+
+
+async def _forget(fleet: Fleet, key: str) -> bool:
+    async with AsyncClient(fleet.broker_url, tenant="curious") as client:
+        return await client.forget("stream.window", key)
+
+
+def test_the_command_line_shows_and_drops_it(
+    fleet: Fleet, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"times": [1.0], "keys": [1], "values": [2.0], "width": 10.0}
+    client.submit("stream.window", row, state_key="told").result(30)
+    command = ["state", "stream.window", "told", "--url", fleet.broker_url]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith("state  float64[1,6]\n[[1. 0. 1. 2. 2. 2.]]\nwatermark  float64[1]\n")
+    assert cli.main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"]["state"] == [[1, 0, 1, 2, 2, 2]]
+    kept = tmp_path / "state.npz"
+    assert cli.main([*command, "--forget", "--out", str(kept), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"kernel": "stream.window", "state_key": "told", "forgotten": True, "saved": str(kept)}
+    with np.load(kept) as arrays:
+        assert arrays["state"].shape == (1, 6)
+    assert cli.main(command) == 1
+    assert capsys.readouterr() == ("", "lepton: stream.window has no state of the key 'told'\n")
+    assert cli.main(["state", "stream.window", "told", "--url", fleet.http_url]) == 1
+    assert "name its address, not an ingest's" in capsys.readouterr().err

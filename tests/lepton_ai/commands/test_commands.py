@@ -22,7 +22,19 @@ from lepton_ai.device import DeviceState, ResourceState
 from lepton_ai.job import Candidate, Estimate, Placement, Record
 from queues.connection import Connection
 
-COMMANDS = ("submit", "status", "result", "why", "cancel", "devices", "kernels", "events", "quarantine", "doctor")
+COMMANDS = (
+    "submit",
+    "status",
+    "result",
+    "why",
+    "cancel",
+    "state",
+    "devices",
+    "kernels",
+    "events",
+    "quarantine",
+    "doctor",
+)
 #: Port 1 is nobody's.
 NOWHERE = "redis://:s3cret@127.0.0.1:1/0"
 AN_ID = "01a208c9-72e5-74d8-bb78-baba0091b291"
