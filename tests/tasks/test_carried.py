@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lepton_ai import carried, topology, wire
+from lepton_ai import Client, carried, topology, wire
 from lepton_ai.identity import new_ids
 from lepton_ai.job import Options
 from queues.connection import Connection
@@ -100,6 +100,22 @@ def test_where_another_has_carried_it_on_meanwhile_the_job_runs_again(worker: Wo
     assert worker.counters()["succeeded"] == 1
     assert worker.held() == {}
     another.close()
+
+
+def test_where_it_is_forgotten_meanwhile_the_job_runs_again_from_nothing(worker: Worker, broker_url: str) -> None:
+    worker.double(count(worker, 5.0)[0])
+    forgotten: list[bool] = []
+
+    def forget() -> None:
+        if not forgotten:
+            with Client(broker_url) as client:
+                forgotten.append(client.forget("test.count", "k"))
+
+    worker.shop.between = forget
+    (job,) = count(worker, 1.0)
+    assert worker.double(job) == [1.0]
+    assert forgotten == [True]
+    assert state(worker) == {"total": [1.0], "seen": [1.0]}
 
 
 def test_on_a_key_that_never_rests_a_job_is_put_off_and_holds_up_no_other(worker: Worker, broker_url: str) -> None:
