@@ -48,6 +48,7 @@ from lepton_ai.handle import JobHandle
 from lepton_ai.identity import ids
 from lepton_ai.job import Meta, Placement
 from lepton_ai.line import Line
+from lepton_ai.packer import Packer
 from lepton_ai.parcel import Blobs, Message, has_blobs
 from lepton_ai.patience import Patience, Pause
 from lepton_ai.quarantine import Quarantined, field
@@ -67,7 +68,7 @@ class Direct:
         self._client_id = client_id
         self._tenant = tenant
         self._reply_to = topology.reply(client_id)
-        self._redis: redis.Redis = redis.Redis.from_url(url, **CONNECTION)
+        self._redis: redis.Redis = redis.Redis.from_url(url, **CONNECTION, command_packer=Packer())
         self._line = Line(self._redis)
         self._blobs = Blobs(ring_bytes)
         self._pending: weakref.WeakValueDictionary[str, JobHandle] = weakref.WeakValueDictionary()
@@ -426,7 +427,7 @@ class Direct:
         return events
 
     def _drive(self, follower: Follower) -> Generator[CloudEvent, None, None]:
-        own: Any = redis.Redis.from_url(self._url, **CONNECTION, retry=Retry(NoBackoff(), 0))
+        own: Any = redis.Redis.from_url(self._url, **CONNECTION, command_packer=Packer(), retry=Retry(NoBackoff(), 0))
         try:
             step = next(follower)
             while True:
