@@ -35,6 +35,15 @@ def state(worker: Worker, key: str = KEY) -> dict[str, list[float]]:
     return {name: array.tolist() for name, array in found.items()}
 
 
+def bring_back(worker: Worker) -> None:
+    """What was put off, because another slot was first three times: at once, where a router waits until it is due."""
+    for job in worker.connection.call("ZRANGE", "lepton:eta", 0, -1):
+        late = worker.connection.call("HGET", "lepton:eta.messages", job)
+        worker.connection.call("ZREM", "lepton:eta", job)
+        worker.connection.call("HDEL", "lepton:eta.messages", job)
+        worker.push(late)
+
+
 def test_each_job_goes_on_with_what_the_last_one_left(worker: Worker) -> None:
     totals = [worker.double(count(worker, value)[0]) for value in (1.0, 2.0, 4.0)]
     assert totals == [[1.0], [3.0], [7.0]]
@@ -146,6 +155,10 @@ def test_two_slots_lose_nothing_of_one_key(make_worker: MakeWorker) -> None:
     worker = make_worker(slots=2)
     worker.warm_up()
     jobs = [job for at in range(40) for job in count(worker, float(at))]
+    for job in jobs:
+        while worker.connection.call("GET", topology.result(job)) is None:
+            bring_back(worker)
+            worker.stream.read(50)
     found = sorted(worker.double(job)[0] for job in jobs)
     assert state(worker)["total"] == [780.0]
     assert sorted(state(worker)["seen"]) == list(map(float, range(40)))
