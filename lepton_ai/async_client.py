@@ -12,7 +12,7 @@ from lepton_ai.async_events import AsyncEvents
 from lepton_ai.async_flight import Rows
 from lepton_ai.async_handle import AsyncJobHandle, AsyncJobReader
 from lepton_ai.carried import State
-from lepton_ai.client import asked, connect, ring_bytes
+from lepton_ai.client import asked, checked_key, connect, ring_bytes
 from lepton_ai.dead import DeadLetter, Settled, those
 from lepton_ai.device import Announcement
 from lepton_ai.errors import InvalidArguments
@@ -177,11 +177,11 @@ class AsyncClient:
 
     async def state(self, kernel: str, state_key: str) -> State | None:
         """What the last job of a state key has left, None where there is nothing: see `Client.state`."""
-        return await self._connection.state(kernel, state_key)
+        return await self._connection.state(kernel, checked_key(state_key))
 
     async def forget(self, kernel: str, state_key: str) -> bool:
         """Drops that, so that the next job begins anew; False where there is nothing: see `Client.forget`."""
-        return await self._connection.forget(kernel, state_key)
+        return await self._connection.forget(kernel, checked_key(state_key))
 
     async def accounts(self) -> Accounts:
         """Where every accepted job is, or how it ended: see `Client.accounts`."""

@@ -23,7 +23,7 @@ from lepton_ai.quarantine import Quarantined
 from lepton_ai.settings import Settings
 from lepton_ai.terms import Terms, check_tenant
 
-__all__ = ["Client", "asked", "connect", "ring_bytes"]
+__all__ = ["Client", "asked", "checked_key", "connect", "ring_bytes"]
 
 C = TypeVar("C")
 
@@ -229,14 +229,14 @@ class Client:
 
         An ingest raises OptionNotSupported, as this is the broker's to say.
         """
-        return self._connection.state(kernel, state_key)
+        return self._connection.state(kernel, checked_key(state_key))
 
     def forget(self, kernel: str, state_key: str) -> bool:
         """Drops what the last job of a state key has left, so that the next one begins anew; False where it is nothing.
 
         A job that is under way meanwhile runs once more, from nothing.
         """
-        return self._connection.forget(kernel, state_key)
+        return self._connection.forget(kernel, checked_key(state_key))
 
     def dead(self, *, limit: int = 100, job: str | None = None) -> list[DeadLetter]:
         """The newest jobs that were given up, newest first: they killed their workers, or their retries are used up.
@@ -295,6 +295,12 @@ def connect(url: str | None, direct: Callable[[str], C], remote: Callable[[str],
     except ValueError as error:  # what stands before the @ is a secret
         raise InvalidSettings(f"{url.rpartition('@')[2]!r} is not an address: {error}", "url") from None
     raise InvalidSettings(f"an address is one of {', '.join((*_DIRECT, *_REMOTE))}, not {url!r}", "url")
+
+
+def checked_key(state_key: str) -> str:
+    """A state key; OptionNotSupported where none could be so."""
+    Options(state_key=state_key).checked()
+    return state_key
 
 
 def asked(

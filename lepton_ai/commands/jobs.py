@@ -1,4 +1,4 @@
-"""The commands about jobs: submit, status, result, why, cancel. Each is a function; its docstring is its help."""
+"""The commands about jobs: submit, status, result, why, cancel, state. Each function's docstring is its help."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lepton_ai.terms import check_tenant
 if TYPE_CHECKING:
     from rich.status import Status
 
-__all__ = ["Json", "Url", "cancel", "result", "status", "submit", "why"]
+__all__ = ["Json", "Url", "cancel", "result", "state", "status", "submit", "why"]
 
 Url = Annotated[
     str | None,
@@ -216,7 +216,8 @@ def state(
     The address must be the broker's. Exits with 1 where nothing is there: no
     job of that key has succeeded, it was forgotten, or nobody has used it for
     LEPTON_STATE_TTL_S. A job that is under way while its state is dropped runs
-    once more, from nothing.
+    once more, from nothing; one that ends between --out and --forget is in no
+    file.
 
     For example:
 
@@ -230,9 +231,9 @@ def state(
         raise Misuse(error.message) from None
     with connected(url, tenant) as client:
         found = client.state(kernel, state_key) if out is not None or not forget else None
+        if found is not None and out is not None:
+            save(found, out)  # before it is dropped
         gone = client.forget(kernel, state_key) if forget else found is not None
-    if found is not None and out is not None:
-        save(found, out)
     if json:
         shown.as_json(
             {"kernel": kernel, "state_key": state_key}

@@ -42,7 +42,7 @@ class Regression(msgspec.Struct):
         One of more than `outlier` standard deviations is taken to have had as much more noise as makes it just so many.
         """
         along = [sum(map(mul, row, features)) for row in self.covariance]
-        scale = 1 / max(noise + sum(map(mul, along, features)), (miss / outlier) ** 2)
+        scale = 1 / max(noise + max(0.0, sum(map(mul, along, features))), (miss / outlier) ** 2)
         gains = [scale * each for each in along]
         self.coefficients = [have + gain * miss for have, gain in zip(self.coefficients, gains, strict=True)]
         self.covariance = [

@@ -21,8 +21,8 @@ def interrupt(*_):
 signal.signal(signal.SIGALRM, interrupt)
 command, packer = ("XREAD", *range(20_000)), Packer()
 for _ in range(200):
-    signal.setitimer(signal.ITIMER_REAL, 0.001)
     try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
         while True:
             packer.pack(*command)
     except KeyboardInterrupt:

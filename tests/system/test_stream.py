@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lepton_ai import AsyncClient, Client, cli, services
+from lepton_ai.errors import OptionNotSupported
 from pipeline.supervisor import Fleet
 from tests.system.test_examples import run
 
@@ -73,6 +74,8 @@ def test_a_state_can_be_looked_at_and_forgotten(fleet: Fleet, is_async: bool) ->
         assert len(client.submit("stream.window", end, state_key=key).result(30)["closed"]) == 0
     with Client(fleet.broker_url) as other:
         assert other.state("stream.window", key) is None
+        with pytest.raises(OptionNotSupported, match="a state key is 1 to"):
+            other.forget("stream.window", "")
 
 
 async def _state(fleet: Fleet, key: str) -> dict[str, Any] | None:
@@ -95,6 +98,8 @@ def test_the_command_line_shows_and_drops_it(
     assert capsys.readouterr().out.startswith("state  float64[1,6]\n[[1. 0. 1. 2. 2. 2.]]\nwatermark  float64[1]\n")
     assert cli.main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"]["state"] == [[1, 0, 1, 2, 2, 2]]
+    assert cli.main([*command, "--forget", "--out", str(tmp_path / "state.npy")]) == 2
+    assert "an .npy file holds one array" in capsys.readouterr().err  # and nothing is dropped
     kept = tmp_path / "state.npz"
     assert cli.main([*command, "--forget", "--out", str(kept), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

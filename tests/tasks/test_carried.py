@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from typing import Any
 
 import numpy as np
@@ -155,8 +156,10 @@ def test_two_slots_lose_nothing_of_one_key(make_worker: MakeWorker) -> None:
     worker = make_worker(slots=2)
     worker.warm_up()
     jobs = [job for at in range(40) for job in count(worker, float(at))]
+    deadline = time.monotonic() + 30
     for job in jobs:
         while worker.connection.call("GET", topology.result(job)) is None:
+            assert time.monotonic() < deadline, f"job {job} has no result"
             bring_back(worker)
             worker.stream.read(50)
     found = sorted(worker.double(job)[0] for job in jobs)
