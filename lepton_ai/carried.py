@@ -53,7 +53,7 @@ def read(value: bytes | None) -> State | None:
     if value is None:
         return None
     try:
-        return {name: tensor.from_wire(each) for name, each in _DECODER.decode(value).items()}
+        return _arrays(value)
     except (LeptonError, msgspec.DecodeError) as error:
         raise InvalidArguments(f"what stands there is no state: {error}", "state_key") from None
 
@@ -66,7 +66,7 @@ def decode(value: bytes | None, signature: Signature) -> State:
     if value is None:
         return dict(signature.initial)
     try:
-        found = {name: tensor.from_wire(each) for name, each in _DECODER.decode(value).items()}
+        found = _arrays(value)
         if found.keys() != signature.initial.keys():
             raise InvalidArguments(f"it holds {', '.join(sorted(found))}")
         for name, array in found.items():
@@ -75,3 +75,8 @@ def decode(value: bytes | None, signature: Signature) -> State:
         told = f"what the state key's last job left does not fit: {error}; use another key"
         raise InvalidArguments(told, "state_key") from None
     return found
+
+
+def _arrays(value: bytes) -> State:
+    """What `encode` made of them."""
+    return {name: tensor.from_wire(each) for name, each in _DECODER.decode(value).items()}

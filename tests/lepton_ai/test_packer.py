@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from redis.connection import HiredisRespSerializer
 
+from lepton_ai import Client
 from lepton_ai.packer import Packer
 
 HAMMERED = """
@@ -42,3 +43,17 @@ def test_commands_are_written_as_hiredis_writes_them(command: tuple[Any, ...]) -
 def test_an_interrupt_while_numbers_are_written_ends_no_process() -> None:
     ran = subprocess.run([sys.executable, "-c", HAMMERED], capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stdout) == (0, "is still there\n"), ran.stderr
+
+
+def test_a_client_writes_by_it(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[object, ...]] = []
+    usual = Packer.pack
+
+    def pack(self: Packer, *words: Any) -> list[bytes]:
+        written.append(words)
+        return usual(self, *words)
+
+    monkeypatch.setattr(Packer, "pack", pack)
+    with Client(broker_url) as client:
+        assert client.quarantined() == []
+    assert any(words[0] == "HGETALL" for words in written)
